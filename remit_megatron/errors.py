@@ -1,0 +1,27 @@
+"""What the program says when its input is wrong, and the exit codes that others rely on."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2  # one clear line, nothing lost; starting again unchanged gives the same
+EXIT_DO_NOT_RESTART = 70  # failed for a reason that a restart does not mend
+EXIT_START_ME_AGAIN = 75  # stopped by a signal after saving; start again to go on
+
+
+class UserError(Exception):
+    """Input that somebody can correct: printed as one line, without a traceback, exit code 2.
+
+    Args:
+        field: what is wrong, by the name its owner knows: a configuration key, an option, a file (with line).
+        found: the value that was there.
+        expected: the value, or the condition, that would be right. Ends without a full stop.
+    """
+
+    def __init__(self, field: str, found: object, expected: str):
+        self.field = field
+        self.found = found
+        self.expected = expected
+        super().__init__(field, found, expected)  # the arguments themselves, so that the exception pickles
+
+    def __str__(self) -> str:
+        return f"{self.field}: found {self.found}; expected {self.expected}"

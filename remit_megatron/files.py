@@ -1,0 +1,71 @@
+"""Files that a later run trusts: written whole or not at all, and verified when read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def fsync_directory(directory: str | os.PathLike) -> None:
+    """Makes renames inside ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: str | os.PathLike) -> None:
+    """Makes the contents of a file that is already written and closed durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replaces ``path`` by ``content``: a reader sees the old file or the new one, also after a power cut."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+@contextmanager
+def temporary_sibling(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary name beside ``path``; what was written there is synced and renamed on a clean exit.
+
+    On an exception the temporary file is removed and ``path`` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex digest of a file's contents, read in pieces of 8 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 23):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Model families: architecture, layer specs, names of weights, conversion."""
