@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
-# Order matters: the device comes first, because importing Megatron already asks for it.
+# Order matters: quiet before anything is imported, the device before Megatron asks for it.
 MODULES = (
-    "cpu_device",
     "quiet_megatron",
+    "cpu_device",
+    "cpu_random",
     "compile_helpers",
     "schedule",
     "training_log",
@@ -101,3 +102,7 @@ def apply() -> None:
     """
     for patch in registered():
         patch.apply()
+    # The patches above have loaded most of Megatron by now.
+    from patches.quiet_megatron import redirect
+
+    redirect()

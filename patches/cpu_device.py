@@ -1,6 +1,6 @@
 """Megatron on a machine without a GPU.
 
-Target    torch 2.13 (torch.cuda, tensor factories, Tensor.to/.cuda/.type), megatron.core.tensor_parallel.random
+Target    torch 2.13: torch.cuda, tensor factories, Tensor.to/.cuda/.type
 Why       Megatron asks CUDA for its device, streams, events, random state and memory, and names "cuda" in factory calls.
           Here each of these questions is answered by the CPU, so that the same training loop runs, is tested and is
           learned on any machine. It is not a simulation of speed.
@@ -14,8 +14,7 @@ Only on machines without a GPU. What is redirected, symbol by symbol:
   torch.cuda.is_available / device_count     "yes, one" when Megatron asks; the truth for everybody else, because
                                              torch and transformers choose code paths by them
   torch.cuda.Stream / Event / stream / current_stream / default_stream / set_stream    order is program order on a CPU
-  torch.cuda random state                    the CPU generator's
-  megatron _set_cuda_rng_state               reaches into torch.cuda.default_generators, which is empty
+  torch.cuda random state                    the CPU generator's (see also cpu_random)
   tensor factories, Tensor.to/.cuda/.new_*, Module.cuda/.to, torch.Generator      device "cuda" (or an index) means the CPU
   Tensor.type()                              Megatron's optimizers compare it with "torch.cuda.FloatTensor"
   torch.compile (torch._dynamo)              off: no compiler is needed for correctness, and starting one takes longer
@@ -242,26 +241,12 @@ def _redirect_factories() -> None:
     torch.Tensor.type = tensor_type
 
 
-def _redirect_megatron_rng() -> None:
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    def set_cuda_rng_state(new_state, device=-1, graph_safe=False):
-        torch.set_rng_state(new_state)
-
-    def get_cuda_rng_state(device="cuda", clone=False, graph_safe=False):
-        return torch.get_rng_state()
-
-    megatron_random._set_cuda_rng_state = set_cuda_rng_state
-    megatron_random._get_cuda_rng_state = get_cuda_rng_state
-
-
 def _install() -> None:
     # Before anything that imports it: torch.compile decorates Megatron's functions at import.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _redirect_cuda_module()
     _redirect_factories()
-    _redirect_megatron_rng()
 
 
 def _no_gpu() -> bool:
@@ -270,7 +255,7 @@ def _no_gpu() -> bool:
 
 PATCH = Patch(
     name="cpu_device",
-    target="torch.cuda, tensor factories, megatron.core.tensor_parallel.random",
+    target="torch.cuda, tensor factories, Tensor.to/.cuda/.type",
     package="torch",
     versions=("2.13",),
     why="Megatron names CUDA wherever it needs a device; without a GPU the CPU answers",

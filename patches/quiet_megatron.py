@@ -38,14 +38,11 @@ def _install() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-
-    import megatron.training  # noqa: F401  - the modules whose print is redirected
-
     redirect()
 
 
 def redirect() -> None:
-    """Redirects ``print`` in the megatron modules that are loaded by now (some load others later)."""
+    """Redirects ``print`` in the megatron modules that are loaded by now; call it again after loading more."""
     for name, module in list(sys.modules.items()):
         if module is not None and (name == "megatron" or name.startswith("megatron.")):
             module.__dict__["print"] = _print_to_log
