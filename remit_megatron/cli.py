@@ -1,0 +1,85 @@
+"""The command line: ``remit COMMAND …``. Each command lives where its work is done; this file names them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from remit_megatron import __version__
+from remit_megatron.errors import EXIT_BAD_INPUT, EXIT_DO_NOT_RESTART, UserError
+
+# command -> (module, name of its add-arguments function, name of its run function, one line for --help)
+_COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "doctor": ("doctor", "add_arguments", "run", "versions, device, optional parts, patches, what would be used"),
+    "quickstart": ("quickstart", "add_arguments", "run", "the whole method at toy size, in minutes, on two CPU cores"),
+    "import": ("models.convert", "add_import_arguments", "run_import", "Hugging Face model to a Megatron checkpoint"),
+    "export": ("models.convert", "add_export_arguments", "run_export", "Megatron checkpoint to a Hugging Face model"),
+    "logprobs": ("logprobs", "add_arguments", "run", "log-probability of every token of a text, through Megatron"),
+    "train": ("train", "add_arguments", "run", "mid-training"),
+}
+_DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "build": ("data.build", "add_arguments", "run", "documents to token files"),
+}
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:
+    """Parses ``argv``; imports only the module of the command that was asked for, so that --help stays quick."""
+    parser = argparse.ArgumentParser(prog="remit", description="RL-guided mid-training (ReMiT) on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=f"remit {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    words = [word for word in argv if not word.startswith("-")][:2]
+
+    def add(subparsers, name: str, command: tuple[str, str, str, str], wanted: bool) -> None:
+        module, add_arguments, run, summary = command
+        child = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        child.set_defaults(_module=module, _run=run)
+        if wanted:
+            getattr(importlib.import_module(f"remit_megatron.{module}"), add_arguments)(child)
+
+    for name, command in _COMMANDS.items():
+        add(commands, name, command, words[:1] == [name])
+    data = commands.add_parser("data", help="corpora to token files").add_subparsers(metavar="COMMAND", required=True)
+    for name, command in _DATA_COMMANDS.items():
+        add(data, name, command, words == ["data", name])
+    namespace = parser.parse_args(argv)
+    return namespace, namespace._module, namespace._run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. Wrong input is one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        namespace, module, run = _parse(argv)
+        return getattr(importlib.import_module(f"remit_megatron.{module}"), run)(namespace)
+    except UserError as error:
+        _one_line(str(error))
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _one_line(f"{error.filename or 'input/output'}: {error.strerror}")
+        return EXIT_BAD_INPUT
+    except Exception as error:
+        if type(error).__name__ == "UnsupportedVersion":
+            _one_line(str(error))
+            return EXIT_DO_NOT_RESTART
+        raise
+
+
+def _one_line(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(("" if rank == "0" else f"rank {rank}: ") + "error: " + " ".join(text.split()) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

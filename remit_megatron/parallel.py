@@ -1,0 +1,117 @@
+"""Ranks: who am I, how are processes started by torchrun, srun or ``--nproc``, and how they find each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from remit_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """One process among many: global rank, number of processes, rank on this host."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def rank_environment() -> RankEnvironment:
+    """Reads torchrun's variables, else Slurm's (one task per GPU under srun), and exports them in torchrun's form.
+
+    Raises:
+        UserError: under srun without a rendezvous address (the batch script exports MASTER_ADDR).
+    """
+    environ = os.environ
+    if "RANK" not in environ and "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        environ["RANK"] = environ["SLURM_PROCID"]
+        environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+        environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "MASTER_ADDR" not in environ:
+        raise UserError(
+            "MASTER_ADDR", "nothing in the environment", "the first host of the job (scripts/slurm/train.sbatch exports it)"
+        )
+    environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")
+    return RankEnvironment(rank, world_size, int(environ.get("LOCAL_RANK", "0")))
+
+
+def device() -> torch.device:
+    """Where tensors live in this process: its GPU, or the CPU of a machine that has none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0) -> None:
+    """Joins the job: selects the GPU and creates the default process group (NCCL on GPUs, Gloo otherwise)."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(environment.local_rank)
+    if dist.is_initialized():
+        return
+    kwargs = {}
+    if environment.world_size == 1:
+        kwargs["store"] = dist.HashStore()  # alone: no port to open, so that two runs never meet
+    dist.init_process_group(
+        backend="nccl" if gpu else "gloo",
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+        **kwargs,
+    )
+
+
+def broadcast_object(value, *, source: int = 0):
+    """``value`` of rank ``source``, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """The values of all ranks, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def same_fate(what: str) -> Iterator[None]:
+    """Runs a block on every rank; if it fails on one, it fails on all, with the first failing rank's error.
+
+    Without this the ranks where it went well would wait in the next collective until the time limit.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    # Errors cross the process boundary as text: not every exception can be pickled.
+    described = None
+    if error is not None:
+        described = (error.field, str(error.found), error.expected) if isinstance(error, UserError) else repr(error)
+    everybody = gather_objects(described)
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(everybody):
+        if isinstance(failure, tuple):
+            raise UserError(*failure)
+        if failure is not None:
+            raise RuntimeError(f"{what} failed on rank {rank}: {failure}")
