@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -24,6 +25,9 @@ _COMMANDS: dict[str, tuple[str, str, str, str]] = {
 _DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "build": ("data.build", "add_arguments", "run", "documents to token files"),
 }
+
+# What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
+_USER_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:
@@ -65,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.errno not in _USER_ERRNOS:
             raise
-        _one_line(f"{error.filename or 'input/output'}: {error.strerror}")
+        _one_line(f"{error.filename or 'output'}: {error.strerror}")
         return EXIT_BAD_INPUT
     except Exception as error:
         if type(error).__name__ == "UnsupportedVersion":

@@ -1,0 +1,66 @@
+"""One microbatch on its device: what the data loader gave, this rank's part of each sequence, and its documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass
+class Batch:
+    """A microbatch as the model and the objective see it. Shapes are this rank's: s is seq_length / CP.
+
+    Attributes:
+        tokens, labels: [b, s] int64.
+        loss_mask: [b, s] float32, 0 where the label does not count.
+        position_ids: [b, s] int64, positions in the whole sequence.
+        document_ids: [b, s] int64, number of end-of-document tokens before the token in its sequence.
+        reference_loss: [b, s] float32, or None where there is no reference.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    reference_loss: Tensor | None = None
+
+
+def sequence_slice(tensor: Tensor, cp_rank: int, cp_size: int, *, dim: int = 1) -> Tensor:
+    """This rank's part of a sequence under context parallelism, as Megatron splits it.
+
+    The sequence is cut into 2 * cp_size chunks, and rank r holds chunks r and 2 * cp_size - 1 - r, so that every rank has
+    the same amount of causal attention to compute.
+    """
+    if cp_size == 1:
+        return tensor
+    length = tensor.size(dim)
+    if length % (2 * cp_size):
+        raise ValueError(f"sequence of {length} tokens; expected a multiple of {2 * cp_size} (2 x context parallel size)")
+    chunks = tensor.chunk(2 * cp_size, dim=dim)
+    return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=dim)
+
+
+def document_ids_of(tokens: Tensor, eod_id: int) -> Tensor:
+    """[b, s] -> [b, s] int64: how many documents ended before each token; an end-of-document token belongs to its own."""
+    ended = tokens == eod_id
+    return ended.cumsum(dim=1) - ended.long()
+
+
+def to_batch(
+    item: dict[str, Any], *, device: torch.device, eod_id: int, cp_group: dist.ProcessGroup | None = None
+) -> Batch:
+    """Moves an item of the data loader (whole sequences) to ``device`` and takes this rank's part of each sequence."""
+    tokens = item["tokens"].to(device, non_blocking=True)
+    labels = item["labels"].to(device, non_blocking=True)
+    loss_mask = item["loss_mask"].to(device, non_blocking=True)
+    position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    documents = document_ids_of(tokens, eod_id)
+    rank, size = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
+    whole = (tokens, labels, loss_mask, position_ids, documents)
+    tokens, labels, loss_mask, position_ids, documents = (sequence_slice(t, rank, size) for t in whole)
+    return Batch(tokens, labels, loss_mask, position_ids, documents, item.get("reference_loss"))

@@ -1,0 +1,234 @@
+"""One training step as Megatron's loop calls it: batches to losses, scores to weights, weights to one loss.
+
+    schedule wrapper: buffer the step's microbatches -> reference scores them -> student runs over the same microbatches
+    forward_step:     batch -> model -> token_loss (on the last stage, through GPTModel's output_processor) -> objective
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remit_megatron.batch import Batch, to_batch
+from remit_megatron.kernels.token_loss import token_loss
+from remit_megatron.models.attention import document_attention_mask
+from remit_megatron.objectives import Objective
+from remit_megatron.parallel import device
+from remit_megatron.reference.live import LiveReference
+
+Item = dict[str, Any]
+
+# Sums that an objective may leave out stand for zero.
+STATISTICS = (
+    "weight_excess",
+    "weight_excess_squared",
+    "weight_clipped_low",
+    "weight_clipped_high",
+    "delta",
+    "delta_squared",
+)
+
+
+class StepClock:
+    """Wall-clock seconds of the current step and of the reference's share of it, on this rank."""
+
+    def __init__(self) -> None:
+        self._gpu = torch.cuda.is_available()
+        self._started = time.perf_counter()
+        self._marks: list = []
+        self._reference = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._started = time.perf_counter()
+        self._marks, self._reference = [], 0.0
+
+    def mark(self) -> None:
+        """Called before and after the reference's pass; on a GPU an event in the stream, so that nothing waits."""
+        if self._gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def step_seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def reference_seconds(self) -> float:
+        if len(self._marks) < 2:
+            return 0.0
+        if self._gpu:
+            self._marks[1].synchronize()
+            return self._marks[0].elapsed_time(self._marks[1]) / 1000
+        return self._marks[1] - self._marks[0]
+
+
+class TrainingStep:
+    """The step of one run: holds what its parts share.
+
+    Args:
+        objective: see :mod:`remit_megatron.objectives`.
+        vocab_size: true vocabulary size, without padding.
+        eod_id: end-of-document token.
+        groups: Megatron's process groups (tp and cp are used).
+        reference: the live reference, or None for objectives that need none.
+        document_mask: whether attention stays within documents.
+        packed_attention: document masks as packed sequences (Transformer Engine) instead of an explicit mask.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        vocab_size: int,
+        eod_id: int,
+        groups: Callable[[], Any],
+        reference: Callable[[], LiveReference] | None = None,
+        document_mask: bool = False,
+        packed_attention: bool = False,
+    ):
+        self.objective = objective
+        self.vocab_size = vocab_size
+        self.eod_id = eod_id
+        self.document_mask = document_mask
+        self.packed_attention = packed_attention
+        self.clock = StepClock()
+        # Groups and the reference exist only once Megatron has set up its groups, inside its own start.
+        self._groups_of, self._reference_of = groups, reference
+
+    @property
+    def groups(self):
+        return self._groups_of()
+
+    @property
+    def reference(self) -> LiveReference | None:
+        return None if self._reference_of is None else self._reference_of()
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def run_model(self, model, batch: Batch, output_processor: Callable[..., Tensor]) -> Tensor:
+        """Hidden states of this stage, or on the last one what ``output_processor`` makes of them: [b, s] float32."""
+        tokens, positions, mask, packed = batch.tokens, batch.position_ids, None, None
+        if self.document_mask and self.packed_attention:
+            from remit_megatron.models.packing import packed_sequences
+
+            packed = packed_sequences(batch.document_ids)
+            tokens, positions = tokens.view(1, -1), positions.reshape(1, -1)
+        elif self.document_mask:
+            mask = document_attention_mask(batch.document_ids, cp_group=self.groups.cp)
+        return model(
+            tokens,
+            positions,
+            mask,
+            packed_seq_params=packed,
+            output_processor=output_processor,
+            output_processor_context=batch,
+        )
+
+    def _student_losses(self, *, hidden_states: Tensor, output_layer, output_weight, context: Batch, scale_logits, **_) -> Tensor:
+        """``output_processor`` of the student: hidden states [s, b, h] to losses [b, s] float32, in nats."""
+        logits, _bias = output_layer(hidden_states, weight=output_weight)
+        logits = scale_logits(logits)
+        labels, loss_mask = (t.reshape(logits.size(1), -1).t() for t in (context.labels, context.loss_mask))
+        losses = token_loss(
+            logits, labels, tp_group=self.groups.tp, vocab_size=self.vocab_size, loss_mask=loss_mask
+        )
+        return losses.t().reshape(context.labels.shape)
+
+    # -- Megatron's forward_step -------------------------------------------------------------------------------------
+
+    def forward_step(self, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
+        """What Megatron's schedule calls for each microbatch (and for each model chunk) of the student."""
+        batch = self._next(data_iterator)
+        output = self.run_model(model, batch, self._student_losses)
+        return output, partial(self.loss, batch, model.training)
+
+    def _next(self, data_iterator: Iterator[Item]) -> Batch:
+        return to_batch(next(data_iterator), device=device(), eod_id=self.eod_id, cp_group=self.groups.cp)
+
+    def loss(self, batch: Batch, training: bool, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss function of one microbatch, as Megatron wants it with ``calculate_per_token_loss``.
+
+        Returns:
+            The sum to differentiate, the number of tokens in the denominator (int32), and for the log [sum, count] pairs
+            that Megatron adds over microbatches and ranks before it divides.
+        """
+        with torch.no_grad():
+            in_mask = batch.loss_mask > 0
+            unweighted = torch.stack((torch.where(in_mask, losses, 0.0).sum(), in_mask.sum().float()))
+        if not training:
+            return unweighted[0], in_mask.sum().int(), {"lm_loss": unweighted}
+        result = self.objective(
+            losses,
+            batch.loss_mask,
+            reference_loss=batch.reference_loss,
+            document_ids=batch.document_ids,
+            cp_group=self.groups.cp if self.groups.cp.size() > 1 else None,
+        )
+        counted, one = result.counted.float(), torch.ones_like(unweighted[0])
+        zero = torch.zeros_like(one)
+        report = {
+            "lm_loss": unweighted,
+            "objective_loss": torch.stack((result.loss_sum.detach(), counted)),
+            "counted_tokens": torch.stack((counted, one)),
+            "dropped_tokens": torch.stack((result.statistics.get("dropped_tokens", zero).float(), one)),
+        }
+        for name in STATISTICS:
+            report[name] = torch.stack((result.statistics.get(name, zero).float(), counted))
+        return result.loss_sum, result.counted.int(), report
+
+    # -- the schedule ------------------------------------------------------------------------------------------------
+
+    def wrap_schedule(self, schedule: Callable[..., list]) -> Callable[..., list]:
+        """The schedule of the run: the reference over the step's microbatches, then the student over the same ones.
+
+        It must be around the schedule: inside ``forward_step`` the two pipelines' communication would deadlock.
+        Evaluation needs no weights and runs as it is.
+        """
+
+        def scored_schedule(*, forward_step_func, data_iterator, model, num_microbatches, forward_only=False, **settings):
+            self.clock.start()
+            reference = self.reference
+            if reference is None or forward_only:
+                return schedule(
+                    forward_step_func=forward_step_func,
+                    data_iterator=data_iterator,
+                    model=model,
+                    num_microbatches=num_microbatches,
+                    forward_only=forward_only,
+                    **settings,
+                )
+            sources = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+            buffers = [[next(source) for _ in range(num_microbatches)] for source in sources]
+            self.clock.mark()
+            shared = {k: v for k, v in settings.items() if k not in ("collect_non_loss_data", "force_all_reduce")}
+            scores = reference.score(schedule, partial(self._reference_step, reference), buffers, **shared)
+            self.clock.mark()
+            if scores:
+                buffers[-1] = [{**item, "reference_loss": score} for item, score in zip(buffers[-1], scores, strict=True)]
+            iterators = [iter(buffer) for buffer in buffers]
+            return schedule(
+                forward_step_func=forward_step_func,
+                data_iterator=iterators if isinstance(data_iterator, list) else iterators[0],
+                model=model,
+                num_microbatches=num_microbatches,
+                forward_only=False,
+                **settings,
+            )
+
+        return scored_schedule
+
+    def _reference_step(self, reference: LiveReference, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
+        batch = self._next(data_iterator)
+        output = self.run_model(model, batch, reference.output_processor)
+
+        def keep(losses: Tensor, non_loss_data: bool = True) -> Tensor:
+            return losses.detach()
+
+        return output, keep
