@@ -1,0 +1,497 @@
+"""The configuration of a run: what may stand in the YAML file, and how the file is read.
+
+A run is one YAML file plus dotted overrides (``objective.epsilon=0.1``). The dataclasses below are the schema:
+OmegaConf checks types against them, and a key that they do not have is refused with the nearest one that they do.
+Relative paths are relative to the current directory, with one exception: ``base`` is relative to the file that names
+it. Everything Megatron has an argument for stands under ``megatron`` by Megatron's own name and is checked later, by
+:mod:`remit_megatron.megatron_args`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from remit_megatron.errors import UserError
+
+REPOSITORY_MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised."""
+
+    name: str = "remit"
+    """Name of a registered objective: ``ntp``, ``remit``, ..."""
+
+    epsilon: float | None = 0.2
+    """Half-width of the interval [1 - epsilon, 1 + epsilon] that weights are clipped to, 0 to 1; null does not clip, 0
+    equals ``ntp``. No effect on objectives without weights."""
+
+    centering: str = "sequence"
+    """Over what the loss difference is centered: ``sequence`` (the paper), ``document`` or ``none``. No effect on
+    objectives without weights."""
+
+
+@dataclass
+class ReferenceConfig:
+    """The frozen model that scores every token."""
+
+    checkpoint: str | None = None
+    """Directory: an output of ``remit import``, of a run, or a Hugging Face model. Required."""
+
+    source: str = "live"
+    """Where scores come from: ``live`` runs the reference in every step; ``cache`` reads what was scored before."""
+
+    placement: str = "pipeline"
+    """Where a live reference lives: ``pipeline`` shards it like the student, ``replicated`` keeps all layers on every
+    pipeline rank, ``auto`` picks one that is available. No effect with ``source: cache``."""
+
+    micro_batch_size: int | None = None
+    """Samples per forward pass of the reference; null uses the student's. No effect with ``source: cache``."""
+
+    cache_dir: str | None = None
+    """Directory of the score cache. No effect with ``source: live`` unless ``write_cache`` is on."""
+
+    on_missing: str = "score"
+    """What happens to a sample that the cache lacks: ``score`` it live or ``refuse`` to go on. No effect with ``source:
+    live``."""
+
+    dtype: str = "uint16"
+    """How a score is stored: ``uint16`` (fixed point, 2 bytes a token) or ``float32``. No effect unless a cache is
+    written."""
+
+    write_cache: bool = False
+    """Whether live scores are also written to ``cache_dir``. No effect with ``source: cache``."""
+
+
+@dataclass
+class DataConfig:
+    """Tokens to train on."""
+
+    train: Any = None
+    """Blend for training: a prefix of ``.bin``/``.idx`` files, a list of prefixes (equal weights), or a list of
+    ``[weight, prefix]``. Weights are positive and need not sum to 1. Required."""
+
+    valid: Any = field(default_factory=list)
+    """Blend for evaluation, in the same forms; empty turns evaluation off."""
+
+    tokenizer: str | None = None
+    """Directory (or ``tokenizer.json``) of the tokenizer the data was built with. Required."""
+
+    packing_seed: int = 0
+    """Seed of the order in which documents are packed into samples. Part of the identity of a sample, so that scores in
+    a cache stay valid; it is not the run's ``seed``."""
+
+    mask_eod_loss: bool = False
+    """Whether the end-of-document token is left out of the loss."""
+
+    document_mask: bool = False
+    """Whether attention stops at document boundaries inside a sample."""
+
+    cache_dir: str | None = None
+    """Directory for index files of the data sets; null is ``run_dir/data_cache``. Runs over the same data may share
+    one."""
+
+    num_workers: int = 2
+    """Data loader processes per rank; 0 loads in the training process."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept of a run, and whether it goes on from there."""
+
+    keep: int | None = 2
+    """How many of the newest complete checkpoints stay on disk; null keeps all."""
+
+    resume: str = "auto"
+    """``auto`` goes on from the newest complete checkpoint in ``run_dir`` where there is one; ``never`` refuses a
+    ``run_dir`` that has one."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases. No effect, with a warning, where the package is missing."""
+
+    project: str = "remit"
+    """Project the run is filed under."""
+
+    name: str | None = None
+    """Name of the run; null is the last part of ``run_dir``."""
+
+    entity: str | None = None
+    """User or team; null is the account's default."""
+
+    mode: str = "offline"
+    """``online``, ``offline`` (files in ``run_dir/wandb``, for ``wandb sync``) or ``disabled``."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is written while a run goes on. ``metrics.jsonl`` is always written, one line a step."""
+
+    interval: int = 1
+    """Steps between two progress lines and two points in tensorboard."""
+
+    wandb: WandbConfig | None = None
+    """Weights & Biases; null does not use it."""
+
+    tensorboard: bool = True
+    """Whether ``run_dir/tensorboard`` is written. No effect, with a warning, where the package is missing."""
+
+
+@dataclass
+class RunConfig:
+    """One mid-training run."""
+
+    model: Any = None
+    """Architecture: a name in ``configs/models``, a file, or the values themselves (with ``base: NAME`` to start from a
+    named one). Null takes it from ``init``."""
+
+    init: str | None = None
+    """Checkpoint the run starts from: an output of ``remit import``, of a run, or a Hugging Face directory; null starts
+    from random weights. No effect once ``run_dir`` has a checkpoint of its own."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is minimised."""
+
+    reference: ReferenceConfig | None = None
+    """The frozen model that scores tokens; null for objectives that need none."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Tokens to train on."""
+
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Any Megatron argument by its own name (docs/configuration.md). The length of training is ``train_iters`` or
+    ``train_samples``."""
+
+    run_dir: str | None = None
+    """Directory that receives everything the run writes. Required."""
+
+    seed: int = 1234
+    """Seed of weights drawn at random, dropout, and the order of samples; 1 or more."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept of the run."""
+
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is written while the run goes on."""
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return Path(self.run_dir or "") / "checkpoints"
+
+    @property
+    def data_cache_dir(self) -> Path:
+        return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run_dir or "") / "data_cache"
+
+    def to_yaml(self) -> str:
+        """Every key with its value, interpolations resolved; reading it back gives this configuration."""
+        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
+
+
+# Values that a key may take; the checks on numbers are in _validate.
+CHOICES = {
+    "objective.centering": ("sequence", "document", "none"),
+    "reference.source": ("live", "cache"),
+    "reference.placement": ("pipeline", "replicated", "auto"),
+    "reference.on_missing": ("score", "refuse"),
+    "reference.dtype": ("uint16", "float32"),
+    "checkpoint.resume": ("auto", "never"),
+    "logging.wandb.mode": ("online", "offline", "disabled"),
+}
+# Values that the schema knows and this version cannot carry out: (value, what to write instead).
+NOT_BUILT = {
+    "reference.source": ("cache", "live: the score cache is not part of this version"),
+    "reference.placement": ("replicated", "pipeline: replicated placement is not part of this version"),
+    "reference.write_cache": (True, "false: the score cache is not part of this version"),
+}
+
+
+def show(value: object, limit: int = 80) -> str:
+    """A value as it stands in a one-line message: strings quoted, long ones cut, ``nothing`` for None."""
+    if value is None:
+        return "nothing"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """``; did you mean X?`` with the nearest of ``known``, or an empty string where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run configuration.
+
+    Args:
+        path: YAML file. ``base: other.yaml`` in it starts from that file (relative to this one, merged key by key,
+            lists replaced).
+        overrides: ``a.b=value``, the value in YAML; the last one wins over all files.
+
+    Raises:
+        UserError: a missing file, bad YAML (with its line), an unknown key, a wrong type or a value out of range.
+    """
+    content = _read_with_base(Path(path), ())
+    for override in overrides:
+        content = _merge(content, _parse_override(override))
+    _check_keys(content, RunConfig, "")
+    schema = OmegaConf.structured(RunConfig)
+    try:
+        merged = OmegaConf.merge(schema, content)
+        OmegaConf.resolve(merged)
+        config = OmegaConf.to_object(merged)
+    except InterpolationResolutionError as error:
+        raise UserError(error.full_key or str(path), _first_line(error), "an interpolation that resolves") from None
+    except OmegaConfBaseException as error:
+        key = error.full_key or str(path)
+        raise UserError(key, show(_lookup(content, key)), _expected_type(key)) from None
+    assert isinstance(config, RunConfig)
+    _validate(config)
+    return config
+
+
+def load_model_description(model: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a Hugging Face ``config.json`` that describe an architecture.
+
+    Args:
+        model: a file (``.yaml``, ``.json``), a directory with a ``config.json``, a name looked up in
+            ``./configs/models`` and then in the repository's ``configs/models``, or the values themselves, where
+            ``base: NAME`` starts from another description.
+
+    Raises:
+        UserError: nothing of that name, an unreadable file, or no ``model_type``.
+    """
+    if isinstance(model, Mapping):
+        values = {key: value for key, value in model.items() if key != "base"}
+        if "base" in model:
+            values = _merge(load_model_description(model["base"]), values)
+        where = "model"
+    elif isinstance(model, str):
+        file = _find_model(model)
+        if file.suffix == ".json":
+            try:
+                values = json.loads(_read_text(file))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}:{error.lineno}", error.msg, "valid JSON") from None
+        else:
+            values = _read_with_base(file, ())
+        where = str(file)
+    else:
+        raise UserError("model", show(model), "a name, a file, or a mapping of architecture values")
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(where, "no model_type", "the values of a Hugging Face config.json, model_type among them")
+    return values
+
+
+def read_blend(key: str, value: Any) -> list[list[Any]]:
+    """Brings a blend into its one form, a list of ``[weight, prefix]`` with weights as floats.
+
+    Raises:
+        UserError: another shape, an empty prefix, or a weight that is not a positive finite number.
+    """
+    expected = "a prefix, a list of prefixes, or a list of [weight, prefix] with positive weights"
+    if isinstance(value, str) and value:
+        return [[1.0, value]]
+    if not isinstance(value, list | tuple):
+        raise UserError(key, show(value), expected)
+    blend: list[list[Any]] = []
+    for index, entry in enumerate(value):
+        pair = [1.0, entry] if isinstance(entry, str) else entry
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str) or not pair[1]:
+            raise UserError(f"{key}[{index}]", show(entry), expected)
+        weight = pair[0]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise UserError(f"{key}[{index}]", show(weight), "a positive weight")
+        blend.append([float(weight), pair[1]])
+    if value and len({isinstance(entry, str) for entry in value}) > 1:
+        raise UserError(key, show(value), expected)
+    return blend
+
+
+def _validate(config: RunConfig) -> None:
+    for key, choices in CHOICES.items():
+        value = _get(config, key)
+        if value is not None and value not in choices:
+            raise UserError(key, show(value), f"one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+    for key, (value, instead) in NOT_BUILT.items():
+        if _get(config, key) == value:
+            raise UserError(key, show(value), instead)
+    epsilon = config.objective.epsilon
+    if epsilon is not None and not 0 <= epsilon <= 1:
+        raise UserError("objective.epsilon", epsilon, "a number from 0 to 1, or null for no clipping")
+    minima = {
+        "reference.micro_batch_size": 1,
+        "checkpoint.keep": 1,
+        "logging.interval": 1,
+        "data.num_workers": 0,
+        "data.packing_seed": 0,
+        "seed": 1,
+    }
+    for key, minimum in minima.items():
+        value = _get(config, key)
+        if value is not None and value < minimum:
+            raise UserError(key, value, f"{minimum} or more")
+    if not config.run_dir:
+        raise UserError("run_dir", show(config.run_dir), "the directory that receives what the run writes")
+    if config.model is None and not config.init:
+        raise UserError("model", "nothing", "an architecture, or init with a checkpoint to take it from")
+    if not config.data.tokenizer:
+        found = show(config.data.tokenizer)
+        raise UserError("data.tokenizer", found, "the directory of the tokenizer the data was built with")
+    if config.reference is not None and not config.reference.checkpoint:
+        found = show(config.reference.checkpoint)
+        raise UserError("reference.checkpoint", found, "the directory of the reference model")
+    config.data.train = read_blend("data.train", config.data.train)
+    config.data.valid = read_blend("data.valid", config.data.valid or [])
+    if not config.data.train:
+        raise UserError("data.train", "an empty blend", "at least one data set")
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        if value is None:
+            return None
+        value = getattr(value, part)
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(str(path), "no such file", "a readable file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), _first_line(error), "a readable text file") from None
+
+
+def _parse_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = OmegaConf.create(text)
+        plain = OmegaConf.to_container(content, resolve=False)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}" if mark and not where.startswith("override ") else where
+        raise UserError(place, error.problem or _first_line(error), "valid YAML") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(where, _first_line(error), "valid YAML") from None
+    if not isinstance(plain, dict):
+        raise UserError(where, f"a {type(plain).__name__}", "a mapping of keys to values")
+    for key in plain:
+        if not isinstance(key, str):
+            raise UserError(where, show(key), "keys that are names")
+    return typing.cast("dict[str, Any]", plain)
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    file = path.resolve()
+    if file in seen:
+        chain = " -> ".join(item.name for item in (*seen, file))
+        raise UserError(f"{seen[-1].name}: base", chain, "files that do not start from each other in a circle")
+    content = _parse_yaml(_read_text(path), str(path))
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base", show(base), "the name of a file, relative to this one")
+    return _merge(_read_with_base(path.parent / base, (*seen, file)), content)
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise UserError("override", show(override), "KEY=VALUE with a dotted key, such as objective.epsilon=0.1")
+    content: Any = _parse_yaml(f"value: {value}", f"override {key}")["value"]
+    for part in reversed(key.split(".")):
+        content = {part.strip(): content}
+    return content
+
+
+def _merge(below: Any, above: Any, key: str = "") -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        merged = dict(below)
+        for name, value in above.items():
+            merged[name] = _merge(below[name], value, f"{key}.{name}".lstrip(".")) if name in below else value
+        return merged
+    if key == "model" and isinstance(below, str) and isinstance(above, dict) and "base" not in above:
+        return {"base": below, **above}  # model.vocab_size=300 changes one value of the named model
+    return above
+
+
+def _check_keys(content: Mapping[str, Any], schema: type, prefix: str) -> None:
+    hints = typing.get_type_hints(schema)
+    known = [item.name for item in dataclasses.fields(schema)]
+    for name, value in content.items():
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            if not hint and not prefix:
+                hint = "; arguments of Megatron go under megatron"
+            raise UserError(f"{prefix}{name}", show(value), f"one of {', '.join(known)}{hint}")
+        key, nested = f"{prefix}{name}", _dataclass_of(hints[name])
+        if nested is not None and isinstance(value, Mapping):
+            _check_keys(value, nested, f"{key}.")
+            continue
+        # OmegaConf turns 3 into true and true into 1: taken as a slip here. Interpolations are checked when resolved.
+        options = {hints[name], *typing.get_args(hints[name])}
+        interpolation = isinstance(value, str) and "${" in value
+        wrong_bool = isinstance(value, bool) and not options.isdisjoint({int, float})
+        wrong_bool |= not isinstance(value, bool) and bool in options
+        if not interpolation and value is not None and (nested is not None or wrong_bool):
+            raise UserError(key, show(value), _expected_type(key))
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    for candidate in (hint, *typing.get_args(hint)):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _lookup(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content
+
+
+def _expected_type(key: str) -> str:
+    """What may stand under a key, in words."""
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    schema: Any = RunConfig
+    for part in key.split("."):
+        hint = typing.get_type_hints(schema).get(part) if _dataclass_of(schema) else None
+        schema = _dataclass_of(hint) or hint
+    if _dataclass_of(schema):
+        return f"a mapping with {', '.join(item.name for item in dataclasses.fields(schema))}"
+    if typing.get_origin(schema) is dict:
+        return "a mapping"
+    words = [names[option] for option in (schema, *typing.get_args(schema)) if option in names]
+    return " or ".join(words) or "a mapping"
+
+
+def _find_model(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir() and (path / "config.json").is_file():
+        return path / "config.json"
+    folders = [Path("configs/models"), REPOSITORY_MODELS]
+    for candidate in (path, *(folder / f"{name}.yaml" for folder in folders)):
+        if candidate.is_file():
+            return candidate
+    known = sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
+    raise UserError("model", show(name), f"a file, or one of {', '.join(known)}{did_you_mean(name, known)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
