@@ -1,0 +1,470 @@
+"""``remit train``: from a configuration to Megatron's loop.
+
+Read :func:`train` top to bottom; it is the whole data flow of a run. What Megatron is asked to do differently is set in
+:func:`_connect` and lives in ``patches/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remit_megatron import checkpoints, launch, parallel, run_directory
+from remit_megatron.config import RunConfig, load_config, load_model_description
+from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+
+logger = logging.getLogger(__name__)
+
+# Bytes of a checkpoint per parameter: weights and gradients are not stored twice; fp32 master weights and two moments are.
+_CHECKPOINT_BYTES_PER_PARAMETER = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``remit train``."""
+    parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML)")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and what follows from it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``remit train``; returns the exit code."""
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        sys.stdout.write(dry_run(config, world_size=args.nproc))
+        return EXIT_DONE
+    if args.nproc > 1 and not launch.under_launcher():
+        prepare(config, world_size=args.nproc)  # what is wrong with the input is said once, before ranks start
+        return launch.launch(args.nproc, ["train", args.config, *args.overrides])
+    return train(config)
+
+
+@dataclass
+class Prepared:
+    """A run whose input has been found right, before anything expensive happens."""
+
+    config: RunConfig
+    hf_config: dict[str, Any]
+    init: Any  # models.source.ModelSource, or None for random weights
+    reference: Any  # models.source.ModelSource, or None
+    reference_hf_config: dict[str, Any] | None
+    tokenizer: Tokenizer
+    arguments: argparse.Namespace = field(repr=False)
+
+
+def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
+    """Checks everything that can be checked without a process group.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    import patches
+
+    patches.apply()
+    from remit_megatron.megatron_args import build_arguments
+    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.source import resolve
+    from remit_megatron.objectives import build_objective
+
+    needs_reference = build_objective(config.objective.name, **objective_settings(config)).needs_reference
+    if config.run_dir is None:
+        raise UserError("run_dir", "nothing", "the directory of the run")
+    init = None if config.init is None else resolve(config.init)
+    if config.model is not None:
+        hf_config = load_model_description(config.model)
+    elif init is not None:
+        hf_config = init.hf_config
+    else:
+        raise UserError("init", "nothing", "a checkpoint or a Hugging Face directory, or `model` for random weights")
+    if init is not None and config.model is not None:
+        _same_architecture(hf_config, init.hf_config)
+    tokenizer = _tokenizer(config, init)
+    if tokenizer.vocab_size > hf_config["vocab_size"]:
+        raise UserError("data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}")
+    arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
+    reference = reference_hf_config = None
+    if needs_reference:
+        if config.reference is None or config.reference.checkpoint is None:
+            raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
+        reference = resolve(config.reference.checkpoint)
+        reference_hf_config = reference.hf_config
+        check_reference(hf_config, reference_hf_config, tokenizer, reference.tokenizer, arguments)
+    return Prepared(config, hf_config, init, reference, reference_hf_config, tokenizer, arguments)
+
+
+def objective_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of the objective section that the objective of that name takes."""
+    if config.objective.name == "remit":
+        return {"epsilon": config.objective.epsilon, "centering": config.objective.centering}
+    return {}
+
+
+def _tokenizer(config: RunConfig, init: Any) -> Tokenizer:
+    directory = config.data.tokenizer or (init.tokenizer if init is not None else None)
+    if directory is None:
+        raise UserError("data.tokenizer", "nothing", "a directory with tokenizer.json")
+    return load_tokenizer(directory)
+
+
+def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None:
+    from remit_megatron.models.build import megatron_arguments
+
+    wanted, existing = megatron_arguments(described), megatron_arguments(found)
+    for name, value in wanted.items():
+        # A longer context is a legitimate thing to train for.
+        if name != "max_position_embeddings" and existing.get(name) != value:
+            raise UserError("init", f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
+
+
+def check_reference(
+    student: dict[str, Any],
+    reference: dict[str, Any],
+    tokenizer: Tokenizer,
+    reference_tokenizer: str | Path | None,
+    arguments: argparse.Namespace,
+) -> None:
+    """Refuses a reference whose scores would mean something else, or that cannot be sharded like the student.
+
+    Raises:
+        UserError: naming the property, with both values.
+    """
+    if reference["vocab_size"] != student["vocab_size"]:
+        raise UserError("reference.checkpoint", f"vocab_size {reference['vocab_size']}", f"{student['vocab_size']}, the student's")
+    if reference_tokenizer is not None:
+        digest = load_tokenizer(reference_tokenizer).digest
+        if digest != tokenizer.digest:
+            raise UserError("reference.checkpoint", f"tokenizer digest {digest[:16]}", f"{tokenizer.digest[:16]}, the student's")
+    tp, pp = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    stages = pp * (arguments.virtual_pipeline_model_parallel_size or 1)
+    heads, groups = reference["num_attention_heads"], reference.get("num_key_value_heads") or reference["num_attention_heads"]
+    for name, value, divisor, what in (
+        ("num_attention_heads", heads, tp, "tensor_model_parallel_size"),
+        ("num_key_value_heads", groups, tp, "tensor_model_parallel_size"),
+        ("num_hidden_layers", reference["num_hidden_layers"], stages, "pipeline stages"),
+    ):
+        if value % divisor:
+            raise UserError("reference.checkpoint", f"{name} {value}", f"a multiple of {divisor}, the student's {what}")
+    if arguments.seq_length > reference.get("max_position_embeddings", arguments.seq_length):
+        raise UserError(
+            "reference.checkpoint",
+            f"max_position_embeddings {reference['max_position_embeddings']}",
+            f"at least megatron.seq_length {arguments.seq_length}",
+        )
+
+
+def dry_run(config: RunConfig, *, world_size: int) -> str:
+    """What ``--dry-run`` prints: the resolved configuration and the numbers that follow from it."""
+    from remit_megatron.plan_numbers import describe
+
+    prepared = prepare(config, world_size=world_size)
+    return config.to_yaml() + "\n" + describe(config, prepared.arguments)
+
+
+def train(config: RunConfig) -> int:
+    """Trains on this rank (start it on all ranks of the job). Returns the exit code.
+
+    Raises:
+        UserError: the input is wrong; nothing has been changed on disk that a run needs.
+    """
+    environment = parallel.rank_environment()
+    prepared = prepare(config, world_size=environment.world_size, rank=environment.rank)
+    arguments = prepared.arguments
+    run_dir = Path(config.run_dir or "")
+    parallel.initialize(environment, timeout_minutes=arguments.distributed_timeout_minutes)
+
+    lock = None
+    with parallel.same_fate("opening the run directory"):
+        if environment.rank == 0:
+            lock = run_directory.RunLock(run_dir)
+            run_directory.write_config(run_dir, config.to_yaml())
+            Path(arguments.save).mkdir(parents=True, exist_ok=True)
+    handler = run_directory.log_to_file(run_dir, environment.rank)
+    try:
+        resumed_at = _resume(config, arguments, environment)
+        datasets = _open_data(prepared, environment)
+        return _train(prepared, environment, resumed_at, datasets)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        if lock is not None:
+            lock.release()
+
+
+def _resume(config: RunConfig, arguments: argparse.Namespace, environment: parallel.RankEnvironment) -> int:
+    """Points Megatron at the newest whole checkpoint of this run; returns its iteration, 0 for a new run."""
+    root = Path(arguments.save)
+    arguments.load = None
+    found = run_directory.newest_verified(root, rank=environment.rank, world_size=environment.world_size)
+    if config.checkpoint.resume == "never":
+        if found is not None:
+            raise UserError("checkpoint.resume", f"never, with checkpoint {found} in {root}", "auto, or another run_dir")
+        return 0
+    if found is None:
+        return 0
+    with parallel.same_fate("moving the checkpoint pointer"):
+        if environment.rank == 0:
+            checkpoints.point_to(root, found)
+            logger.info("resuming at step %d", found)
+            sys.stdout.write(f"resuming at step {found} from {root}\n")
+    arguments.load = str(root)
+    return found
+
+
+def _open_data(prepared: Prepared, environment: parallel.RankEnvironment) -> tuple[Any, Any]:
+    """Opens the training and validation samples: rank 0 first, which builds the index that the others map."""
+    config, arguments = prepared.config, prepared.arguments
+    arguments_samples = arguments.train_samples or arguments.train_iters * arguments.global_batch_size
+    with parallel.same_fate("opening the data"):
+        if environment.rank == 0:
+            train, valid = open_datasets(prepared, arguments_samples)
+    with parallel.same_fate("opening the data"):
+        if environment.rank != 0:
+            train, valid = open_datasets(prepared, arguments_samples)
+    del config
+    return train, valid
+
+
+def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
+    """The run's training samples, and its validation samples or None."""
+    from remit_megatron.data.blend import open_blend, parse_blend
+
+    config, arguments = prepared.config, prepared.arguments
+    common: dict[str, Any] = dict(
+        sequence_length=arguments.seq_length,
+        packing_seed=config.data.packing_seed,
+        cache_dir=config.data_cache_dir,
+        tokenizer_digest=prepared.tokenizer.digest,
+        eod_id=prepared.tokenizer.eod_id,
+        mask_eod_loss=config.data.mask_eod_loss,
+    )
+    if not config.data.train:
+        raise UserError("data.train", "nothing", "a list of [weight, prefix] pairs")
+    train = open_blend(parse_blend(config.data.train, field="data.train"), num_samples=train_samples, seed=config.seed, **common)
+    if not config.data.valid:
+        return train, None
+    # The same samples at every validation, so that its losses compare.
+    valid_samples = arguments.eval_iters * arguments.global_batch_size
+    valid = open_blend(parse_blend(config.data.valid, field="data.valid"), num_samples=valid_samples, seed=config.seed, **common)
+    return train, RepeatedSamples(valid)
+
+
+class RepeatedSamples:
+    """A data set gone through again and again, always in the same order. Its length is Megatron's idea of enough."""
+
+    def __init__(self, samples: Sequence):
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return sys.maxsize // 2
+
+    def __getitem__(self, index: int) -> Any:
+        return self._samples[index % len(self._samples)]
+
+
+def _train(prepared: Prepared, environment: parallel.RankEnvironment, resumed_at: int, datasets: tuple[Any, Any]) -> int:
+    from megatron.core.enums import ModelType
+    from megatron.training import global_vars, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from patches.quiet_megatron import redirect
+    from remit_megatron.metrics import RunRecorder
+    from remit_megatron.models.build import model_config
+    from remit_megatron.models.convert import load_weights
+
+    arguments, config = prepared.arguments, prepared.config
+    global_vars.set_global_variables(arguments, build_tokenizer=False)
+    student = model_config(prepared.hf_config, arguments)
+    engine = _Engine(prepared)
+
+    def before_wrapping(chunks: list) -> list:
+        # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
+        if prepared.init is not None and not resumed_at:
+            load_weights(chunks, prepared.init)
+        if environment.rank == 0:
+            _require_space(arguments, chunks, environment.world_size)
+        engine.build_reference()
+        return chunks
+
+    student.pre_wrap_hooks.append(before_wrapping)
+    container = pretrain_cfg_container_from_args(arguments, student)
+    recorder = None
+    if environment.rank == environment.world_size - 1:  # the last pipeline stage, where the losses are
+        recorder = RunRecorder(
+            config.run_dir or "", total_steps=arguments.train_iters, resumed_at=resumed_at, interval=config.logging.interval
+        )
+    _connect(engine, prepared, recorder, environment)
+    redirect()
+
+    def provider(_samples, vp_stage=None):
+        return (*datasets, None)
+
+    provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches
+    try:
+        pretrain(container, provider, ModelType.encoder_or_decoder, engine.step.forward_step)
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise
+    finally:
+        if recorder is not None:
+            recorder.close()
+    return _exit_code(arguments)
+
+
+def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters()) * world_size / arguments.data_parallel_size
+    needed = parameters * _CHECKPOINT_BYTES_PER_PARAMETER
+    run_directory.require_space(Path(arguments.save), needed, what="one checkpoint")
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
+    from megatron.training import get_signal_handler
+
+    stopped = arguments.exit_signal_handler and any(get_signal_handler().signals_received())
+    unfinished = (arguments.curr_iteration + 1) < arguments.train_iters
+    return EXIT_START_ME_AGAIN if stopped and unfinished else EXIT_DONE
+
+
+class _Engine:
+    """The parts of a run that exist only once Megatron has made its process groups."""
+
+    def __init__(self, prepared: Prepared):
+        from remit_megatron.objectives import build_objective
+        from remit_megatron.step import TrainingStep
+
+        self._prepared = prepared
+        self._groups = None
+        self._reference = None
+        config = prepared.config
+        self.step = TrainingStep(
+            objective=build_objective(config.objective.name, **objective_settings(config)),
+            vocab_size=prepared.hf_config["vocab_size"],
+            eod_id=prepared.tokenizer.eod_id,
+            groups=self.groups,
+            reference=None if prepared.reference is None else lambda: self._reference,
+            document_mask=config.data.document_mask,
+            packed_attention=prepared.arguments.transformer_impl == "transformer_engine",
+        )
+
+    def groups(self):
+        """Megatron's process groups."""
+        if self._groups is None:
+            from megatron.core.process_groups_config import ProcessGroupCollection
+
+            self._groups = ProcessGroupCollection.use_mpu_process_groups()
+        return self._groups
+
+    def build_reference(self) -> None:
+        """Builds the frozen model on the student's groups and loads its weights."""
+        prepared = self._prepared
+        if prepared.reference is None or prepared.reference_hf_config is None:
+            return
+        from remit_megatron.models.build import build_chunks, model_config
+        from remit_megatron.models.convert import load_weights
+        from remit_megatron.reference.live import LiveReference
+
+        chunks = build_chunks(model_config(prepared.reference_hf_config, prepared.arguments), self.groups())
+        load_weights(chunks, prepared.reference)
+        self._reference = LiveReference(
+            chunks, vocab_size=prepared.reference_hf_config["vocab_size"], tp_group=self.groups().tp
+        )
+
+
+def _connect(engine: _Engine, prepared: Prepared, recorder: Any, environment: parallel.RankEnvironment) -> None:
+    """Sets what runs at the places that patches/ opens in Megatron's loop."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training.training import num_floating_point_operations
+
+    from patches import checkpoint_commit, evaluation_log, schedule, training_log
+    from remit_megatron.metrics import peak_flops, step_statistics
+
+    arguments, config, clock = prepared.arguments, prepared.config, engine.step.clock
+    root = Path(arguments.save)
+    peak = peak_flops(_device_name())
+
+    def after_step(losses, *, iteration, learning_rate, grad_norm, skipped):
+        """Derives the step's figures; gives Megatron those of them that it should log."""
+        if not losses or skipped:
+            return losses
+        microbatches = get_num_microbatches() * arguments.data_parallel_size * arguments.context_parallel_size
+        figures = step_statistics(losses, microbatches=microbatches)
+        seconds = clock.step_seconds()
+        if recorder is not None:
+            batch = get_num_microbatches() * arguments.micro_batch_size * arguments.data_parallel_size
+            flops = num_floating_point_operations(arguments, batch)
+            recorder.step(
+                {
+                    "iteration": iteration,
+                    "consumed_tokens": arguments.consumed_train_samples * arguments.seq_length,
+                    **{name: figures[name] for name in ("lm_loss", "objective_loss")},
+                    "grad_norm": grad_norm,
+                    "learning_rate": learning_rate,
+                    "tokens_per_second": batch * arguments.seq_length / seconds,
+                    "mfu": None if peak is None else flops / seconds / environment.world_size / peak,
+                    "step_seconds": seconds,
+                    "reference_seconds": clock.reference_seconds(),
+                    **{name: value for name, value in figures.items() if name not in ("lm_loss", "objective_loss")},
+                }
+            )
+        template = losses["lm_loss"]
+        return {name: template.new_tensor([value]) for name, value in figures.items()}
+
+    def after_evaluation(losses):
+        if recorder is not None and "lm_loss" in losses:
+            iteration = arguments.curr_iteration + 1
+            recorder.validation({"iteration": iteration, "lm_loss": float(losses["lm_loss"])})
+
+    def before_save(iteration: int) -> None:
+        directory = checkpoints.iteration_directory(root, iteration)
+        with parallel.same_fate("saving a checkpoint"):
+            if environment.rank == 0:
+                if directory.exists():
+                    checkpoints.set_aside(root, iteration)
+                run_directory.require_space(root, getattr(before_save, "size", 0), what="the last checkpoint")
+
+    def after_save(iteration: int) -> None:
+        directory = checkpoints.iteration_directory(root, iteration)
+        with parallel.same_fate("saving a checkpoint"):
+            if environment.rank == 0:
+                _add_model_files(directory, prepared)
+        files = parallel.gather_objects(
+            checkpoints.describe_files(directory, part=environment.rank, parts=environment.world_size)
+        )
+        with parallel.same_fate("saving a checkpoint"):
+            if environment.rank == 0:
+                merged = {name: entry for part in files for name, entry in part.items()}
+                before_save.size = sum(entry["size"] for entry in merged.values())  # type: ignore[attr-defined]
+                checkpoints.write_manifest(
+                    directory, files=merged, iteration=iteration, tokenizer=prepared.tokenizer.digest
+                )
+                checkpoints.point_to(root, iteration)
+                checkpoints.retain(root, config.checkpoint.keep)
+
+    schedule.wrapper = engine.step.wrap_schedule
+    training_log.hook = after_step
+    evaluation_log.hook = after_evaluation
+    checkpoint_commit.before, checkpoint_commit.after = before_save, after_save
+
+
+def _add_model_files(directory: Path, prepared: Prepared) -> None:
+    """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
+    target = directory / "hf"
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text(json.dumps(prepared.hf_config, indent=2) + "\n")
+    source = prepared.config.data.tokenizer or prepared.init.tokenizer
+    for path in sorted(Path(source).iterdir()) if Path(source).is_dir() else [Path(source)]:
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name != "config.json" and "index" not in path.name:
+            shutil.copyfile(path, target / path.name)
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
