@@ -1,8 +1,9 @@
-"""Log-probability of each label straight from hidden states and the vocabulary-parallel output weight, without gradient.
+"""Log-probability of each label from hidden states and the vocabulary-parallel output weight, without gradient.
 
-For the frozen reference, which needs one number per token and nothing else. The logits of a few tokens at a time are computed, reduced to
-three numbers per token (`remit_megatron.kernels.vocab_shard`) and overwritten by those of the next few; the ranks exchange these numbers once, after
-the last block. So the logits are never gathered, and memory is that of one block, however long the sequence.
+For the frozen reference, which needs one number per token and nothing else. The logits of a few tokens at a time are
+computed, reduced to three numbers per token (`remit_megatron.kernels.vocab_shard`) and overwritten by those of the
+next few; the ranks exchange these numbers once, after the last block. So the logits are never gathered, and memory is
+that of one block, however long the sequence.
 
 Legend: T tokens (all leading axes flattened), h hidden size, V rows of this rank's shard of the output weight.
 """
@@ -16,7 +17,8 @@ from torch import distributed as dist
 from remit_megatron.kernels import vocab_shard as vs
 from remit_megatron.kernels.token_loss import Impl, select_backend
 
-# Bytes of one block of logits. Large enough for the matrix product to run at its full rate, small beside the activations of a layer.
+# Bytes of one block of logits. Large enough for the matrix product to run at its full rate, small beside the
+# activations of a layer.
 _BLOCK_BYTES = {"cpu": 32 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
 
@@ -40,15 +42,17 @@ def token_logprob(
     The products are rounded to the dtype of ``hidden``, as the logits of a model are; everything after them is float32.
 
     Args:
-        hidden: [..., h] final hidden states, after the last norm; equal on all ranks of ``tp_group`` (gathered before, where the model
-            runs sequence parallel).
+        hidden: [..., h] final hidden states, after the last norm; equal on all ranks of ``tp_group`` (gathered
+            before, where the model runs sequence parallel).
         weight: [V, h] this rank's rows of the output (or tied embedding) weight, in the dtype of ``hidden``.
         labels: [...] int64, global token ids, equal on all ranks of ``tp_group``.
         tp_group: ranks that hold the vocabulary, in rank order; None for one rank.
-        vocab_size: true size of the vocabulary; rows of the weight from there on are padding and are left out. Default: all rows count.
+        vocab_size: true size of the vocabulary; rows of the weight from there on are padding and are left out.
+            Default: all rows count.
         vocab_start: global id of this rank's first row, for shards of unequal height. Default: equal shards.
-        chunk_tokens: tokens whose logits exist at once. Extra memory is at most ``chunk_tokens * V`` logits, as many hidden states, and what `token_loss` needs.
-            Default: as many as fit 32 MiB of logits on a CPU, 256 MiB elsewhere.
+        chunk_tokens: tokens whose logits exist at once. Extra memory is at most ``chunk_tokens * V`` logits, as many
+            hidden states, and what `token_loss` needs. Default: as many as fit 32 MiB of logits on a CPU, 256 MiB
+            elsewhere.
         ignore_index: tokens with this label get 0 and cost nothing.
         loss_mask: [...] any dtype; tokens with 0 get 0 and cost nothing.
         impl: as in `token_loss`.
@@ -64,7 +68,7 @@ def token_logprob(
             f"hidden, weight: found {hidden.dtype}, {weight.dtype}; expected the same one of float32, bfloat16, float16"
         )
     if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight: found shape {tuple(weight.shape)}; expected [V, {hidden.shape[-1:]}]")
+        raise ValueError(f"weight: found shape {tuple(weight.shape)}; expected [V, {hidden.shape[-1]}]")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: found shape {tuple(labels.shape)}; expected {tuple(hidden.shape[:-1])}, as hidden")
     if chunk_tokens is not None and chunk_tokens < 1:

@@ -1,18 +1,19 @@
 """Per-token negative log-likelihood of vocabulary-parallel logits, differentiable with any incoming gradient per token.
 
-Legend: T tokens (all leading axes flattened), V columns of this rank's shard, x logits, M and S the maximum and the sum of
-exp(x - M) over the whole vocabulary, g the incoming gradient of a token.
+Legend: T tokens (all leading axes flattened), V columns of this rank's shard, x logits, M and S the maximum and the
+sum of exp(x - M) over the whole vocabulary, g the incoming gradient of a token.
 
     loss[t]   = log S[t] - (x[t, label] - M[t])                                            natural logarithm
     dx[t, v]  = g[t] / S[t] * exp(x[t, v] - M[t])                for v other than the label
     dx[t, v]  = g[t] * expm1(-loss[t])                           for the label: p - 1 without the cancellation
 
-Forward reads the logits once and keeps two numbers per token; backward reads them a second time and writes the gradient over them. There
-is one collective, in forward (`remit_megatron.kernels.vocab_shard`), and none in backward.
+Forward reads the logits once and keeps two numbers per token; backward reads them a second time and writes the
+gradient over them. There is one collective, in forward (`remit_megatron.kernels.vocab_shard`), and none in backward.
 
-This file holds the torch implementation. It works on blocks of whole rows, one after the other, in a buffer that stays in the cache
-of one core: on a CPU every pass but the first and the last then runs at the speed of the cache, and nothing of the size of the logits is
-ever allocated. It is the definition that the Triton kernels (`remit_megatron.kernels.token_loss_triton`) are tested against.
+This file holds the torch implementation. It works on blocks of whole rows, one after the other, in a buffer that
+stays in the caches of the cores: on a CPU every pass but the first and the last then runs at the speed of the cache,
+and nothing of the size of the logits is ever allocated. The Triton kernels are in
+`remit_megatron.kernels.token_loss_triton`; both are tested against `reference_token_loss`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from remit_megatron.kernels import vocab_shard as vs
 
 Impl = Literal["auto", "torch", "triton"]
 
-# Elements of the float32 buffer. CPU: 2 MiB measured fastest among 0.25 to 8 MiB on two cores with 2 MiB of L2 each, for vocabularies of
-# 256 to 100352. Elsewhere the torch path only serves as the truth, and a few large launches beat many small ones.
+# Elements of the float32 buffer. CPU: 2 MiB measured fastest among 0.25 to 8 MiB on two cores with 2 MiB of L2 each,
+# for vocabularies of 256 to 100352. Elsewhere the torch path only serves as the truth, and a few large launches beat
+# many small ones.
 _BUFFER_ELEMENTS = {"cpu": 1 << 19}
 _BUFFER_ELEMENTS_ELSEWHERE = 1 << 24
 
@@ -47,35 +49,36 @@ def token_loss(
 ) -> Tensor:
     """Negative log-likelihood of each label, in nats.
 
-    Backward overwrites the logits with their gradient (in their dtype) and returns that same storage: the step needs no second tensor
-    of that size. The output projection does not need its output in backward, so nothing is lost there; any other operation that kept
-    the logits for its own backward is stopped by autograd's version check. Logits that are an autograd leaf keep their values and get a
-    gradient of their own. Without gradients (``torch.no_grad``, or logits that need none) nothing is kept.
+    Backward overwrites the logits with their gradient (in their dtype) and returns that same storage: the step needs
+    no second tensor of that size. The output projection does not need its output in backward, so nothing is lost
+    there; any other operation that kept the logits for its own backward is stopped by autograd's version check.
+    Logits that are an autograd leaf keep their values and get a gradient of their own. Without gradients
+    (``torch.no_grad``, or logits that need none) nothing is kept.
 
     Args:
         logits: [..., V] float32, bfloat16 or float16, contiguous; this rank's columns of the vocabulary.
         labels: [...] int64, global token ids, equal on all ranks of ``tp_group``.
         tp_group: ranks that hold the vocabulary, in rank order; None for one rank.
-        vocab_size: true size of the vocabulary. Columns from there on are padding: they never enter the softmax and get gradient 0. They
-            may fill whole shards. Default: all columns count.
+        vocab_size: true size of the vocabulary. Columns from there on are padding: they never enter the softmax and
+            get gradient 0. They may fill whole shards. Default: all columns count.
         vocab_start: global id of this rank's first column, for shards of unequal width. Default: equal shards.
         ignore_index: tokens with this label get loss 0 and gradient 0.
-        loss_mask: [...] any dtype; tokens with 0 get loss 0 and gradient 0, whatever their logits, label and incoming gradient hold. It
-            does not scale anything.
+        loss_mask: [...] any dtype; tokens with 0 get loss 0 and gradient 0, whatever their logits, label and incoming
+            gradient hold. It does not scale anything.
         impl: "torch", "triton", or "auto": triton on CUDA, torch elsewhere.
 
     Returns:
         [...] float32.
 
     Raises:
-        ValueError: a dtype, shape or label is wrong. Labels on a GPU are checked without waiting for the device; there a bad one ends the
-            process with a device-side assertion.
+        ValueError: a dtype, shape or label is wrong. Labels on a GPU are checked without waiting for the device;
+            there a bad one ends the process with a device-side assertion.
         RuntimeError: backward with ``create_graph=True``, or a second backward.
     """
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits: found {logits.dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
     if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels: found shape {tuple(labels.shape)}; expected {tuple(logits.shape[:-1])}, as the logits")
+        raise ValueError(f"labels: found shape {tuple(labels.shape)}; expected {tuple(logits.shape[:-1])}, as logits")
     if not logits.is_contiguous():
         raise ValueError(
             f"logits: found strides {logits.stride()} for shape {tuple(logits.shape)}; expected a contiguous tensor"
@@ -99,7 +102,7 @@ def reference_token_loss(
     ignore_index: int = -100,
     loss_mask: Tensor | None = None,
 ) -> Tensor:
-    """The plain definition in float64, for tests: unsharded logits [..., V] in, [...] float64 out, differentiable by autograd."""
+    """The plain definition in float64, for tests: unsharded logits [..., V] to [...] float64, differentiable."""
     counted = labels != ignore_index
     if loss_mask is not None:
         counted = counted & (loss_mask != 0)
@@ -193,7 +196,7 @@ class TorchBackend:
 
 
 def _blocks(x: Tensor, counted: Tensor, columns: int) -> tuple[Tensor, Iterator[slice | Tensor]]:
-    """A float32 buffer [R, columns], and the counted rows in blocks of at most R: a slice where they are neighbors, else an index."""
+    """A float32 buffer [R, columns], and the counted rows in blocks of at most R: a slice or an index."""
     elements = _BUFFER_ELEMENTS.get(x.device.type, _BUFFER_ELEMENTS_ELSEWHERE)
     block_rows = max(1, min(elements // columns, x.shape[0]))
     index = counted.nonzero().squeeze(-1)
@@ -266,11 +269,11 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # only under create_graph=True
             raise RuntimeError(
-                "token_loss: found backward with create_graph=True; expected a single backward (double backward is not supported)"
+                "token_loss: found backward with create_graph=True; expected one without (no double backward)"
             )
         if ctx.done:
             raise RuntimeError(
-                "token_loss: found a second backward; expected one (the first has overwritten the logits with their gradient)"
+                "token_loss: found a second backward; expected one (it overwrites the logits with their gradient)"
             )
         logits, labels, counted, loss, maximum, total = ctx.saved_tensors
         ctx.done = ctx.in_place

@@ -1,15 +1,16 @@
-"""The vocabulary over tensor-parallel ranks: who owns which columns, and how row statistics of the shards become one loss.
+"""The vocabulary over tensor-parallel ranks: who owns which columns, and how statistics of the shards become a loss.
 
 Legend: T tokens (all leading axes flattened), V columns of this rank's shard, tp ranks of the tensor-parallel group.
 
 Every rank reduces its own columns to three numbers per token,
 
-    maximum = max_v x[t, v]        total = sum_v exp(x[t, v] - maximum)        target = x[t, label] or 0 where it is not ours
+    maximum = max_v x[t, v]     total = sum_v exp(x[t, v] - maximum)     target = x[t, label], or 0 if that is not ours
 
-and these, 12 bytes a token, are all that travels. A maximum and a sum cannot share an all-reduce, and the usual way out (all-reduce the
-maximum, then all-reduce the sums taken against it) needs two dependent collectives and holds the second pass over the logits back until
-the first has arrived. One all-gather of [tp, 3, T] carries the same information at once: each rank rescales the totals to the common
-maximum itself. All ranks combine the same numbers in the same order, so their losses are equal bit for bit.
+and these, 12 bytes a token, are all that travels. A maximum and a sum cannot share an all-reduce, and the usual way
+out (all-reduce the maximum, then all-reduce the sums taken against it) needs two dependent collectives and holds the
+second pass over the logits back until the first has arrived. One all-gather of [tp, 3, T] carries the same
+information at once: each rank rescales the totals to the common maximum itself. All ranks combine the same numbers in
+the same order, so their losses are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LOWEST = torch.finfo(torch.float32).min  # in place of -inf: (-inf) - (-inf) is
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The columns of one rank: local column j is global token id ``start + j``; columns from ``columns`` on are padding."""
+    """The columns of one rank: local column j is token id ``start + j``; from ``columns`` on they are padding."""
 
     start: int
     columns: int
@@ -72,8 +73,9 @@ def counted_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Flattens the labels and tells which tokens count.
 
-    On the CPU a bad label raises here. On another device the check is queued with the other work and does not wait for it: a bad label
-    stops the process with a device-side assertion that carries the same text, at the next synchronisation.
+    On the CPU a bad label raises here. On another device the check is queued with the other work and does not wait
+    for it: a bad label stops the process with a device-side assertion that carries the same text, at the next
+    synchronization.
 
     Args:
         labels: [...] int64 global token ids.
@@ -90,10 +92,7 @@ def counted_tokens(
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: found {labels.dtype}; expected torch.int64")
     flat_labels = labels.reshape(-1)
-    if ignore_index is None:
-        counted = torch.ones_like(flat_labels, dtype=torch.bool)
-    else:
-        counted = flat_labels != ignore_index
+    counted = torch.ones_like(flat_labels, dtype=torch.bool) if ignore_index is None else flat_labels != ignore_index
     if loss_mask is not None:
         if loss_mask.shape != labels.shape:
             raise ValueError(f"loss_mask: found shape {tuple(loss_mask.shape)}; expected {tuple(labels.shape)}")
@@ -107,7 +106,7 @@ def counted_tokens(
             position = int(bad.nonzero()[0, 0])
             raise ValueError(f"labels: found {int(flat_labels[position])} at flat position {position}; {expected}")
     else:
-        torch._assert_async(~bad.any(), f"labels: found a token id out of range; {expected}")
+        torch.ops.aten._assert_async.msg(~bad.any(), f"labels: found a token id out of range; {expected}")
     return flat_labels, counted
 
 
@@ -130,7 +129,8 @@ def combine_statistics(
 
     Returns:
         loss [T] (0 where not counted), maximum [T] and total [T] over the whole vocabulary, all float32: the softmax is
-        ``exp(x - maximum) / total``. Kept as two numbers because their sum, the log-sum-exp, loses digits where logits are large.
+        ``exp(x - maximum) / total``. Kept as two numbers because their sum, the log-sum-exp, loses digits where
+        logits are large.
     """
     size, tokens = group_size(tp_group), statistics.shape[1]
     if size == 1 or tokens == 0:
