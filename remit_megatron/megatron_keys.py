@@ -1,0 +1,230 @@
+"""Tables about Megatron's arguments: what we set and why, what belongs elsewhere, what cannot work here.
+
+docs/configuration.md shows these tables; a test keeps them equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a default may depend on."""
+
+    gpu: bool
+    """Whether this process computes on a GPU."""
+    transformer_engine: bool
+    """Whether Transformer Engine can be used."""
+    fused_gradients: bool
+    """Whether apex's ``fused_weight_gradient_mlp_cuda``, or Transformer Engine's stand-in for it, is installed."""
+    chosen: dict[str, Any]
+    """What the user set under ``megatron``."""
+
+
+@dataclass(frozen=True)
+class Default:
+    """A value that we set where the user does not."""
+
+    value: Any | Callable[[Situation], Any]
+    shown: str
+    """The value in words, for the documentation."""
+    reason: str
+
+    def resolve(self, situation: Situation) -> Any:
+        return self.value(situation) if callable(self.value) else self.value
+
+
+def _default(value: Any, reason: str, shown: str | None = None) -> Default:
+    return Default(value, shown or (str(value).lower() if isinstance(value, bool) else str(value)), reason)
+
+
+DEFAULTS: dict[str, Default] = {
+    "micro_batch_size": _default(1, "the smallest; raise it until memory is full"),
+    "transformer_impl": _default(
+        lambda s: "transformer_engine" if s.transformer_engine else "local",
+        "the fastest layers that are installed",
+        "transformer_engine where installed, else local",
+    ),
+    "distributed_backend": _default(
+        lambda s: "nccl" if s.gpu else "gloo", "what the device can use", "nccl on a GPU, gloo on a CPU"
+    ),
+    "bf16": _default(
+        lambda s: s.gpu and not s.chosen.get("fp16", False),
+        "half the memory and several times the speed on a GPU; on a CPU neither",
+        "true on a GPU unless fp16 is set, false on a CPU",
+    ),
+    "use_distributed_optimizer": _default(
+        lambda s: s.gpu and s.chosen.get("optimizer", "adam") == "adam" and not s.chosen.get("use_torch_fsdp2", False),
+        "shards optimizer state over data-parallel ranks; on for one rank too, so that a run resumes on another number",
+        "true on a GPU, false on a CPU",
+    ),
+    "use_cpu_initialization": _default(
+        lambda s: None if s.gpu else True,
+        "random weights do not depend on the tensor-parallel size; costs nothing where there is no GPU",
+        "Megatron's on a GPU, true on a CPU",
+    ),
+    "make_vocab_size_divisible_by": _default(
+        lambda s: 64 if s.gpu else 1,
+        "tensor cores like multiples of 64; padding never enters the softmax",
+        "64 on a GPU, 1 on a CPU (times the tensor-parallel size)",
+    ),
+    "attention_dropout": _default(0.0, "the models trained here have none"),
+    "hidden_dropout": _default(0.0, "the models trained here have none"),
+    "attention_softmax_in_fp32": _default(True, "as in the Hugging Face models; no effect with fused attention"),
+    "gradient_accumulation_fusion": _default(
+        lambda s: s.gpu and s.fused_gradients,
+        "needs an extension of apex or Transformer Engine",
+        "true where the extension is installed",
+    ),
+    "bias_swiglu_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),
+    "bias_dropout_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),
+    "masked_softmax_fusion": _default(False, "its kernels are apex's, and no attention used here calls them"),
+    "apply_rope_fusion": _default(False, "needs Transformer Engine, and rounds otherwise than the Hugging Face models"),
+    "no_persist_layer_norm": _default(
+        lambda s: not s.transformer_engine, "the persistent kernel is apex's", "true without Transformer Engine"
+    ),
+    "ckpt_format": _default("torch_dist", "the format that loads under any parallel layout"),
+    "dist_ckpt_optim_fully_reshardable": _default(
+        True, "optimizer state loads under another tensor- or pipeline-parallel size too"
+    ),
+    "save_interval": _default(500, "steps between two checkpoints; the last step is always saved"),
+    "eval_interval": _default(500, "steps between two evaluations; no effect without data.valid"),
+    "eval_iters": _default(10, "batches of one evaluation; no effect without data.valid"),
+    "dataloader_type": _default("single", "samples in the order of the blend, resumable at any step"),
+    "lr_decay_style": _default("cosine", "the paper's"),
+    "min_lr": _default(
+        lambda s: min(1e-7, s.chosen["lr"]) if isinstance(s.chosen.get("lr"), float) else 1e-7, "the paper's", "1e-7"
+    ),
+    "adam_beta2": _default(0.95, "what the base models were trained with; Megatron's 0.999 suits longer averages"),
+    "weight_decay": _default(0.1, "what the base models were trained with"),
+    "exit_signal_handler": _default(True, "SIGTERM saves a checkpoint before the run stops"),
+    "rerun_mode": _default(
+        "disabled", "a suspicious loss stops the run; repeating the step would need the reference's scores again"
+    ),
+    "enable_one_logger": _default(False, "reports to a service inside NVIDIA"),
+}
+
+# Keys of Megatron that another key of ours sets: (key of Megatron) -> (where it belongs).
+OWNED: dict[str, str] = {
+    "data_path": "data.train",
+    "train_data_path": "data.train",
+    "valid_data_path": "data.valid",
+    "test_data_path": "data.valid",
+    "data_args_path": "data.train",
+    "per_split_data_args_path": "data.train and data.valid",
+    "split": "data.valid",
+    "data_cache_path": "data.cache_dir",
+    "num_workers": "data.num_workers",
+    "eod_mask_loss": "data.mask_eod_loss",
+    "reset_attention_mask": "data.document_mask",
+    "reset_position_ids": "data.document_mask",
+    "dataloader_inter_document_masking": "data.document_mask",
+    "create_attention_mask_in_dataloader": "data.document_mask",
+    "tokenizer_type": "data.tokenizer",
+    "tokenizer_model": "data.tokenizer",
+    "metadata_path": "data.tokenizer",
+    "special_tokens": "data.tokenizer",
+    "trust_remote_code": "data.tokenizer",
+    "tiktoken_pattern": "data.tokenizer",
+    "tiktoken_num_special_tokens": "data.tokenizer",
+    "vocab_file": "data.tokenizer",
+    "merge_file": "data.tokenizer",
+    "vocab_extra_ids": "data.tokenizer",
+    "vocab_size": "model.vocab_size",
+    "padded_vocab_size": "model.vocab_size and megatron.make_vocab_size_divisible_by",
+    "pad_vocab_size": "megatron.make_vocab_size_divisible_by",
+    "spec": "model (its family brings the layers)",
+    "save": "run_dir (checkpoints go to run_dir/checkpoints)",
+    "load": "run_dir (a run goes on from run_dir/checkpoints) or init",
+    "pretrained_checkpoint": "init",
+    "finetune": "init",
+    "save_retain_interval": "checkpoint.keep",
+    "seed": "seed",
+    "log_interval": "logging.interval",
+    "tensorboard_dir": "logging.tensorboard",
+    "wandb_project": "logging.wandb.project",
+    "wandb_exp_name": "logging.wandb.name",
+    "wandb_entity": "logging.wandb.entity",
+    "wandb_save_dir": "logging.wandb",
+    "calculate_per_token_loss": "nowhere: it is always on, because losses are averaged over tokens",
+    "cross_entropy_loss_fusion": "nowhere: the objective brings its own loss",
+    "cross_entropy_fusion_impl": "nowhere: the objective brings its own loss",
+    "fp16_lm_cross_entropy": "nowhere: the loss is computed in float32",
+    "logits_load_dir": "objective and reference",
+    "logits_save_dir": "objective and reference",
+    "local_rank": "the environment (LOCAL_RANK)",
+}
+
+# Keys of Megatron that would break a run here: (key) -> (what to do instead).
+UNSUPPORTED: dict[str, str] = {
+    "yaml_cfg": "this file",
+    "batch_size": "megatron.micro_batch_size",
+    "warmup": "megatron.lr_warmup_fraction",
+    "model_parallel_size": "megatron.tensor_model_parallel_size",
+    "checkpoint_activations": "megatron.recompute_granularity",
+    "mock_data": "data.train",
+    "skip_train": "a run that trains",
+    "perform_rl_step": "remit posttrain",
+    "sft": "remit posttrain",
+    "rampup_batch_size": "megatron.step_batch_size_schedule (Megatron 0.19 ignores the old argument)",
+    "use_checkpoint_args": "model, or init alone, which brings its architecture",
+    "mtp_num_layers": "a model without multi-token prediction",
+    "hybrid_layer_pattern": "a transformer model",
+    "hybrid_override_pattern": "a transformer model",
+    "is_hybrid_model": "a transformer model",
+    "heterogeneous_layers_config_path": "a model of equal layers",
+    "heterogeneous_layers_config_encoded_json": "a model of equal layers",
+    "use_megatron_fsdp": "megatron.use_distributed_optimizer (checkpoints are torch_dist)",
+}
+
+# Architecture that only the model's description may give, whether it mentions the key or not.
+ARCHITECTURE = frozenset(
+    [
+        "num_layers",
+        "encoder_num_layers",
+        "decoder_num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "group_query_attention",
+        "kv_channels",
+        "normalization",
+        "layernorm_epsilon",
+        "layernorm_zero_centered_gamma",
+        "swiglu",
+        "squared_relu",
+        "quick_geglu",
+        "openai_gelu",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "position_embedding_type",
+        "add_position_embedding",
+        "use_rotary_position_embeddings",
+        "rotary_base",
+        "rotary_percent",
+        "rotary_interleaved",
+        "use_rope_scaling",
+        "rope_scaling_factor",
+        "no_rope_freq",
+        "rope_type",
+        "untie_embeddings_and_output_weights",
+        "multi_latent_attention",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
+        "qk_layernorm",
+        "qk_l2_norm",
+        "num_experts",
+        "max_position_embeddings",
+        "window_size",
+        "window_attn_skip_freq",
+        "softmax_type",
+        "apply_residual_connection_post_layernorm",
+    ]
+)
