@@ -1,0 +1,137 @@
+"""Model families: what a Hugging Face ``config.json`` means to Megatron, and who owns which architecture.
+
+A family is one file that defines ``FAMILY``; it is registered by one line in ``MODULES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from remit_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from remit_megatron.models.mapping import NameMap
+
+# One line per family: the module remit_megatron.models.<name> defines FAMILY.
+MODULES = ("llama",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: how people call it.
+        model_types: ``model_type`` values of config.json that mean this family, aliases included.
+        arguments: config.json content to Megatron arguments, by their ``dest``; raises UserError for a field with a
+            value that this family does not support.
+        layer_spec: specification of one transformer layer. Called with the TransformerConfig, whose
+            ``transformer_impl`` says which kind of modules to use.
+        names: config.json content to the table of weights.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    arguments: Callable[[dict[str, Any]], dict[str, Any]]
+    layer_spec: Callable[[TransformerConfig], ModuleSpec]
+    names: Callable[[dict[str, Any]], NameMap]
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All families by name."""
+    found = [importlib.import_module(f"remit_megatron.models.{module}").FAMILY for module in MODULES]
+    return {family.name: family for family in found}
+
+
+def family_of(hf_config: dict[str, Any]) -> Family:
+    """The family that owns a config.json.
+
+    Raises:
+        UserError: no family knows its ``model_type``.
+    """
+    model_type = hf_config.get("model_type")
+    for family in families().values():
+        if model_type in family.model_types:
+            return family
+    known = sorted(model_type for family in families().values() for model_type in family.model_types)
+    raise UserError("config.json model_type", model_type, f"one of {', '.join(known)}")
+
+
+def required(hf_config: dict[str, Any], field: str) -> Any:
+    """A field of config.json that no default can replace.
+
+    Raises:
+        UserError: it is absent or null.
+    """
+    value = hf_config.get(field)
+    if value is None:
+        raise UserError(f"config.json {field}", "nothing", "a value: the architecture cannot be guessed")
+    return value
+
+
+def require(hf_config: dict[str, Any], field: str, supported: tuple[Any, ...]) -> None:
+    """Refuses a value that would be computed wrongly; an absent field has its Hugging Face default, ``supported[0]``.
+
+    Raises:
+        UserError: the value is not one of ``supported``.
+    """
+    value = hf_config.get(field, supported[0])
+    if value not in supported:
+        raise UserError(f"config.json {field}", value, " or ".join(str(choice) for choice in supported))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a checkpoint.
+
+    Attributes:
+        theta: base of the frequencies; an int where it is whole, because Megatron's option parses an int.
+        kind: ``default``, ``llama3``, ... in the words of transformers.
+        parameters: the other parameters of ``kind``.
+    """
+
+    theta: int | float
+    kind: str
+    parameters: dict[str, Any]
+
+
+def rope_of(hf_config: dict[str, Any]) -> Rope:
+    """Rope as config.json has it: ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling``
+    (before).
+
+    The theta is always the checkpoint's own: models of one family differ in it, and the defaults of the Hugging Face
+    classes are wrong for every released one.
+
+    Raises:
+        UserError: there is no theta, or it is not a positive number.
+    """
+    parameters = hf_config.get("rope_parameters")
+    field = "rope_parameters.rope_theta"
+    if parameters is None:
+        parameters = dict(hf_config.get("rope_scaling") or {})
+        field = "rope_theta"
+        parameters["rope_theta"] = hf_config.get("rope_theta")
+    elif not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError("config.json rope_parameters", parameters, "one set of parameters for all layers")
+    parameters = dict(parameters)
+    theta = parameters.pop("rope_theta", None)
+    if theta is None:
+        theta = hf_config.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
+        raise UserError(f"config.json {field}", theta, "a positive number")
+    # "type" is the spelling of transformers before 4.45; where both are there, they agree or the new one counts.
+    legacy_kind = parameters.pop("type", "default")
+    kind = parameters.pop("rope_type", legacy_kind)
+    partial = parameters.pop("partial_rotary_factor", None) or hf_config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UserError("config.json partial_rotary_factor", partial, "1.0")
+    return Rope(theta=int(theta) if float(theta).is_integer() else theta, kind=kind, parameters=parameters)

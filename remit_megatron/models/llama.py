@@ -1,0 +1,104 @@
+"""Llama: SmolLM2, Llama 3, and other models of this architecture.
+
+Pre-norm RMSNorm, SwiGLU, grouped-query attention, rotary embedding of the half-rotation kind, no biases. Llama 3.1 and
+later stretch the low frequencies (rope type ``llama3``); Megatron computes the same formula with its constants fixed at
+low_freq_factor 1, high_freq_factor 4, original length 8192, which are those of every released Llama 3, and takes only
+the factor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from remit_megatron.errors import UserError
+from remit_megatron.models.family import Family, require, required, rope_of
+from remit_megatron.models.mapping import QKV, Direct, GatedMLP, NameMap, Vocabulary
+from remit_megatron.models.spec import pre_norm_layer
+
+# What megatron.core's RotaryEmbedding._apply_scaling holds fixed.
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+LAYER = (
+    Direct("input_layernorm.weight", "input_layernorm.weight", te="self_attention.linear_qkv.layer_norm_weight"),
+    QKV(
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "self_attention.linear_qkv.weight",
+    ),
+    Direct("self_attn.o_proj.weight", "self_attention.linear_proj.weight", split="row"),
+    Direct("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", te="mlp.linear_fc1.layer_norm_weight"),
+    GatedMLP(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight"),
+    Direct("mlp.down_proj.weight", "mlp.linear_fc2.weight", split="row"),
+)
+EMBEDDING = Vocabulary("model.embed_tokens.weight", "embedding.word_embeddings.weight")
+FINAL_NORM = Direct("model.norm.weight", "decoder.final_layernorm.weight")
+HEAD = Vocabulary("lm_head.weight", "output_layer.weight")
+
+
+def decoder_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that every bias-free SwiGLU decoder with RMSNorm and rotary embeddings shares; rope is left to the
+    family."""
+    require(hf_config, "hidden_act", ("silu",))
+    require(hf_config, "attention_bias", (False,))
+    require(hf_config, "mlp_bias", (False,))
+    heads = required(hf_config, "num_attention_heads")
+    hidden = required(hf_config, "hidden_size")
+    groups = hf_config.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise UserError("config.json num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
+    head_dim = hf_config.get("head_dim")
+    if head_dim is None:
+        if hidden % heads:
+            raise UserError("config.json hidden_size", hidden, f"a multiple of num_attention_heads ({heads})")
+        head_dim = hidden // heads
+    return {
+        "num_layers": required(hf_config, "num_hidden_layers"),
+        "hidden_size": hidden,
+        "ffn_hidden_size": required(hf_config, "intermediate_size"),
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "kv_channels": head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": required(hf_config, "rms_norm_eps"),
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "untie_embeddings_and_output_weights": not hf_config.get("tie_word_embeddings", False),
+        "max_position_embeddings": required(hf_config, "max_position_embeddings"),
+        "init_method_std": hf_config.get("initializer_range", 0.02),
+        "attention_dropout": hf_config.get("attention_dropout") or 0.0,
+        "hidden_dropout": 0.0,
+        "vocab_size": required(hf_config, "vocab_size"),
+    }
+
+
+def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Megatron arguments of a Llama ``config.json``; see :class:`remit_megatron.models.family.Family`."""
+    rope = rope_of(hf_config)
+    scaling: dict[str, Any] = {"use_rope_scaling": False}
+    if rope.kind == "llama3":
+        for name, value in _LLAMA3_CONSTANTS.items():
+            found = rope.parameters.get(name)
+            if found != value:
+                raise UserError(
+                    f"config.json rope_parameters.{name}", found, f"{value} (the value that Megatron holds fixed)"
+                )
+        factor = rope.parameters.get("factor")
+        if not isinstance(factor, int | float) or factor < 1:
+            raise UserError("config.json rope_parameters.factor", factor, "a number, at least 1")
+        scaling = {"use_rope_scaling": True, "rope_scaling_factor": float(factor)}
+    elif rope.kind != "default":
+        raise UserError("config.json rope_parameters.rope_type", rope.kind, "default or llama3")
+    return decoder_arguments(hf_config) | {"rotary_base": rope.theta} | scaling
+
+
+def names(hf_config: dict[str, Any]) -> NameMap:
+    """Table of weights; a tied model has no head of its own, whatever its files hold."""
+    tied = bool(hf_config.get("tie_word_embeddings", False))
+    return NameMap(embedding=EMBEDDING, layer=LAYER, final=(FINAL_NORM,), head=None if tied else HEAD)
+
+
+FAMILY = Family(name="llama", model_types=("llama",), arguments=arguments, layer_spec=pre_norm_layer, names=names)

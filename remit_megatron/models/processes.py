@@ -1,0 +1,62 @@
+"""Process groups for tools: one process, or the ranks that a launcher started, without Megatron's training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import distributed as dist
+
+from remit_megatron.errors import UserError
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, srun through our launcher) says which rank this process is."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def process_groups(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    alone: bool = False,
+) -> Iterator[ProcessGroupCollection]:
+    """Megatron's process groups for the duration of the block.
+
+    Args:
+        tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size: the layout; the
+            remaining factor of the world is data parallel.
+        alone: one process whatever the environment says (import, export).
+
+    Raises:
+        UserError: the layout does not divide the number of processes.
+    """
+    size = 1 if alone or not launched() else int(os.environ["WORLD_SIZE"])
+    needed = tensor_model_parallel_size * pipeline_model_parallel_size
+    if size % needed:
+        raise UserError("number of processes", size, f"a multiple of TP x PP = {needed}")
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if gpu else "gloo"
+    if size == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        )
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
