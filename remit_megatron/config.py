@@ -88,7 +88,7 @@ class DataConfig:
     """Blend for evaluation, in the same forms; empty turns evaluation off."""
 
     tokenizer: str | None = None
-    """Directory (or ``tokenizer.json``) of the tokenizer the data was built with. Required."""
+    """Directory of the tokenizer the data was built with; null takes the one beside ``init``."""
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed into samples. Part of the identity of a sample, so that scores in
@@ -348,7 +348,7 @@ def _validate(config: RunConfig) -> None:
         raise UserError("run_dir", show(config.run_dir), "the directory that receives what the run writes")
     if config.model is None and not config.init:
         raise UserError("model", "nothing", "an architecture, or init with a checkpoint to take it from")
-    if not config.data.tokenizer:
+    if not config.data.tokenizer and not config.init:
         found = show(config.data.tokenizer)
         raise UserError("data.tokenizer", found, "the directory of the tokenizer the data was built with")
     if config.reference is not None and not config.reference.checkpoint:

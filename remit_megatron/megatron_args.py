@@ -236,15 +236,17 @@ def _refuse_contradictions(chosen: Mapping[str, Any], architecture: Mapping[str,
 
 
 def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
-    """All values that differ from Megatron's own defaults, and those the checks below read."""
+    """The value of every argument, before Megatron derives further ones."""
+    from remit_megatron.models.spec import transformer_engine_usable
+
     actions, _ = _known_arguments()
     for key in architecture:
         if key not in actions:
             raise ValueError(f"architecture: found {key}; expected names of Megatron's arguments only")
     situation = Situation(
         gpu=gpu,
-        transformer_engine=gpu and _installed("transformer_engine.pytorch"),
-        fused_gradients=_installed("fused_weight_gradient_mlp_cuda") or _installed("transformer_engine.pytorch"),
+        transformer_engine=gpu and transformer_engine_usable(),
+        fused_gradients=_installed("fused_weight_gradient_mlp_cuda"),
         chosen=chosen,
     )
     # Copies: validate_args appends to some of the lists.

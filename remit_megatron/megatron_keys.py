@@ -19,7 +19,7 @@ class Situation:
     transformer_engine: bool
     """Whether Transformer Engine can be used."""
     fused_gradients: bool
-    """Whether apex's ``fused_weight_gradient_mlp_cuda``, or Transformer Engine's stand-in for it, is installed."""
+    """Whether apex's ``fused_weight_gradient_mlp_cuda`` is installed."""
     chosen: dict[str, Any]
     """What the user set under ``megatron``."""
 
@@ -76,8 +76,8 @@ DEFAULTS: dict[str, Default] = {
     "attention_softmax_in_fp32": _default(True, "as in the Hugging Face models; no effect with fused attention"),
     "gradient_accumulation_fusion": _default(
         lambda s: s.gpu and s.fused_gradients,
-        "needs an extension of apex or Transformer Engine",
-        "true where the extension is installed",
+        "Megatron's output layer demands apex's extension for it, beside Transformer Engine too",
+        "true on a GPU where the extension is installed",
     ),
     "bias_swiglu_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),
     "bias_dropout_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),
