@@ -1,0 +1,236 @@
+"""``remit data build``: documents to Megatron's token files, with a manifest."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chunks
+from remit_megatron.data.indexed import token_dtype
+from remit_megatron.data.manifest import Manifest
+from remit_megatron.data.readers import TextFormat, expand_inputs, iter_chunks, total_bytes
+from remit_megatron.data.tokenizer import load_tokenizer
+from remit_megatron.data.writer import DatasetWriter
+from remit_megatron.errors import EXIT_DONE, UserError
+from remit_megatron.progress import Progress, format_count, format_duration
+
+logger = logging.getLogger(__name__)
+
+_SKIPPED_LINES_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``remit data build``."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="F",
+        help="files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), patterns, directories of them, or a Hugging Face data "
+        "set written by save_to_disk",
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="Hugging Face directory, or a tokenizer.json file"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="makes PREFIX.bin, PREFIX.idx and PREFIX.json"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes that tokenize (default: one per usable core)"
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="field that holds the text (default: text)")
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help="text made of several fields, as 'Question: {question}\\nAnswer: {answer}'; understands \\n, \\t and \\\\",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a bad line stops the build (default), or is counted and skipped",
+    )
+    parser.add_argument("--no-eod", action="store_true", help="append no end-of-document token")
+    parser.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Builds what the command line asks for; returns the exit code."""
+    template = args.template
+    if template is not None:
+        escapes = {"n": "\n", "t": "\t", "\\": "\\"}
+        template = re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], template)
+    started = time.monotonic()
+    with _stoppable():
+        manifest = build_dataset(
+            args.input,
+            tokenizer=args.tokenizer,
+            output=args.output,
+            workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+            text_key=args.text_key,
+            template=template,
+            on_error=args.on_error,
+            append_eod=not args.no_eod,
+            max_documents=args.max_documents,
+            overwrite=args.overwrite,
+            progress=True,
+        )
+    skipped = f", {manifest.skipped} lines skipped" if manifest.skipped else ""
+    print(
+        f"{args.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}){skipped}, "
+        f"took {format_duration(time.monotonic() - started)}"
+    )
+    return EXIT_DONE
+
+
+def build_dataset(
+    inputs: Sequence[str | os.PathLike],
+    tokenizer: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    workers: int = 1,
+    text_key: str = "text",
+    template: str | None = None,
+    on_error: str = "stop",
+    append_eod: bool = True,
+    max_documents: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Tokenizes ``inputs`` into ``output.bin``, ``output.idx`` and ``output.json``, complete or not at all.
+
+    The files depend on the texts and the tokenizer only: not on ``workers``, nor on how the inputs are stored.
+
+    Args:
+        inputs: see `readers.expand_inputs`.
+        tokenizer: see `load_tokenizer`.
+        output: path of the three files without their endings.
+        workers: processes that tokenize; 1 works in this process.
+        text_key, template: see `TextFormat`.
+        on_error: "stop" at the first bad line, or "skip" and count.
+        append_eod: append the end-of-document token to each document.
+        max_documents: stop after so many.
+        overwrite: replace an existing data set.
+        progress: show progress on standard error.
+
+    Raises:
+        UserError: anything wrong with the arguments, the input or the disk; nothing is left behind.
+    """
+    if on_error not in ("stop", "skip"):
+        raise UserError("--on-error", on_error, "stop or skip")
+    for option, value in (("--workers", workers), ("--max-documents", max_documents)):
+        if value is not None and value < 1:
+            raise UserError(option, value, "1 or more")
+    opened = load_tokenizer(tokenizer, field="--tokenizer")
+    text_format = TextFormat(text_key=text_key, template=template)
+    eod_id = opened.eod_id if append_eod else None
+    files = expand_inputs(inputs)
+    _refuse_own_input(files, os.fspath(output))
+    dtype = token_dtype(opened.vocab_size)
+    settings = EncodeSettings(
+        tokenizer=os.fspath(tokenizer),
+        text_key=text_key,
+        template=template,
+        eod_id=eod_id,
+        dtype=dtype.str,
+        stop_at_bad=on_error == "stop",
+    )
+    with DatasetWriter(output, dtype=dtype, overwrite=overwrite) as writer:
+        chunks = iter_chunks(files, fields=text_format.fields)
+        encoded = encode_chunks(chunks, settings, workers=workers, tokenizer=opened)
+        try:
+            shown = Progress("tokenizing", total=total_bytes(files), unit="B") if progress else None
+            skipped = _write_all(encoded, writer, settings=settings, max_documents=max_documents, progress=shown)
+        finally:
+            encoded.close()  # ends the workers before the output is renamed or removed
+        if not writer.documents:
+            found = f"no document in {', '.join(files[:3])}{' …' if len(files) > 3 else ''}"
+            found += f" ({skipped} bad lines)" if skipped else ""
+            raise UserError("--input", found, "at least one record with text")
+        return writer.commit(
+            tokenizer_digest=opened.digest,
+            vocab_size=opened.vocab_size,
+            eod_id=eod_id,
+            skipped=skipped,
+            inputs=tuple(map(os.path.basename, files)),
+        )
+
+
+def _write_all(
+    encoded: Iterator[EncodedChunk],
+    writer: DatasetWriter,
+    *,
+    settings: EncodeSettings,
+    max_documents: int | None,
+    progress: Progress | None,
+) -> int:
+    """Writes ``encoded`` until it ends or ``max_documents`` are reached; returns the number of lines skipped."""
+    skipped = 0
+    limit = sys.maxsize if max_documents is None else max_documents
+    for chunk in encoded:
+        room = limit - writer.documents
+        lengths = chunk.lengths[:room]
+        writer.append(chunk.tokens[: lengths.sum()], lengths)
+        for bad in chunk.bad:
+            if bad.documents_before >= room:
+                break  # behind the last document that was asked for
+            if settings.stop_at_bad:
+                raise UserError(f"{chunk.file}:{bad.number}", bad.found, bad.expected)
+            skipped += 1
+            if skipped <= _SKIPPED_LINES_SHOWN:
+                last = "; more are counted, not shown" if skipped == _SKIPPED_LINES_SHOWN else ""
+                logger.warning("skipped %s:%d: found %s%s", chunk.file, bad.number, bad.found, last)
+        if progress:
+            progress.update(chunk.end, note=f"{format_count(writer.tokens)} tokens")
+        if writer.documents >= limit:
+            break
+    if progress:
+        progress.finish(note=f"{format_count(writer.tokens)} tokens")
+    return skipped
+
+
+def _refuse_own_input(files: Sequence[str], output: str) -> None:
+    outputs = {Path(f"{output}{suffix}").resolve() for suffix in (".bin", ".idx", ".json")}
+    for file in files:
+        if Path(file).resolve() in outputs:
+            raise UserError("--output", f"{output}, which would replace the input {file}", "another prefix")
+
+
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; passes through ``except Exception`` on its way out."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into a `UserError` after everything in between has been cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for known in before:  # cleaning up is quick, and a second signal would cut it short
+            signal.signal(known, signal.SIG_IGN)
+        raise _Stopped(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except _Stopped as stopped:
+        found = f"{stopped} before the end"
+        raise UserError("remit data build", found, "to run to the end; nothing was left behind") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

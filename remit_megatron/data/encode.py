@@ -1,0 +1,194 @@
+"""Chunks of records to token ids, in this process or in several, always in the order of the input."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from remit_megatron.data.readers import BadRecord, Chunk, TextFormat, parse_chunk
+from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from remit_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What a worker needs to know; travels to it once.
+
+    Attributes:
+        tokenizer: path for `load_tokenizer`.
+        text_key, template: as for `TextFormat`.
+        eod_id: appended to each document; None for nothing.
+        dtype: numpy name of the token type to return.
+        stop_at_bad: leave the rest of a chunk after its first bad record.
+    """
+
+    tokenizer: str
+    text_key: str
+    template: str | None
+    eod_id: int | None
+    dtype: str
+    stop_at_bad: bool
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A record without text: its line or row, both halves of the message, and how many good documents of its chunk
+    come before it."""
+
+    number: int
+    found: str
+    expected: str
+    documents_before: int
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """The documents of one chunk.
+
+    Attributes:
+        file, end: as in `Chunk`.
+        tokens: all documents end to end, `EncodeSettings.dtype` [sum of lengths].
+        lengths: int32 [documents].
+        bad: in order of their numbers.
+    """
+
+    file: str
+    end: int
+    tokens: np.ndarray
+    lengths: np.ndarray
+    bad: list[BadLine]
+
+
+class Encoder:
+    """Encodes chunks in this process."""
+
+    def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None):
+        self._settings = settings
+        self._tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
+        self._format = TextFormat(text_key=settings.text_key, template=settings.template)
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        settings = self._settings
+        numbers, texts, bad = [], [], []
+        for number, text in parse_chunk(chunk, self._format):
+            if not isinstance(text, BadRecord):
+                numbers.append(number)
+                texts.append(text)
+                continue
+            bad.append((number, text))
+            if settings.stop_at_bad:
+                break
+        documents = []
+        for number, ids in zip(numbers, self._tokenizer.encode_batch(texts), strict=True):
+            if ids:
+                documents.append((number, ids))
+            else:  # a normalizer may leave nothing of a text of spaces
+                bad.append((number, BadRecord("text that gives no token", "text that gives at least one")))
+        bad.sort(key=lambda item: item[0])
+        if bad and settings.stop_at_bad:
+            del bad[1:]
+            documents = [item for item in documents if item[0] < bad[0][0]]
+        return self._result(chunk, documents, bad)
+
+    def _result(
+        self, chunk: Chunk, documents: list[tuple[int, list[int]]], bad: list[tuple[int, BadRecord]]
+    ) -> EncodedChunk:
+        numbers = [number for number, _ in documents]
+        end = [] if self._settings.eod_id is None else [self._settings.eod_id]
+        lengths = np.fromiter((len(ids) + len(end) for _, ids in documents), dtype=np.int32, count=len(documents))
+        stream = chain.from_iterable(chain(ids, end) for _, ids in documents)
+        tokens = np.fromiter(stream, dtype=self._settings.dtype, count=int(lengths.sum(dtype=np.int64)))
+        lines = [BadLine(number, text.found, text.expected, bisect_left(numbers, number)) for number, text in bad]
+        return EncodedChunk(chunk.file, chunk.end, tokens, lengths, lines)
+
+
+_worker: Encoder | None = None
+
+
+def _start_worker(settings: EncodeSettings) -> None:
+    global _worker
+    # Ctrl-C reaches the whole foreground group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = Encoder(settings)
+
+
+def _end_with_parent() -> None:
+    # A parent that is killed outright cannot stop its workers, and they would wait for work for ever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
+    assert _worker is not None
+    return _worker(chunk)
+
+
+@contextmanager
+def _single_threaded_tokenizer() -> Iterator[None]:
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def encode_chunks(
+    chunks: Iterable[Chunk], settings: EncodeSettings, *, workers: int, tokenizer: Tokenizer | None = None
+) -> Generator[EncodedChunk]:
+    """Encodes ``chunks``, in order.
+
+    With one worker the work is done in this process. With more, that many processes are started (by spawning: a script
+    that calls this needs the usual ``if __name__ == "__main__"``); at most two chunks a worker are on their way at any
+    time, so memory does not grow with the corpus.
+
+    Args:
+        tokenizer: the one of ``settings`` where it is open already; saves opening it again for one worker.
+
+    Raises:
+        UserError: a worker process died.
+    """
+    if workers == 1:
+        encode = Encoder(settings, tokenizer)
+        with _single_threaded_tokenizer():
+            yield from map(encode, chunks)
+        return
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(settings,)
+    )
+    pending: deque[Future[EncodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        # A signal to the whole group ends the workers too; give the handler of this process the chance to say so.
+        time.sleep(0.2)
+        found = "a worker process that ended before its work was done (out of memory, or killed)"
+        raise UserError("--workers", found, f"all {workers} to live; fewer of them need less memory") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,120 @@
+"""``PREFIX.json``: what a tokenized data set is made of, written last, so that its presence means completeness."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from remit_megatron.errors import UserError
+from remit_megatron.files import sha256_file
+
+FORMAT = "remit-data"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts about one tokenized data set.
+
+    Attributes:
+        tokenizer_digest: `Tokenizer.digest` of the tokenizer that made the tokens.
+        vocab_size: largest token id + 1 of that tokenizer.
+        eod_id: the token after each document; None where none was appended.
+        dtype: numpy name of the stored token type.
+        documents, tokens: how many, tokens with the end-of-document tokens.
+        skipped: bad lines that were counted and left out.
+        bin, idx: the two files beside the manifest.
+        inputs: file names that the text came from, in order, without folders.
+    """
+
+    tokenizer_digest: str
+    vocab_size: int
+    eod_id: int | None
+    dtype: str
+    documents: int
+    tokens: int
+    skipped: int
+    bin: FileRecord
+    idx: FileRecord
+    inputs: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def manifest_path(prefix: str | os.PathLike) -> str:
+    """``PREFIX.json``."""
+    return f"{os.fspath(prefix)}.json"
+
+
+def read_manifest(prefix: str | os.PathLike, *, verify: bool = False) -> Manifest:
+    """Reads the manifest of ``prefix`` and checks that the two data files have the sizes that it names.
+
+    Args:
+        verify: compare the SHA-256 of both files too; reads them whole.
+
+    Raises:
+        UserError: nothing at this prefix, a manifest missing or damaged, a file missing, short, long or changed.
+    """
+    prefix = os.fspath(prefix)
+    path = manifest_path(prefix)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        parts = [part for part in (f"{prefix}.bin", f"{prefix}.idx") if os.path.exists(part)]
+        found = (
+            f"no {os.path.basename(path)} beside {' and '.join(map(os.path.basename, parts))}" if parts else "nothing"
+        )
+        expected = "PREFIX.json, PREFIX.bin and PREFIX.idx as `remit data build` writes them"
+        raise UserError(prefix, found, expected) from None
+    except (OSError, ValueError) as error:
+        raise UserError(path, str(error), "a readable manifest in JSON") from None
+    manifest = _parse(path, content)
+    for name in ("bin", "idx"):
+        _check_file(f"{prefix}.{name}", getattr(manifest, name), verify=verify)
+    return manifest
+
+
+def _parse(path: str, content: Any) -> Manifest:
+    found = (content.get("format"), content.get("format_version")) if isinstance(content, dict) else None
+    if found != (FORMAT, FORMAT_VERSION):
+        text = f"format {found[0]!r}, version {found[1]!r}" if found else "no JSON object"
+        raise UserError(path, text, f"format {FORMAT!r}, version {FORMAT_VERSION}")
+    try:
+        return Manifest(
+            tokenizer_digest=str(content["tokenizer_digest"]),
+            vocab_size=int(content["vocab_size"]),
+            eod_id=None if content["eod_id"] is None else int(content["eod_id"]),
+            dtype=str(content["dtype"]),
+            documents=int(content["documents"]),
+            tokens=int(content["tokens"]),
+            skipped=int(content["skipped"]),
+            bin=FileRecord(size=int(content["bin"]["size"]), sha256=str(content["bin"]["sha256"])),
+            idx=FileRecord(size=int(content["idx"]["size"]), sha256=str(content["idx"]["sha256"])),
+            inputs=tuple(map(str, content["inputs"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(path, f"a damaged manifest ({type(error).__name__}: {error})", "all fields") from None
+
+
+def _check_file(path: str, record: FileRecord, *, verify: bool) -> None:
+    try:
+        size = os.path.getsize(path)
+    except OSError as error:
+        raise UserError(path, error.strerror, f"a file of {record.size} bytes, as the manifest says") from None
+    if size != record.size:
+        raise UserError(path, f"{size} bytes", f"{record.size} bytes, as the manifest says")
+    if verify and (digest := sha256_file(path)) != record.sha256:
+        raise UserError(path, f"contents with SHA-256 {digest}", f"{record.sha256}, as the manifest says")
