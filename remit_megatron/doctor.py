@@ -1,4 +1,4 @@
-"""``remit doctor``: versions, device, optional parts, patches, what would be used; a reason where training cannot work."""
+"""``remit doctor``: versions, device, optional parts, patches, what would be used; why training cannot work."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def apex_part() -> Part:
         "apex",
         found,
         "not NVIDIA's: an unrelated package",
-        "apex: the installed package of that name is not NVIDIA's (PyPI's is a web toolkit), and Megatron takes any apex "
-        "for it; remove it: uv pip uninstall apex",
+        "apex: the installed package of that name is not NVIDIA's (PyPI's is a web toolkit), and Megatron takes any "
+        "apex for it; remove it: uv pip uninstall apex",
     )
 
 
@@ -198,7 +198,7 @@ def host_problems(machine: Host) -> list[str]:
         )
     if machine.memory_available < MINIMUM_MEMORY:
         problems.append(
-            f"memory: found {machine.memory_available / _GB:.1f} GB available; expected {MINIMUM_MEMORY / _GB:.1f} GB or more"
+            f"memory: found {machine.memory_available / _GB:.1f} GB free; expected {MINIMUM_MEMORY / _GB:.1f} or more"
         )
     return problems
 
@@ -212,12 +212,14 @@ def torch_problems(torch: Probe, machine: Host, *, require_gpu: bool) -> list[st
     if machine.gpu_files and not gpus and not machine.gpus_hidden:
         if facts["cuda"] is None:
             problems.append(
-                f"torch: found {facts['version']}, built for the CPU only, on a machine with a GPU; expected a CUDA build"
-                f"{_ON_THE_CPU}"
+                f"torch: found {facts['version']}, built for the CPU only, on a machine with a GPU; expected a CUDA "
+                f"build{_ON_THE_CPU}"
             )
         else:
             reason = facts.get("no_gpu_because") or "torch.cuda.is_available() is false"
-            problems.append(f"GPU: torch {facts['version']} (CUDA {facts['cuda']}) cannot use it: {reason}{_ON_THE_CPU}")
+            problems.append(
+                f"GPU: torch {facts['version']} (CUDA {facts['cuda']}) cannot use it: {reason}{_ON_THE_CPU}"
+            )
     elif require_gpu and not gpus:
         problems.append("GPU: none found; expected at least one (--require-gpu)")
     wanted = "nccl" if gpus else "gloo"

@@ -1,7 +1,7 @@
 """What ``remit doctor`` looks at: the host, the packages, and what happens when they are imported.
 
-Imports happen in child processes with a time limit: a library that crashes, hangs or prints is then a finding, not the end
-of the doctor. Nothing here imports torch or megatron into this process.
+Imports happen in child processes with a time limit: a library that crashes, hangs or prints is then a finding, not the
+end of the doctor. Nothing here imports torch or megatron into this process.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def torch_facts() -> dict[str, Any]:
 
     try:
         import torch
+        from torch.cuda import nccl
     except BaseException as error:
         return {"error": describe(error)}
     distributed = torch.distributed if torch.distributed.is_available() else None
@@ -124,7 +125,7 @@ def torch_facts() -> dict[str, Any]:
         facts["no_gpu_because"] = _shorten(str(caught[-1].message).splitlines()[0]) if caught else None
         return facts
     facts["architectures"] = torch.cuda.get_arch_list()
-    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if "nccl" in facts["backends"] else None
+    facts["nccl"] = ".".join(map(str, nccl.version())) if "nccl" in facts["backends"] else None
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = [properties.major, properties.minor]
@@ -170,7 +171,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(total, available) bytes of memory for this process: the machine's, or less where a job or container limits it."""
+    """(total, available) bytes of memory for this process: the machine's, or less under a limit of job or container."""
     fields = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE))
     total, available = int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
     for limit, used in _memory_limits(proc / "self" / "cgroup", cgroup):

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Everything that must pass: ./scripts/test.sh [pytest arguments]
+#
+# Environment, shellcheck, hadolint, ruff, pyright, pytest; stops at the first that fails. With arguments that choose tests
+# the other checks still run: they take seconds.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
+"$root/scripts/setup.sh"
+cd -- "$root"
+bin="$root/.venv/bin"
+export PATH="$bin:$PATH"
+
+# Quiet when a check passes; its own words, then one line, when it does not.
+check() {
+  local name=$1 output
+  shift
+  if output=$("$@" 2>&1 < /dev/null); then
+    printf 'ok      %s\n' "$name"
+  else
+    printf '%s\nFAILED  %s\n' "$output" "$name" >&2
+    exit 1
+  fi
+}
+
+mapfile -t shell_scripts < <(find scripts .ci -type f \( -name '*.sh' -o -name '*.sbatch' -o -path '.ci/run' \) | sort)
+check shellcheck shellcheck --severity=style "${shell_scripts[@]}"
+check hadolint hadolint Dockerfile
+check 'ruff check' ruff check
+check 'ruff format' ruff format --check --diff
+check pyright pyright
+"$bin/python" -m pytest "$@" || {
+  code=$?
+  printf 'FAILED  pytest (exit code %s)\n' "$code" >&2
+  exit "$code"
+}
