@@ -87,8 +87,12 @@ find_python() {
   printf '%s\n' "$candidate"
 }
 
-# The last line of the log that says something, for a message of one line.
-reason() { { grep -v '^[[:space:]]*$' "$log" || printf 'no message\n'; } | tail -n 1 | sed 's/^[^[:alnum:]]*//' | cut -c 1-200; }
+# The last error in the log, or else its last line, for a message of one line.
+reason() {
+  local lines
+  lines=$(grep -E '(^|[[:space:]])([[:alpha:]]*[Ee]rror|[Cc]ause[a-z ]*): ' "$log" || grep -v '^[[:space:]]*$' "$log" || true)
+  tail -n 1 <<< "${lines:-no message}" | sed 's/^[^[:alnum:]]*//' | cut -c 1-200
+}
 
 # Runs a silent command and says every half a minute that it still works.
 patiently() {
