@@ -244,7 +244,7 @@ def _forward(
     backend: type[Backend],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss in the shape of the leading axes, maximum [T] and total [T]."""
-    statistics = backend.statistics(logits.view(-1, logits.shape[-1]), labels, counted, shard)
+    statistics = backend.statistics(logits.view(len(labels), logits.shape[-1]), labels, counted, shard)
     loss, maximum, total = vs.combine_statistics(statistics, counted, tp_group)
     return loss.view(logits.shape[:-1]), maximum, total
 
@@ -278,7 +278,7 @@ class _TokenLoss(torch.autograd.Function):
         logits, labels, counted, loss, maximum, total = ctx.saved_tensors
         ctx.done = ctx.in_place
         incoming = grad_outputs[0].reshape(-1).float()
-        x = logits.view(-1, logits.shape[-1])
+        x = logits.view(len(labels), logits.shape[-1])
         gradient = logits if ctx.in_place else torch.empty_like(logits)
         ctx.backend.gradient(
             x,
