@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import distributed as dist
 
 from remit_megatron.errors import UserError
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun, srun through our launcher) says which rank this process is."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+from remit_megatron.parallel import RankEnvironment, initialize, rank_environment
 
 
 @contextmanager
@@ -37,19 +31,15 @@ def process_groups(
     Raises:
         UserError: the layout does not divide the number of processes.
     """
-    size = 1 if alone or not launched() else int(os.environ["WORLD_SIZE"])
-    needed = tensor_model_parallel_size * pipeline_model_parallel_size
+    environment = RankEnvironment() if alone else rank_environment()
+    size, needed = environment.world_size, tensor_model_parallel_size * pipeline_model_parallel_size
     if size % needed:
         raise UserError("number of processes", size, f"a multiple of TP x PP = {needed}")
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if gpu else "gloo"
-    if size == 1:
+    if alone:  # on the CPU: tools that only move weights need no GPU
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        initialize(environment)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,

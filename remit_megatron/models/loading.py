@@ -1,0 +1,153 @@
+"""Weights into a Megatron model: this rank's shards, from safetensors or from a checkpoint of any layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from safetensors import safe_open
+from torch import Tensor
+
+from remit_megatron.errors import UserError
+from remit_megatron.models.build import shape_of, unwrap
+from remit_megatron.models.checkpoint_files import CheckpointFiles
+from remit_megatron.models.family import family_of
+from remit_megatron.models.mapping import NameMap, Shape, TensorRank, Vocabulary, Weight
+from remit_megatron.models.source import ModelSource, tensor_files
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Buffers that old files hold and that the architecture implies.
+_IMPLIED = ("rotary_emb.inv_freq",)
+
+
+class LazyTensor:
+    """A tensor in a safetensors file; indexing reads that part only."""
+
+    def __init__(self, file: Any, name: str, path: Path):
+        self._slice = file.get_slice(name)
+        self.shape: tuple[int, ...] = tuple(self._slice.get_shape())
+        found = self._slice.get_dtype()
+        if found not in _DTYPES:
+            raise UserError(f"{path} {name}", f"dtype {found}", f"one of {', '.join(_DTYPES)}")
+        self.dtype = _DTYPES[found]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, slice) and index.start is not None and index.start >= index.stop:
+            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        return self._slice[index]
+
+
+class TensorFiles:
+    """All tensors of a Hugging Face directory by name. Files are mapped when first used."""
+
+    def __init__(self, directory: Path):
+        self._paths = tensor_files(directory)
+        self._open: dict[Path, Any] = {}
+
+    def names(self) -> set[str]:
+        return set(self._paths)
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        path = self._paths.get(name)
+        if path is None:
+            raise UserError("Hugging Face weights", f"no tensor {name}", "every weight that config.json implies")
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt", device="cpu")
+        return LazyTensor(self._open[path], name, path)
+
+
+def fill(
+    chunks: Sequence[torch.nn.Module], source: ModelSource, *, on_bytes: Callable[[int], None] | None = None
+) -> None:
+    """See :func:`remit_megatron.models.convert.load_weights`, which is the public name."""
+    models = [unwrap(chunk) for chunk in chunks]
+    names = family_of(source.hf_config).names(source.hf_config)
+    shape = shape_of(source.hf_config)
+    load = _load_huggingface if source.kind == "huggingface" else _load_checkpoint
+    with torch.no_grad():
+        load(models, source, names, shape, on_bytes or (lambda done: None))
+
+
+def weights_of(model: GPTModel, names: NameMap) -> Iterable[tuple[str, int | None, Weight, torch.nn.Parameter]]:
+    """Each parameter of a chunk: its name there, its layer in the whole model, its entry in the table, itself."""
+    numbers = {str(index): int(layer.layer_number) - 1 for index, layer in enumerate(model.decoder.layers)}  # pyright: ignore[reportArgumentType]
+    for name, parameter in model.named_parameters():
+        if name.startswith(names.megatron_prefix):
+            number, rest = name.removeprefix(names.megatron_prefix).split(".", 1)
+            layer, weight = names.find(f"{names.megatron_prefix}{numbers[number]}.{rest}")
+        else:
+            layer, weight = names.find(name)
+        yield name, layer, weight, parameter
+
+
+def hf_names(names: NameMap, num_layers: int) -> set[str]:
+    """Every tensor name of a complete Hugging Face model."""
+    return {name for layer, weight in names.weights(num_layers) for name in names.hf_names(layer, weight)}
+
+
+def _load_huggingface(
+    models: Sequence[GPTModel], source: ModelSource, names: NameMap, shape: Shape, on_bytes: Callable[[int], None]
+) -> None:
+    files = TensorFiles(source.path)
+    known = hf_names(names, source.hf_config["num_hidden_layers"])
+    if names.head is None:
+        known.add("lm_head.weight")  # a tied model's files may hold it a second time
+    unknown = sorted(name for name in files.names() - known if not name.endswith(_IMPLIED))
+    if unknown:
+        raise UserError(
+            f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
+        )
+    done = 0
+    filled: set[tuple[int | None, str]] = set()
+    for model in models:
+        place = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
+        for _, layer, weight, parameter in weights_of(model, names):
+            full = weight.full_shape(parameter.shape, place.size)
+            tensors = [files[name] for name in names.hf_names(layer, weight)]
+            expected = weight.hf_shapes(full, shape)
+            for name, tensor, wanted in zip(names.hf_names(layer, weight), tensors, expected, strict=True):
+                if tensor.shape != tuple(wanted):
+                    raise UserError(
+                        f"{source.path} {name}", f"shape {tensor.shape}", f"{tuple(wanted)}, as config.json says"
+                    )
+            parameter.copy_(weight.read(tensors, place, full, shape))
+            # The embedding of a tied model fills two parameters where pipelining keeps a copy on the last stage.
+            assert (layer, weight.local) not in filled or weight is names.embedding, (
+                f"filled twice: {weight.local} of {layer}"
+            )
+            filled.add((layer, weight.local))
+            done += parameter.nbytes
+            on_bytes(done)
+
+
+def sharded_weights(model: GPTModel, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Megatron's description of a chunk for distributed checkpoints. ``metadata`` comes from the checkpoint that is
+    read."""
+    return model.sharded_state_dict(metadata={**(metadata or {}), "dp_cp_group": model.pg_collection.dp_cp})
+
+
+def _load_checkpoint(
+    models: Sequence[GPTModel], source: ModelSource, names: NameMap, shape: Shape, on_bytes: Callable[[int], None]
+) -> None:
+    files = CheckpointFiles(source.path)
+    done = 0
+    for model in models:
+        sharded = sharded_weights(model, files.content_metadata)
+        for name, _, weight, parameter in weights_of(model, names):
+            parameter.copy_(files.read(sharded[name]))
+            if isinstance(weight, Vocabulary):
+                _zero_padding(parameter, model.pg_collection.tp.rank(), shape.vocab_size)
+            done += parameter.nbytes
+            on_bytes(done)
+
+
+def _zero_padding(parameter: Tensor, rank: int, vocab_size: int) -> None:
+    """Sets the rows of a vocabulary shard that lie behind the true vocabulary to zero."""
+    rows = parameter.shape[0]
+    parameter[max(0, min(rows, vocab_size - rank * rows)) :] = 0

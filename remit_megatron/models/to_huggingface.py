@@ -1,0 +1,146 @@
+"""Megatron checkpoint -> Hugging Face directory that transformers loads unchanged.
+
+The model is built on the meta device, without memory; the checkpoint is then read a weight at a time, whatever layout
+wrote it, so that memory stays near the size of one output file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from remit_megatron.errors import UserError
+from remit_megatron.models.build import build_chunks, default_arguments, model_config, shape_of, unwrap
+from remit_megatron.models.checkpoint_files import CheckpointFiles
+from remit_megatron.models.directories import complete_directory
+from remit_megatron.models.family import family_of
+from remit_megatron.models.loading import hf_names, sharded_weights, weights_of
+from remit_megatron.models.mapping import NameMap, Shape, Weight
+from remit_megatron.models.processes import process_groups
+from remit_megatron.models.source import ModelSource, resolve
+from remit_megatron.models.to_megatron import DTYPES, copy_companions
+from remit_megatron.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 5_000_000_000
+_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+# Name in the model, layer, row of the table, unsharded shape.
+Entry = tuple[str, int | None, Weight, torch.Size]
+
+
+def export_model(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes safetensors, config.json, tokenizer and generation configuration.
+
+    Args:
+        checkpoint: what :func:`remit_megatron.models.source.resolve` takes, other than a Hugging Face directory.
+        output: directory; complete or absent.
+        dtype: ``bf16`` or ``fp32``; None keeps the checkpoint's.
+        max_file_bytes: weights are spread over several files where they take more.
+
+    Raises:
+        UserError: the checkpoint is incomplete or does not fit its config.json, or the output cannot be written.
+    """
+    source = resolve(checkpoint, field="--checkpoint", digests=True)
+    if source.kind != "checkpoint":
+        raise UserError("--checkpoint", f"{source.path}, a Hugging Face directory", "a Megatron checkpoint")
+    with process_groups(alone=True) as groups:
+        config = model_config(source.hf_config, default_arguments(transformer_impl="local"))
+        with torch.device("meta"):
+            model = unwrap(build_chunks(config, groups, mixed_precision=False)[0])
+        reader = _Reader(model, source)
+        wanted = DTYPES[dtype] if dtype else reader.dtype
+        files = _plan(reader, wanted, max_file_bytes)
+        total = sum(size for _, size in files)
+        with complete_directory(output, field="--output", needed_bytes=total + (64 << 20)) as directory:
+            _write_weights(directory, reader, files, wanted)
+            copy_companions(source.hf_files, directory)
+            _write_config(directory, source, wanted)
+    logger.info("exported iteration %s of %s to %s", source.iteration, source.path, output)
+
+
+class _Reader:
+    """Reads weights of a checkpoint by entry of the table, unsharded."""
+
+    def __init__(self, model: GPTModel, source: ModelSource):
+        self.names: NameMap = family_of(source.hf_config).names(source.hf_config)
+        self.shape: Shape = shape_of(source.hf_config)
+        self.num_layers: int = source.hf_config["num_hidden_layers"]
+        self._files = CheckpointFiles(source.path)
+        self._sharded = sharded_weights(model, self._files.content_metadata)
+        embedding = next(name for name, _, weight, _ in weights_of(model, self.names) if weight is self.names.embedding)
+        self.dtype: torch.dtype = self._files.stored(self._sharded[embedding].key).properties.dtype
+        self.entries: list[Entry] = [
+            (name, layer, weight, parameter.shape) for name, layer, weight, parameter in weights_of(model, self.names)
+        ]
+
+    def read(self, entry: Entry) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and tensors of one Megatron parameter."""
+        name, layer, weight, _ = entry
+        tensors = weight.write([self._files.read(self._sharded[name])], self.shape)
+        return zip(self.names.hf_names(layer, weight), tensors, strict=True)
+
+
+def _plan(reader: _Reader, dtype: torch.dtype, max_file_bytes: int) -> list[tuple[list[Entry], int]]:
+    """Entries of each output file, with its size in bytes."""
+    written = {name for _, layer, weight, _ in reader.entries for name in reader.names.hf_names(layer, weight)}
+    assert written == hf_names(reader.names, reader.num_layers), "the table and the model disagree"
+    files: list[tuple[list[Entry], int]] = [([], 0)]
+    for entry in reader.entries:
+        _, _, weight, full = entry
+        size = sum(torch.Size(shape).numel() for shape in weight.hf_shapes(full, reader.shape)) * dtype.itemsize
+        entries, so_far = files[-1]
+        if entries and so_far + size > max_file_bytes:
+            files.append(([entry], size))
+        else:
+            files[-1] = ([*entries, entry], so_far + size)
+    return files
+
+
+def _write_weights(directory: Path, reader: _Reader, files: list[tuple[list[Entry], int]], dtype: torch.dtype) -> None:
+    total = sum(size for _, size in files)
+    progress = Progress("export", total=total, unit="B")
+    weight_map: dict[str, str] = {}
+    done = 0
+    for number, (entries, _) in enumerate(files, start=1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for entry in entries:
+            for name, tensor in reader.read(entry):
+                # A copy in any case: a view would keep the padded or interleaved parameter in memory.
+                tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                weight_map[name] = file
+                done += tensors[name].nbytes
+            progress.update(done)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    progress.finish()
+
+
+def _write_config(directory: Path, source: ModelSource, dtype: torch.dtype) -> None:
+    """config.json unchanged, but for the dtype where that is another."""
+    key = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
+    if source.hf_config.get(key) == _DTYPE_NAMES[dtype]:
+        shutil.copyfile(source.hf_files / "config.json", directory / "config.json")
+        return
+    config = source.hf_config | {key: _DTYPE_NAMES[dtype]}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,71 @@
+"""Hugging Face directory -> Megatron checkpoint: torch_dist files, ``hf/`` with what travels along, a manifest last."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from remit_megatron.checkpoints import write_manifest
+from remit_megatron.errors import UserError
+from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
+from remit_megatron.models.directories import complete_directory
+from remit_megatron.models.loading import TensorFiles, fill, sharded_weights
+from remit_megatron.models.processes import process_groups
+from remit_megatron.models.source import COMPANION_FILES, HF_SUBFOLDER, resolve
+from remit_megatron.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def import_model(hf: str | os.PathLike, output: str | os.PathLike, *, dtype: str | None = None) -> None:
+    """Writes a checkpoint that any tensor- and pipeline-parallel layout can load.
+
+    Args:
+        hf: directory with config.json and safetensors.
+        output: the checkpoint's directory; complete or absent.
+        dtype: ``bf16`` or ``fp32``; None keeps bf16 where every weight is, and is fp32 otherwise (nothing is rounded).
+
+    Raises:
+        UserError: the input is incomplete or not supported, or the output cannot be written.
+    """
+    source = resolve(hf, field="--hf")
+    if source.kind != "huggingface":
+        raise UserError("--hf", f"{source.path}, a Megatron checkpoint", "a Hugging Face directory")
+    files = TensorFiles(source.path)
+    tensors = [files[name] for name in sorted(files.names())]
+    wanted = DTYPES[dtype] if dtype else _common_dtype([tensor.dtype for tensor in tensors])
+    size = sum(torch.Size(tensor.shape).numel() for tensor in tensors) * wanted.itemsize
+    config = model_config(source.hf_config, default_arguments(params_dtype=wanted, transformer_impl="local"))
+    # A little more than the weights: names, tokenizer, manifest.
+    with complete_directory(output, field="--output", needed_bytes=size + (64 << 20)) as directory:
+        with process_groups(alone=True) as groups:
+            chunks = build_chunks(config, groups, mixed_precision=False)
+            progress = Progress("import", total=size, unit="B")
+            fill(chunks, source, on_bytes=progress.update)
+            progress.update(size, "writing")
+            state = {"model": sharded_weights(unwrap(chunks[0])), "checkpoint_version": 3.0, "iteration": 0}
+            dist_checkpointing.save(state, str(directory), content_metadata={"singleton_local_shards": False})
+            progress.finish()
+        copy_companions(source.path, directory / HF_SUBFOLDER)
+        shutil.copyfile(source.path / "config.json", directory / HF_SUBFOLDER / "config.json")
+        write_manifest(directory, iteration=0, kind="import", dtype=str(wanted).removeprefix("torch."))
+    logger.info("imported %s to %s", source.path, output)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer files, chat template and generation configuration, as far as they exist."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+    return torch.bfloat16 if set(dtypes) == {torch.bfloat16} else torch.float32
