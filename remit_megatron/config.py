@@ -81,8 +81,8 @@ class DataConfig:
     """Tokens to train on."""
 
     train: Any = None
-    """Blend for training: a prefix of ``.bin``/``.idx`` files, a list of prefixes (equal weights), or a list of
-    ``[weight, prefix]``. Weights are positive and need not sum to 1. Required."""
+    """Blend for training: a prefix of ``.bin``/``.idx`` files, a list of prefixes (in proportion to their tokens), or a
+    list of ``[weight, prefix]``. Weights are positive and need not sum to 1. Required."""
 
     valid: Any = field(default_factory=list)
     """Blend for evaluation, in the same forms; empty turns evaluation off."""
@@ -296,27 +296,32 @@ def load_model_description(model: str | Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def read_blend(key: str, value: Any) -> list[list[Any]]:
-    """Brings a blend into its one form, a list of ``[weight, prefix]`` with weights as floats.
+def read_blend(key: str, value: Any) -> list[Any]:
+    """Checks a blend and brings it into the form of a list: of prefixes, or of ``[weight, prefix]``.
+
+    Prefixes without weights stay without: the data layer takes them in proportion to their tokens. What a blend means is
+    decided in :func:`remit_megatron.data.blend.parse_blend`; the check here is early, and needs no torch.
 
     Raises:
         UserError: another shape, an empty prefix, or a weight that is not a positive finite number.
     """
     expected = "a prefix, a list of prefixes, or a list of [weight, prefix] with positive weights"
     if isinstance(value, str) and value:
-        return [[1.0, value]]
+        return [value]
     if not isinstance(value, list | tuple):
         raise UserError(key, show(value), expected)
-    blend: list[list[Any]] = []
+    blend: list[Any] = []
     for index, entry in enumerate(value):
-        pair = [1.0, entry] if isinstance(entry, str) else entry
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str) or not pair[1]:
+        if isinstance(entry, str) and entry:
+            blend.append(entry)
+            continue
+        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], str) or not entry[1]:
             raise UserError(f"{key}[{index}]", show(entry), expected)
-        weight = pair[0]
+        weight = entry[0]
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise UserError(f"{key}[{index}]", show(weight), "a positive weight")
-        blend.append([float(weight), pair[1]])
-    if value and len({isinstance(entry, str) for entry in value}) > 1:
+        blend.append([float(weight), entry[1]])
+    if len({isinstance(entry, str) for entry in blend}) > 1:
         raise UserError(key, show(value), expected)
     return blend
 

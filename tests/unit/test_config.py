@@ -36,7 +36,7 @@ def test_defaults_and_canonical_blend(tmp_path):
     config = load_config(write(tmp_path / "run.yaml"))
     assert (config.objective.name, config.objective.epsilon, config.objective.centering) == ("remit", 0.2, "sequence")
     assert config.reference is None
-    assert config.data.train == [[1.0, "data/a"]] and config.data.valid == []
+    assert config.data.train == ["data/a"] and config.data.valid == []
     assert (config.seed, config.checkpoint.keep, config.checkpoint.resume) == (1234, 2, "auto")
     assert config.checkpoints_dir == Path("runs/x/checkpoints") and config.data_cache_dir == Path("runs/x/data_cache")
 
@@ -64,7 +64,7 @@ def test_base_is_merged_key_by_key_relative_to_the_file(tmp_path):
     child = write(tmp_path / "run.yaml", "base: shared/base.yaml\nmegatron: {lr: 2.0e-3}\ndata: {train: [b, c]}\n")
     config = load_config(child)
     assert config.megatron == {"lr": 2e-3, "seq_length": 64}
-    assert config.data.train == [[1.0, "b"], [1.0, "c"]] and config.data.tokenizer == "tok"
+    assert config.data.train == ["b", "c"] and config.data.tokenizer == "tok"
     assert config.logging.interval == 5
 
 
@@ -217,6 +217,14 @@ def test_model_descriptions_have_the_published_sizes(name, parameters):
 def test_blends_that_cannot_be_read(value):
     with pytest.raises(UserError, match=r"^data\.train"):
         read_blend("data.train", value)
+
+
+@pytest.mark.parametrize("value", ["a", ["a", "b"], [[2, "a"], [0.5, "b"]]])
+def test_a_blend_means_the_same_to_the_data_layer_before_and_after(value):
+    from remit_megatron.data.blend import parse_blend
+
+    # A prefix without a weight counts by its tokens there: a weight made up here would change the mixture.
+    assert parse_blend(read_blend("data.train", value)) == parse_blend(value)
 
 
 def test_every_key_is_documented():
