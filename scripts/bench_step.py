@@ -1,0 +1,268 @@
+"""Time of one training step: Megatron's own GPT loss, our ntp, and remit with a live reference, interleaved in one process.
+
+    python scripts/bench_step.py --rounds 15 --record docs/benchmarks
+
+All arms share one student, one optimizer, one batch shape and Megatron's ``train_step``; they differ in the forward step and
+the schedule. The order of the arms rotates from round to round. Reported: median, p20 and p80 of seconds per step, and the
+median over rounds of the ratio within a round. The arithmetic limit of remit over ntp is 4/3: forward and backward of the
+student cost three forward passes, the reference a fourth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=2)
+    parser.add_argument("--record", type=Path, metavar="DIR", help="write a dated record there")
+    return parser.parse_args()
+
+
+def run_config(args: argparse.Namespace, folder: Path) -> Path:
+    """A run configuration with an inline model; its data and checkpoints are never opened."""
+    heads = args.hidden // 64
+    config = {
+        "model": {
+            "model_type": "llama",
+            "vocab_size": args.vocabulary,
+            "hidden_size": args.hidden,
+            "intermediate_size": args.hidden * 8 // 3 // 64 * 64,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "max_position_embeddings": args.sequence,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        "objective": {"name": "ntp"},
+        "data": {"train": [[1.0, "unused"]], "tokenizer": "unused"},
+        "megatron": {
+            "seq_length": args.sequence,
+            "micro_batch_size": args.micro_batch,
+            "global_batch_size": args.micro_batch * args.microbatches,
+            "train_iters": 1000,
+            "lr": 1e-5,
+        },
+        "run_dir": str(folder / "run"),
+        "logging": {"tensorboard": False},
+    }
+    path = folder / "bench.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], None]], int]:
+    """Builds student, optimizer and reference; returns one function per arm, and the number of student parameters."""
+    import patches
+
+    patches.apply()
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import global_vars, initialize_megatron, training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from patches.quiet_megatron import redirect
+    from remit_megatron import parallel
+    from remit_megatron.batch import to_batch
+    from remit_megatron.config import load_config, load_model_description
+    from remit_megatron.megatron_args import build_arguments
+    from remit_megatron.models.build import build_chunks, megatron_arguments, model_config
+    from remit_megatron.objectives import build_objective
+    from remit_megatron.reference.live import LiveReference
+    from remit_megatron.step import TrainingStep
+
+    config = load_config(run_config(args, folder))
+    hf_config = load_model_description(config.model)
+    arguments = build_arguments(config, megatron_arguments(hf_config), world_size=1, rank=0)
+    arguments.load = None
+    parallel.initialize(parallel.rank_environment())
+    global_vars.set_global_variables(arguments, build_tokenizer=False)
+    redirect()
+    initialize_megatron()
+    student = model_config(hf_config, arguments)
+    container = pretrain_cfg_container_from_args(arguments, student)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, optimizer, scheduler = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
+    )
+    model_config_of_student = model[0].config
+    model_config_of_student.grad_scale_func = optimizer.scale_loss
+    model_config_of_student.finalize_model_grads_func = training.finalize_model_grads
+    for chunk in model:
+        chunk.train()
+    reference_chunks = build_chunks(model_config(hf_config, arguments), groups, initialize=True)
+    reference = LiveReference(reference_chunks, vocab_size=args.vocabulary, tp_group=groups.tp)
+
+    class Samples:
+        """Random tokens, the same for every arm of a round."""
+
+        def __init__(self, seed: int):
+            self._generator = torch.Generator().manual_seed(seed)
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return self
+
+        def __next__(self) -> dict[str, Any]:
+            shape = (args.micro_batch, args.sequence + 1)
+            text = torch.randint(1, args.vocabulary, shape, generator=self._generator)
+            mask = torch.ones(args.micro_batch, args.sequence)
+            return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "loss_mask": mask}
+
+    def megatron_forward(data_iterator, chunk):
+        """The forward step of Megatron's own pretraining script, in its essentials."""
+        batch = to_batch(next(data_iterator), device=parallel.device(), eod_id=0)
+        losses = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
+
+        def loss(output):
+            mask = batch.loss_mask.view(-1).float()
+            total = torch.sum(output.view(-1).float() * mask)
+            tokens = mask.sum().clone().detach().to(torch.int)
+            return total, tokens, {"lm loss": torch.cat([total.clone().detach().view(1), tokens.view(1)])}
+
+        return losses, loss
+
+    def step(objective: str, live: LiveReference | None) -> TrainingStep:
+        return TrainingStep(
+            objective=build_objective(objective),
+            vocab_size=args.vocabulary,
+            eod_id=0,
+            groups=lambda: groups,
+            reference=None if live is None else lambda: live,
+        )
+
+    ntp, remit = step("ntp", None), step("remit", reference)
+    schedule = get_forward_backward_func()
+    round_number = [0]
+
+    def arm(forward, run_schedule) -> None:
+        training.train_step(
+            forward, Samples(round_number[0]), model, optimizer, scheduler, model_config_of_student, run_schedule, iteration=0
+        )
+
+    arms = {
+        "megatron": partial(arm, megatron_forward, schedule),
+        "ntp": partial(arm, ntp.forward_step, ntp.wrap_schedule(schedule)),
+        "remit": partial(arm, remit.forward_step, remit.wrap_schedule(schedule)),
+    }
+    return arms, sum(p.numel() for p in model[0].parameters())
+
+
+def measure(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per step of each arm, one per round, after a warm-up round."""
+    from remit_megatron.progress import Progress
+
+    import torch
+
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    progress = Progress("bench", total=rounds + 1, unit="rounds")
+    for number in range(rounds + 1):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            arms[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+        progress.update(number + 1)
+    progress.finish()
+    return seconds
+
+
+def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters: int) -> str:
+    """A table in Markdown."""
+    import importlib.metadata
+
+    import torch
+
+    def quantile(values: list[float], share: float) -> float:
+        return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
+
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    tokens = args.micro_batch * args.microbatches * args.sequence
+    lines = [
+        f"## {datetime.date.today().isoformat()}: training step, {device}",
+        "",
+        f"`python scripts/bench_step.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        "",
+        f"Llama with {parameters / 1e6:.1f}M parameters, vocabulary {args.vocabulary}, {tokens} tokens a step in {args.microbatches} microbatches of "
+        f"{args.micro_batch} x {args.sequence}, {'bf16' if torch.cuda.is_available() else 'fp32'}, one process; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, megatron-core {importlib.metadata.version('megatron-core')}. "
+        f"Arms interleaved, {args.rounds} rounds after one warm-up round.",
+        "",
+        "| arm | median s | p20 | p80 | ratio (median over rounds) |",
+        "|---|---|---|---|---|",
+    ]
+    ratios = {"megatron": "1", "ntp": f"{ratio('ntp', 'megatron'):.3f} x Megatron's own step", "remit": f"{ratio('remit', 'ntp'):.3f} x ntp"}
+    for name, values in seconds.items():
+        lines.append(
+            f"| {name} | {statistics.median(values):.3f} | {quantile(values, 0.2):.3f} | {quantile(values, 0.8):.3f} | {ratios[name]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def main() -> int:
+    args = parse()
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    with tempfile.TemporaryDirectory() as folder:
+        arms, parameters = setup(args, Path(folder))
+        seconds = measure(arms, args.rounds)
+    text = report(args, seconds, parameters)
+    sys.stdout.write(text)
+    if args.record is not None:
+        args.record.mkdir(parents=True, exist_ok=True)
+        path = args.record / "step.md"
+        old = path.read_text() if path.exists() else "# Training step\n"
+        path.write_text(old.rstrip("\n") + "\n\n" + text)
+        raw = args.record / f"step-{datetime.date.today().isoformat()}-{'gpu' if 'NVIDIA' in text else 'cpu'}.json"
+        raw.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
