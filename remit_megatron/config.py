@@ -299,8 +299,8 @@ def load_model_description(model: str | Mapping[str, Any]) -> dict[str, Any]:
 def read_blend(key: str, value: Any) -> list[Any]:
     """Checks a blend and brings it into the form of a list: of prefixes, or of ``[weight, prefix]``.
 
-    Prefixes without weights stay without: the data layer takes them in proportion to their tokens. What a blend means is
-    decided in :func:`remit_megatron.data.blend.parse_blend`; the check here is early, and needs no torch.
+    Prefixes without weights stay without: the data layer takes them in proportion to their tokens. What a blend means
+    is decided in :func:`remit_megatron.data.blend.parse_blend`; the check here is early, and needs no torch.
 
     Raises:
         UserError: another shape, an empty prefix, or a weight that is not a positive finite number.
