@@ -22,7 +22,7 @@ import numpy as np
 
 from remit_megatron.data.indexed import IndexedTokens
 from remit_megatron.data.manifest import Manifest, read_manifest
-from remit_megatron.data.shuffle import document_order, stream_key
+from remit_megatron.data.shuffle import keyed_order, stream_key
 from remit_megatron.errors import UserError
 from remit_megatron.files import fsync_directory
 
@@ -143,7 +143,7 @@ class PackedDataset:
         return cached
 
     def _compute_index(self) -> tuple[np.ndarray, np.ndarray]:
-        order = document_order(self.manifest.documents, key=stream_key("documents", self.packing_seed))
+        order = keyed_order(self.manifest.documents, key=stream_key("documents", self.packing_seed))
         starts = np.zeros(len(order) + 1, dtype=np.int64)
         np.cumsum(self._documents.lengths[order], dtype=np.int64, out=starts[1:])
         if starts[-1] != self.manifest.tokens:

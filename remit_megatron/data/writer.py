@@ -85,7 +85,7 @@ class DatasetWriter:
         return self._size // self._dtype.itemsize
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Adds documents of ``lengths``, int32 [documents], whose ``tokens``, dtype [sum of lengths], lie end to end."""
+        """Adds documents of ``lengths`` (int32 [documents]) whose ``tokens`` (dtype [all of them]) lie end to end."""
         assert tokens.dtype == self._dtype and len(tokens) == lengths.sum(), (tokens.dtype, len(tokens))
         data = tokens.tobytes()
         with self._explained():
