@@ -18,7 +18,7 @@ from remit_megatron.errors import EXIT_DO_NOT_RESTART, EXIT_DONE
 
 PYTHON = (3, 12)
 MEGATRON = "0.19.2"
-MINIMUM_MEMORY = 2 << 30  # bytes; torch and Megatron alone take about 1 GB per process
+MINIMUM_MEMORY = 2_000_000_000  # bytes; torch and Megatron alone take about 1 GB per process
 _GB = 1e9
 _ON_THE_CPU = " (CUDA_VISIBLE_DEVICES= in the environment trains on the CPU instead)"
 

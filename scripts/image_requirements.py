@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Requirements for installing with --no-deps on top of an image: image_requirements.py constraints.txt > requirements.txt
+"""What to install with --no-deps on top of an image: image_requirements.py constraints.txt > requirements.txt
 
 constraints.txt names every package, so that it can be installed without resolving. Where the image's Python has torch,
-torch and what belongs to its build (triton, nvidia-*, cuda-*) are left out: they were compiled to fit each other and the image's
-Transformer Engine, and a second copy in the virtual environment would shadow them. On an image without torch nothing is left
-out. Standard library only: it runs before anything is installed.
+torch and what belongs to its build (triton, nvidia-*, cuda-*) are left out: they were compiled to fit each other and
+the image's Transformer Engine, and a second copy in the virtual environment would shadow them. On an image without
+torch nothing is left out. Standard library only: it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
     has_torch = installed("torch")
     pins = list(requirements(Path(arguments[0]).read_text().splitlines(), image_has_torch=has_torch))
     sys.stdout.write("".join(f"{pin}\n" for pin in pins))
-    sys.stderr.write(f"torch comes from {'the image' if has_torch else 'constraints.txt'}; {len(pins)} packages to install\n")
+    source = "the image" if has_torch else "constraints.txt"
+    sys.stderr.write(f"torch comes from {source}; {len(pins)} packages to install\n")
     return 0
 
 

@@ -1,0 +1,41 @@
+"""What all tests share: the data folder beside the repository, and a floor under the number of tests collected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# A test file that no pattern collects, or a folder that is not looked into, passes unnoticed otherwise. Raise it as tests
+# are added.
+MINIMUM_TESTS = 150
+
+
+class SharedData:
+    """Real data beside the repository (``../shared/data``), which is not part of it."""
+
+    folder = REPOSITORY.parent / "shared" / "data"
+
+    def __truediv__(self, name: str) -> Path:
+        """Path of one file or folder; skips the test, naming it, where it is missing."""
+        path = self.folder / name
+        if not path.exists():
+            pytest.skip(f"missing: ../shared/data/{name}")
+        return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> SharedData:
+    """``shared_data / "gsm8k_train.jsonl"`` is the path of that file, or skips the test."""
+    return SharedData()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    chosen = config.option.keyword or config.option.markexpr or config.getoption("lf", False)
+    if everything and not chosen and session.testscollected < MINIMUM_TESTS:
+        raise pytest.UsageError(
+            f"found {session.testscollected} tests; expected at least {MINIMUM_TESTS} in a full run"
+        )

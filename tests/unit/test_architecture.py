@@ -1,0 +1,266 @@
+"""The rules of the house, held by the code itself: who imports whom, where patches live, what is tracked."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import patches
+from remit_megatron import cli
+from remit_megatron.config import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODULES = sorted(REPOSITORY.glob("remit_megatron/**/*.py"))
+PATCH_FILES = sorted(path for path in REPOSITORY.glob("patches/*.py") if path.name != "__init__.py")
+MAXIMUM_LINES = 600
+
+# layer -> what it may import of remit_megatron. A layer is a folder, or a file beside them.
+BASE = {"errors", "files", "progress"}
+ALLOWED = {
+    "errors": set(),
+    "files": BASE,
+    "progress": BASE,
+    "kernels": BASE | {"kernels"},
+    "objectives": BASE | {"kernels", "objectives"},
+    "parallel": BASE,
+    "checkpoints": BASE,
+    "data": BASE | {"data"},
+    "models": BASE | {"parallel", "checkpoints", "kernels", "models"},
+    "reference": BASE | {"parallel", "checkpoints", "kernels", "models", "reference"},
+    "step": BASE | {"batch", "data", "kernels", "models", "objectives", "parallel", "reference"},
+}
+# layer -> packages that it must not import.
+FORBIDDEN = {
+    "kernels": ("megatron", "patches"),
+    "objectives": ("megatron", "patches"),
+    "data": ("torch.distributed", "megatron.training"),
+    "evaluation": ("megatron", "patches"),
+    "posttrain": ("megatron", "patches"),
+}
+
+
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(REPOSITORY / "remit_megatron").parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything that a file imports, also inside functions; ``from a import b`` gives a.b."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: found a relative import; expected absolute ones"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_import_direction() -> None:
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{line}: {layer(path)} imports {name}"
+        for path in MODULES
+        if layer(path) in ALLOWED
+        for line, name in imported(path)
+        if name.startswith("remit_megatron.")
+        and name != "remit_megatron.__version__"
+        and name.split(".")[1] not in ALLOWED[layer(path)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_layer_of_the_design_is_checked() -> None:
+    folders = {path.name for path in (REPOSITORY / "remit_megatron").iterdir() if (path / "__init__.py").exists()}
+    assert {"kernels", "objectives", "models", "reference", "data"} <= folders
+    assert folders <= ALLOWED.keys() | FORBIDDEN.keys(), "a new folder needs its place in ALLOWED"
+
+
+@pytest.mark.parametrize("name", sorted(FORBIDDEN))
+def test_forbidden_packages(name: str) -> None:
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{line}: {imports}"
+        for path in MODULES
+        if layer(path) == name
+        for line, imports in imported(path)
+        if any(within(imports, package) for package in FORBIDDEN[name])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_patches_megatron_from_outside_patches() -> None:
+    wrong = []
+    for path in MODULES:
+        bound = set()
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ImportFrom) and within(node.module or "", "megatron"):
+                bound |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.Import):
+                bound |= {alias.asname or "megatron" for alias in node.names if within(alias.name, "megatron")}
+        for node in ast.walk(parse(path)):
+            targets: list[ast.expr] = []
+            if isinstance(node, ast.Assign):
+                targets = node.targets
+            elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+                targets = [node.target]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+                targets = [ast.Attribute(node.args[0], "any", ast.Store())]
+            for target in targets:
+                owner = target
+                while isinstance(owner, ast.Attribute):
+                    owner = owner.value
+                if isinstance(target, ast.Attribute) and isinstance(owner, ast.Name) and owner.id in bound:
+                    wrong.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}: sets an attribute of {owner.id}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_print_is_left_to_the_command_line() -> None:
+    """Modules with a command (those that define its arguments) may print their result; the others log."""
+    wrong = []
+    for path in MODULES:
+        nodes = list(ast.walk(parse(path)))
+        if any(isinstance(node, ast.FunctionDef) and re.fullmatch(r"add_\w*arguments", node.name) for node in nodes):
+            continue
+        for node in nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                wrong.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", MODULES + PATCH_FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_file_length(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAXIMUM_LINES
+
+
+# Patches.
+
+
+def test_every_patch_file_is_registered() -> None:
+    assert sorted(patches.MODULES) == [path.stem for path in PATCH_FILES]
+
+
+@pytest.mark.parametrize("path", PATCH_FILES, ids=lambda path: path.stem)
+def test_patch_header(path: Path) -> None:
+    """The header says what the record says, and the test that it names exists."""
+    header = ast.get_docstring(parse(path)) or ""
+    found = {
+        match[1]: match[2]
+        for match in re.finditer(r"^(Target|Why|Test|Upstream|Drop when)\s+(\S.*)$", header, re.MULTILINE)
+    }
+    assert found.keys() == {"Target", "Why", "Test", "Upstream", "Drop when"}
+    patch = next(patch for patch in patches.registered() if patch.name == path.stem)
+    assert all((patch.target, patch.package, patch.versions, patch.why, patch.upstream, patch.drop_when))
+    assert found["Test"] == patch.test
+    file, _, name = patch.test.partition("::")
+    assert (REPOSITORY / file).is_file(), f"{patch.test}: no such file"
+    functions = {node.name for node in ast.walk(parse(REPOSITORY / file)) if isinstance(node, ast.FunctionDef)}
+    assert name in functions, f"{patch.test}: no such test"
+
+
+# Configurations.
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/runs/*.yaml")), ids=lambda path: path.stem)
+def test_run_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some leave model, data and directories to the script that uses them; every key that they have is right."""
+    monkeypatch.chdir(REPOSITORY)
+    given = ("run_dir", "init", "data.train", "data.tokenizer", "reference.checkpoint")
+    assert load_config(path, [f"{key}=somewhere" for key in given]).objective.name
+
+
+# What is tracked.
+
+
+@functools.cache
+def tracked_text() -> dict[str, str]:
+    """Relative path -> content of every text file that is, or will be, part of the repository."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    if listing.returncode == 0:
+        names = listing.stdout.splitlines()
+    else:  # an unpacked archive
+        names = [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.rglob("*") if path.is_file()]
+        names = [name for name in names if not name.startswith((".venv", ".git/", "runs/"))]
+    content = {}
+    for name in names:
+        path = REPOSITORY / name
+        if path.is_file() and b"\0" not in (data := path.read_bytes())[:8192]:
+            content[name] = data.decode(errors="replace")
+    return content
+
+
+def search(pattern: str) -> list[str]:
+    return [
+        f"{name}:{number}: {line.strip()[:120]}"
+        for name, text in tracked_text().items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+
+
+def test_the_search_sees_the_repository() -> None:
+    assert {"pyproject.toml", "remit_megatron/cli.py", "tests/unit/test_architecture.py"} <= tracked_text().keys()
+    assert search(r"RL-guided mid-training")
+
+
+def test_no_paths_of_one_machine() -> None:
+    # Written in pieces, or this file would be found.
+    assert search("(?<![A-Za-z0-9_.])/(work|root" + "|home/[a-z]+)/|/tmp/" + "lab") == []
+
+
+def test_no_addresses_of_package_registries() -> None:
+    assert (
+        search(r"https?://[^ \"']*/(simple|packages)" + r"(/|\b)|https?://(pypi|files\.pythonhosted)\." + "org") == []
+    )
+    assert search(r"^\s*(-i|--index-url|--extra-index-url|--find-links|-f)[ =]" + r"\S") == []
+
+
+def test_no_lock_file() -> None:
+    locks = {"uv.lock", "poetry.lock", "package-lock.json", "pdm.lock"}
+    assert not [name for name in tracked_text() if Path(name).name in locks]
+
+
+# README.
+
+
+def readme_commands() -> list[str]:
+    """Command lines of the fenced shell blocks of the README, continued lines joined."""
+    text = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"^\s*```(?:bash|sh|shell|console)\n(.*?)^\s*```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip().removeprefix("$ ") for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    commands = readme_commands()
+    assert "./scripts/quickstart.sh" in " ".join(commands) and "./scripts/test.sh" in " ".join(commands)
+    scripts = {word for line in commands for word in re.findall(r"(?:\./)?scripts/[\w./-]+\.(?:sh|sbatch|py)", line)}
+    for script in scripts:
+        path = REPOSITORY / script
+        assert path.is_file(), f"README: found {script}; no such file"
+        assert path.suffix == ".sbatch" or os.access(path, os.X_OK), f"{script} is not executable"
+    words = [line.split() for line in commands]
+    for line in words:
+        while line and (re.fullmatch(r"\w+=.*", line[0]) or line[0] == "srun"):
+            line.pop(0)  # variables and launchers before the command
+        if not line or Path(line[0]).name != "remit" or len(line) < 2 or line[1].startswith("-"):
+            continue
+        known = cli._DATA_COMMANDS if line[1] == "data" else cli._COMMANDS
+        command = line[2] if line[1] == "data" else line[1]
+        assert command in known, f"README: found remit {' '.join(line[1:3])}; expected one of {sorted(known)}"
