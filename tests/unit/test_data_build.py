@@ -220,8 +220,8 @@ def test_command_line(tmp_path, tokenizer, capsys):
     text = load_tokenizer(tokenizer).decode(IndexedTokens(tmp_path / "new" / "out").read(0)[:-1].tolist())
     assert text == "Q: Why?\nA: So.\\n"
     output = capsys.readouterr()
-    assert "1 documents, 16 tokens (uint16)" in output.out
-    assert "tokenizing: " in output.err and "16 tokens" in output.err
+    assert "1 documents, 17 tokens (uint16)" in output.out
+    assert "tokenizing: " in output.err and "17 tokens" in output.err
 
 
 def test_overwrite(tmp_path, tokenizer):
@@ -317,12 +317,7 @@ def test_dead_worker(tmp_path, tokenizer, big):
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in error, error
-    assert (
-        error.strip()
-        .splitlines()[-1]
-        .removeprefix("error: ")
-        .startswith("--workers: found a worker process that ended")
-    )
+    assert "--workers: found a worker process that ended" in error.strip().splitlines()[-1]
     assert not os.listdir(tmp_path)
 
 
@@ -339,14 +334,14 @@ def test_file_size_limit(tmp_path, tokenizer, big):
 
 def test_no_space_left(tmp_path, tokenizer, big):
     """On a real full file system: 1 MiB of memory, mounted in a namespace of its own."""
-    if subprocess.run(
-        ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True
-    ).returncode:
+    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-rm", *mount.split()], capture_output=True).returncode
+    ):
         pytest.skip("no permission to mount a file system")
     command = f"{sys.executable} -m remit_megatron data build --workers 1 --input {big} --tokenizer {tokenizer}"
-    script = (
-        f"mount -t tmpfs -o size=1m tmpfs {tmp_path} && {command} --output {tmp_path}/out; echo rc=$?; ls -A {tmp_path}"
-    )
+    script = f"{mount} && {command} --output {tmp_path}/out; echo rc=$?; ls -A {tmp_path}"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "rc=2\n", done
     assert "--output: found no space left in" in done.stderr.splitlines()[-1], done.stderr

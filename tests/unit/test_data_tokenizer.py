@@ -41,7 +41,7 @@ def test_nothing_is_added_cut_or_padded(tmp_path):
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, truncation=4))
     texts = ["the thing", "x", "", "Zürich 東京 \U0001f600\r\n"]
     ids = tokenizer.encode_batch(texts)
-    assert [len(row) for row in ids] == [7, 1, 0, len(texts[3].encode())]
+    assert [len(row) for row in ids] == [6, 1, 0, len(texts[3].encode())]
     assert [tokenizer.decode(row) for row in ids] == texts
     assert tokenizer.vocab_size == 256 + 2 + 2
     assert tokenizer.encode_batch(["a<|endoftext|>"])[0][-1] == tokenizer.eod_id == 259
