@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# A test file that no pattern collects, or a folder that is not looked into, passes unnoticed otherwise. Raise it as tests
-# are added.
+# A test file that no pattern collects, or a folder that is not looked into, passes unnoticed otherwise. Raise it as
+# tests are added.
 MINIMUM_TESTS = 150
 
 
