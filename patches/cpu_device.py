@@ -15,7 +15,8 @@ Only on machines without a GPU. What is redirected, symbol by symbol:
                                              torch and transformers choose code paths by them
   torch.cuda.Stream / Event / stream / current_stream / default_stream / set_stream    order is program order on a CPU
   torch.cuda random state                    the CPU generator's (see also cpu_random)
-  tensor factories, Tensor.to/.cuda/.new_*, Module.cuda/.to, torch.Generator      device "cuda" (or an index) means the CPU
+  tensor factories, Tensor.to/.cuda/.new_*, Module.cuda/.to      device "cuda" (or an index) means the CPU, and memory is
+                                             not pinned
   Tensor.type()                              Megatron's optimizers compare it with "torch.cuda.FloatTensor"
   torch.compile (torch._dynamo)              off: no compiler is needed for correctness, and starting one takes longer
                                              than the runs that this device is for
@@ -60,6 +61,8 @@ def _keyword_device(function):
     def wrapper(*args, **kwargs):
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # there is no device that would read it past the CPU
         return function(*args, **kwargs)
 
     return wrapper
@@ -228,6 +231,7 @@ def _redirect_factories() -> None:
         setattr(torch.Tensor, name, _keyword_device(getattr(torch.Tensor, name)))
     torch.Tensor.to = _any_device(torch.Tensor.to)
     torch.Tensor.cuda = _tensor_cuda
+    torch.Tensor.pin_memory = _tensor_cuda
     torch.nn.Module.to = _any_device(torch.nn.Module.to)
     torch.nn.Module.cuda = _module_cuda
 

@@ -77,7 +77,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     needs_reference = build_objective(config.objective.name, **objective_settings(config)).needs_reference
     if config.run_dir is None:
         raise UserError("run_dir", "nothing", "the directory of the run")
-    init = None if config.init is None else resolve(config.init)
+    init = None if config.init is None else resolve(config.init, field="init")
     if config.model is not None:
         hf_config = load_model_description(config.model)
     elif init is not None:
@@ -94,7 +94,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     if needs_reference:
         if config.reference is None or config.reference.checkpoint is None:
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
-        reference = resolve(config.reference.checkpoint)
+        reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
         reference_hf_config = reference.hf_config
         check_reference(hf_config, reference_hf_config, tokenizer, reference.tokenizer, arguments)
     return Prepared(config, hf_config, init, reference, reference_hf_config, tokenizer, arguments)
@@ -220,15 +220,13 @@ def _resume(config: RunConfig, arguments: argparse.Namespace, environment: paral
 
 def _open_data(prepared: Prepared, environment: parallel.RankEnvironment) -> tuple[Any, Any]:
     """Opens the training and validation samples: rank 0 first, which builds the index that the others map."""
-    config, arguments = prepared.config, prepared.arguments
-    arguments_samples = arguments.train_samples or arguments.train_iters * arguments.global_batch_size
-    with parallel.same_fate("opening the data"):
-        if environment.rank == 0:
-            train, valid = open_datasets(prepared, arguments_samples)
-    with parallel.same_fate("opening the data"):
-        if environment.rank != 0:
-            train, valid = open_datasets(prepared, arguments_samples)
-    del config
+    arguments = prepared.arguments
+    samples = arguments.train_samples or arguments.train_iters * arguments.global_batch_size
+    train = valid = None
+    for turn in (environment.rank == 0, environment.rank != 0):
+        with parallel.same_fate("opening the data"):
+            if turn:
+                train, valid = open_datasets(prepared, samples)
     return train, valid
 
 

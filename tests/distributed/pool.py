@@ -96,7 +96,7 @@ def _work(pipe: Connection, index: int) -> None:
     while True:
         try:
             function, kwargs, environment = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         os.environ.update(environment)
         try:
@@ -125,6 +125,8 @@ def _clean_up() -> None:
         from patches import checkpoint_commit, evaluation_log, schedule, training_log
 
         training.destroy_global_state()
+        for name in training._STARTUP_TIMESTAMPS:
+            training._STARTUP_TIMESTAMPS[name] = None
         parallel_state.destroy_model_parallel()
         megatron_random._CUDA_RNG_STATE_TRACKER = None
         megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
