@@ -187,6 +187,7 @@ def default_arguments(
         "hidden_dropout": 0.0,
         "bf16": params_dtype == torch.bfloat16,
         "fp16": params_dtype == torch.float16,
+        "overlap_p2p_comm": virtual_pipeline_model_parallel_size is not None,  # as validate_args would have it
     }
     unknown = [name for name in others if not hasattr(args, name)]
     if unknown:
