@@ -1,7 +1,8 @@
 """Every deviation from upstream, one file each. Nothing patches Megatron from anywhere else.
 
-A patch says what it changes, why, which test fails without it, where upstream stands, and when to drop it; it is applied
-once (a second call does nothing) and refuses a version that it was not tested with. ``remit doctor`` lists them.
+A patch says what it changes, why, which test fails without it, where upstream stands, and when to drop it; it is
+applied once (a second call does nothing) and refuses a version that it was not tested with. ``remit doctor`` lists
+them.
 
 ``apply()`` must run before the first ``import megatron``.
 """

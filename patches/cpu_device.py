@@ -1,7 +1,8 @@
 """Megatron on a machine without a GPU.
 
 Target    torch 2.13: torch.cuda, tensor factories, Tensor.to/.cuda/.type
-Why       Megatron asks CUDA for its device, streams, events, random state and memory, and names "cuda" in factory calls.
+Why       Megatron asks CUDA for its device, streams, events, random state and memory, and names "cuda" in factory
+calls.
           Here each of these questions is answered by the CPU, so that the same training loop runs, is tested and is
           learned on any machine. It is not a simulation of speed.
 Test      tests/distributed/test_training.py::test_ntp_equals_megatron_loss
@@ -15,15 +16,16 @@ Only on machines without a GPU. What is redirected, symbol by symbol:
                                              torch and transformers choose code paths by them
   torch.cuda.Stream / Event / stream / current_stream / default_stream / set_stream    order is program order on a CPU
   torch.cuda random state                    the CPU generator's (see also cpu_random)
-  tensor factories, Tensor.to/.cuda/.new_*, Module.cuda/.to      device "cuda" (or an index) means the CPU, and memory is
+  tensor factories, Tensor.to/.cuda/.new_*, Module.cuda/.to      device "cuda" (or an index) means the CPU, and memory
+  is
                                              not pinned
   Tensor.type()                              Megatron's optimizers compare it with "torch.cuda.FloatTensor"
   torch.compile (torch._dynamo)              off: no compiler is needed for correctness, and starting one takes longer
                                              than the runs that this device is for
   CUDA_DEVICE_MAX_CONNECTIONS=1              validated by Megatron with tensor parallelism; without meaning here
 
-Wrapping the factories costs nothing on other calls; a TorchFunctionMode would add a Python frame to every tensor operation
-and is thread-local, so that a checkpointing or data thread would not see it.
+Wrapping the factories costs nothing on other calls; a TorchFunctionMode would add a Python frame to every tensor
+operation and is thread-local, so that a checkpointing or data thread would not see it.
 """
 
 from __future__ import annotations

@@ -28,14 +28,36 @@ def _install() -> None:
 
     @functools.wraps(original)
     def training_log(
-        loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, *args, **kwargs
+        loss_dict,
+        total_loss_dict,
+        learning_rate,
+        iteration,
+        loss_scale,
+        report_memory_flag,
+        skipped_iter,
+        grad_norm,
+        *args,
+        **kwargs,
     ):
         if hook is not None:
             loss_dict = hook(
-                loss_dict, iteration=iteration, learning_rate=learning_rate, grad_norm=grad_norm, skipped=bool(skipped_iter)
+                loss_dict,
+                iteration=iteration,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                skipped=bool(skipped_iter),
             )
         return original(
-            loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, *args, **kwargs
+            loss_dict,
+            total_loss_dict,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory_flag,
+            skipped_iter,
+            grad_norm,
+            *args,
+            **kwargs,
         )
 
     training.training_log = training_log

@@ -33,20 +33,22 @@ class Batch:
 def sequence_slice(tensor: Tensor, cp_rank: int, cp_size: int, *, dim: int = 1) -> Tensor:
     """This rank's part of a sequence under context parallelism, as Megatron splits it.
 
-    The sequence is cut into 2 * cp_size chunks, and rank r holds chunks r and 2 * cp_size - 1 - r, so that every rank has
-    the same amount of causal attention to compute.
+    The sequence is cut into 2 * cp_size chunks, and rank r holds chunks r and 2 * cp_size - 1 - r, so that every rank
+    has the same amount of causal attention to compute.
     """
     if cp_size == 1:
         return tensor
     length = tensor.size(dim)
     if length % (2 * cp_size):
-        raise ValueError(f"sequence of {length} tokens; expected a multiple of {2 * cp_size} (2 x context parallel size)")
+        raise ValueError(
+            f"sequence of {length} tokens; expected a multiple of {2 * cp_size} (2 x context parallel size)"
+        )
     chunks = tensor.chunk(2 * cp_size, dim=dim)
     return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=dim)
 
 
 def document_ids_of(tokens: Tensor, eod_id: int) -> Tensor:
-    """[b, s] -> [b, s] int64: how many documents ended before each token; an end-of-document token belongs to its own."""
+    """[b, s] -> [b, s] int64: how many documents ended before each token (an end belongs to its document)."""
     ended = tokens == eod_id
     return ended.cumsum(dim=1) - ended.long()
 

@@ -101,7 +101,9 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
             raise DamagedCheckpoint(f"{path}: found version {content['version']}; expected {MANIFEST_VERSION}")
         return Manifest(files=content["files"], properties=content["properties"])
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{directory}: found no {MANIFEST}; expected one, written when a save is complete") from None
+        raise DamagedCheckpoint(
+            f"{directory}: found no {MANIFEST}; expected one, written when a save is complete"
+        ) from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(f"{path}: found {error!r}; expected a manifest") from None
 

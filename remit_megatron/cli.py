@@ -27,7 +27,16 @@ _DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
 }
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
-_USER_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_USER_ERRNOS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+}
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:

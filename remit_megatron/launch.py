@@ -38,8 +38,8 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
     """Runs ``python -m module argv…`` as ``nproc`` ranks on this machine and waits for them.
 
     When one fails, the others get SIGTERM and, after a grace time, SIGKILL. Signals that reach this process are passed
-    on. Rank 0 writes to the terminal as usual; what other ranks write to standard error is shown only if one of them was
-    the first to fail, because the same mistake is usually found by all.
+    on. Rank 0 writes to the terminal as usual; what another rank wrote to standard error is shown only if it was the
+    first to fail and rank 0 did not fail by itself, because the same mistake is usually found by all.
 
     Returns:
         0 if every rank returned 0, else the exit code of the first that did not (128 + number for a signal).
@@ -61,7 +61,7 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             forwarded[number] = signal.signal(number, forward)
         for rank in range(nproc):
-            errors = tempfile.TemporaryFile() if rank else None
+            errors = tempfile.TemporaryFile() if rank else None  # noqa: SIM115 - read when the ranks are done
             captured.append(errors)
             processes.append(
                 subprocess.Popen(
@@ -74,7 +74,8 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
         first = _wait(processes)
         if first is not None:
             _stop(processes)
-            _show(first, captured[first])
+            if first and processes[0].returncode <= 0:  # else rank 0 has said it
+                _show(first, captured[first])
             code = processes[first].returncode
             return 128 - code if code < 0 else code
         return EXIT_DONE

@@ -19,7 +19,15 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 
 # Dense peak of the tensor cores in bf16, FLOP/s, from the makers' data sheets (without sparsity).
-_PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "GH200": 989e12}
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+}
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -40,7 +48,8 @@ def step_statistics(losses: Mapping[str, Tensor], *, microbatches: int) -> dict[
 
     Returns:
         ``lm_loss``, ``objective_loss`` (nats), ``weight_mean``, ``weight_std``, ``weight_clipped_low``,
-        ``weight_clipped_high`` (shares of the counted tokens), ``delta_mean``, ``delta_std`` (nats), ``dropped_tokens``.
+        ``weight_clipped_high`` (shares of the counted tokens), ``delta_mean``, ``delta_std`` (nats),
+        ``dropped_tokens``.
     """
     value = {name: float(tensor) for name, tensor in losses.items()}
 
@@ -86,11 +95,13 @@ class RunRecorder:
     Args:
         run_dir: the run's directory.
         total_steps: iterations of the whole run.
-        resumed_at: iteration that training goes on from; records after it belong to work that was lost, and are removed.
-        interval: steps between two progress lines.
+        resumed_at: iteration that training goes on from; records after it belong to work that was lost, and are
+        removed. interval: steps between two progress lines.
     """
 
-    def __init__(self, run_dir: str | Path, *, total_steps: int, resumed_at: int, interval: int = 1, stream: TextIO | None = None):
+    def __init__(
+        self, run_dir: str | Path, *, total_steps: int, resumed_at: int, interval: int = 1, stream: TextIO | None = None
+    ):
         self._run_dir = Path(run_dir)
         self._total, self._first, self._interval = total_steps, resumed_at, max(1, interval)
         self._stream = stream or sys.stdout

@@ -41,7 +41,9 @@ def rank_environment() -> RankEnvironment:
     rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "MASTER_ADDR" not in environ:
         raise UserError(
-            "MASTER_ADDR", "nothing in the environment", "the first host of the job (scripts/slurm/train.sbatch exports it)"
+            "MASTER_ADDR",
+            "nothing in the environment",
+            "the first host of the job (scripts/slurm/train.sbatch exports it)",
         )
     environ.setdefault("MASTER_ADDR", "127.0.0.1")
     environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")

@@ -2,8 +2,8 @@
 
     arithmetic text -> a small base -> a reference -> mid-training of the base with ntp and with remit -> held-out loss
 
-The text is noisy on purpose: a third of its answers are wrong. The reference is the same base trained further on correct
-solutions only; the weights should then teach the student to listen less to the wrong ones.
+The text is noisy on purpose: a third of its answers are wrong. The reference is the same base trained further on
+correct solutions only; the weights should then teach the student to listen less to the wrong ones.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ class Scale:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``remit quickstart``."""
-    parser.add_argument("--output", default="runs/quickstart", metavar="DIR", help="where everything goes (default: %(default)s)")
-    parser.add_argument("--nproc", type=int, default=Scale.nproc, metavar="N", help="ranks for mid-training (default: 2)")
+    parser.add_argument(
+        "--output", default="runs/quickstart", metavar="DIR", help="where everything goes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--nproc", type=int, default=Scale.nproc, metavar="N", help="ranks for mid-training (default: 2)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the text, the weights and the order of the data")
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier quickstart left in DIR")
     # For tests of the whole chain; smaller is not more instructive.
@@ -75,14 +79,20 @@ class Quickstart:
 
     def run(self) -> int:
         """Runs all stages and prints the comparison."""
-        self._say("Text: sums of two numbers from reasoning-gym; in the training text a third of the answers are wrong.")
+        self._say(
+            "Text: sums of two numbers from reasoning-gym; in the training text a third of the answers are wrong."
+        )
         self.write_text()
         self._say("Token files, and a tokenizer with one entry per character.")
         self.build_data()
-        self._say(f"Base: a Llama of about 0.8M parameters, {self.scale.base_steps} steps of plain next-token prediction.")
+        self._say(
+            f"Base: a Llama of about 0.8M parameters, {self.scale.base_steps} steps of plain next-token prediction."
+        )
         code = self._train("base", {"megatron.train_iters": self.scale.base_steps, "megatron.lr": 2e-3}, nproc=1)
         if code == EXIT_DONE:
-            self._say(f"Reference: the base trained for {self.scale.reference_steps} more steps, on correct solutions only.")
+            self._say(
+                f"Reference: the base trained for {self.scale.reference_steps} more steps, on correct solutions only."
+            )
             code = self.make_reference()
         for objective in ("ntp", "remit"):
             if code == EXIT_DONE:
@@ -110,7 +120,8 @@ class Quickstart:
             lines = []
             for question, answer in selected:
                 wrong = random_state.random() < wrong_share
-                lines.append(json.dumps({"text": f"{question} {answer + random_state.choice((-10, -2, -1, 1, 2, 10)) if wrong else answer}"}))
+                error = random_state.choice((-10, -2, -1, 1, 2, 10)) if wrong else 0
+                lines.append(json.dumps({"text": f"{question} {answer + error}"}))
             write_atomic(directory / f"{name}.jsonl", "\n".join(lines) + "\n")
 
     def build_data(self) -> None:
@@ -164,18 +175,33 @@ class Quickstart:
             validation = read_records(self.output / name / VALIDATION_FILE)
             last = metrics[-1]
             rows.append(
-                (name, str(last["iteration"]), f"{last['lm_loss']:.4f}", f"{validation[-1]['lm_loss']:.4f}", f"{last['weight_std']:.4f}")
+                (
+                    name,
+                    str(last["iteration"]),
+                    f"{last['lm_loss']:.4f}",
+                    f"{validation[-1]['lm_loss']:.4f}",
+                    f"{last['weight_std']:.4f}",
+                )
             )
         header = ("run", "steps", "training loss", "held-out loss", "spread of weights")
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in (header, *rows)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in (header, *rows)
+        ]
         self._write("")
         for line in lines:
             self._write("  " + line)
         self._write("")
-        self._write("Held-out: correct solutions of problems that are not in the training text; loss in nats per token.")
+        self._write(
+            "Held-out: correct solutions of problems that are not in the training text; loss in nats per token."
+        )
         self._write("One seed at toy size shows that every part works, not which objective is better.")
-        self._write(f"Every step: {self.output / 'remit' / METRICS_FILE}. All of it took {format_duration(time.monotonic() - self._started)}.")
+        elapsed = format_duration(time.monotonic() - self._started)
+        self._write(f"Every step: {self.output / 'remit' / METRICS_FILE}. All of it took {elapsed}.")
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

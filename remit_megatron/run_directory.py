@@ -1,6 +1,6 @@
 """The run directory: one run at a time, its resolved configuration, its checkpoints, its logs.
 
-    run_dir/  config.yaml  metrics.jsonl  validation.jsonl  checkpoints/  tensorboard/  logs/  data_cache/
+run_dir/  config.yaml  metrics.jsonl  validation.jsonl  checkpoints/  tensorboard/  logs/  data_cache/
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class RunLock:
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()
-            raise UserError("run_dir", f"{run_dir}, in use by {owner}", "a directory that no other run is using") from None
+            raise UserError(
+                "run_dir", f"{run_dir}, in use by {owner}", "a directory that no other run is using"
+            ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -45,11 +47,12 @@ class RunLock:
 
 
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
-    """Sends everything that is logged (Megatron's prints too) to ``logs/rank_N.log``; the terminal gets warnings of ours."""
+    """Sends all that is logged (Megatron's prints too) to ``logs/rank_N.log``; the terminal gets our warnings."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     for handler in root.handlers:
         # The libraries' remarks are in the file; on the terminal they would hide ours.
+        handler.setLevel(logging.WARNING)
         handler.addFilter(lambda record: record.name.startswith(("remit_megatron", "patches")) and rank == 0)
     handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -1,7 +1,7 @@
 """One training step as Megatron's loop calls it: batches to losses, scores to weights, weights to one loss.
 
-    schedule wrapper: buffer the step's microbatches -> reference scores them -> student runs over the same microbatches
-    forward_step:     batch -> model -> token_loss (on the last stage, through GPTModel's output_processor) -> objective
+schedule wrapper: buffer the step's microbatches -> reference scores them -> student runs over the same microbatches
+forward_step:     batch -> model -> token_loss (on the last stage, through GPTModel's output_processor) -> objective
 """
 
 from __future__ import annotations
@@ -131,14 +131,14 @@ class TrainingStep:
             output_processor_context=batch,
         )
 
-    def _student_losses(self, *, hidden_states: Tensor, output_layer, output_weight, context: Batch, scale_logits, **_) -> Tensor:
+    def _student_losses(
+        self, *, hidden_states: Tensor, output_layer, output_weight, context: Batch, scale_logits, **_
+    ) -> Tensor:
         """``output_processor`` of the student: hidden states [s, b, h] to losses [b, s] float32, in nats."""
         logits, _bias = output_layer(hidden_states, weight=output_weight)
         logits = scale_logits(logits)
         labels, loss_mask = (t.reshape(logits.size(1), -1).t() for t in (context.labels, context.loss_mask))
-        losses = token_loss(
-            logits, labels, tp_group=self.groups.tp, vocab_size=self.vocab_size, loss_mask=loss_mask
-        )
+        losses = token_loss(logits, labels, tp_group=self.groups.tp, vocab_size=self.vocab_size, loss_mask=loss_mask)
         return losses.t().reshape(context.labels.shape)
 
     # -- Megatron's forward_step -------------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ class TrainingStep:
         """Loss function of one microbatch, as Megatron wants it with ``calculate_per_token_loss``.
 
         Returns:
-            The sum to differentiate, the number of tokens in the denominator (int32), and for the log [sum, count] pairs
-            that Megatron adds over microbatches and ranks before it divides.
+            The sum to differentiate, the number of tokens in the denominator (int32), and for the log [sum, count]
+            pairs that Megatron adds over microbatches and ranks before it divides.
         """
         with torch.no_grad():
             in_mask = batch.loss_mask > 0
@@ -192,7 +192,9 @@ class TrainingStep:
         Evaluation needs no weights and runs as it is.
         """
 
-        def scored_schedule(*, forward_step_func, data_iterator, model, num_microbatches, forward_only=False, **settings):
+        def scored_schedule(
+            *, forward_step_func, data_iterator, model, num_microbatches, forward_only=False, **settings
+        ):
             self.clock.start()
             reference = self.reference
             if reference is None or forward_only:
@@ -211,7 +213,9 @@ class TrainingStep:
             scores = reference.score(schedule, partial(self._reference_step, reference), buffers, **shared)
             self.clock.mark()
             if scores:
-                buffers[-1] = [{**item, "reference_loss": score} for item, score in zip(buffers[-1], scores, strict=True)]
+                buffers[-1] = [
+                    {**item, "reference_loss": score} for item, score in zip(buffers[-1], scores, strict=True)
+                ]
             iterators = [iter(buffer) for buffer in buffers]
             return schedule(
                 forward_step_func=forward_step_func,
@@ -224,7 +228,9 @@ class TrainingStep:
 
         return scored_schedule
 
-    def _reference_step(self, reference: LiveReference, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
+    def _reference_step(
+        self, reference: LiveReference, data_iterator: Iterator[Item], model
+    ) -> tuple[Tensor, Callable]:
         batch = self._next(data_iterator)
         output = self.run_model(model, batch, reference.output_processor)
 

@@ -1,29 +1,30 @@
 """``remit train``: from a configuration to Megatron's loop.
 
-Read :func:`train` top to bottom; it is the whole data flow of a run. What Megatron is asked to do differently is set in
-:func:`_connect` and lives in ``patches/``.
+Read :func:`train` and :func:`prepare` top to bottom; they are a run. What happens inside Megatron's loop is in
+``engine.py`` and ``step.py``; what is changed in Megatron is in ``patches/``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remit_megatron import checkpoints, launch, parallel, run_directory
 from remit_megatron.config import RunConfig, load_config, load_model_description
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
 
+if TYPE_CHECKING:
+    from remit_megatron.models.source import ModelSource
+
 logger = logging.getLogger(__name__)
 
-# Bytes of a checkpoint per parameter: weights and gradients are not stored twice; fp32 master weights and two moments are.
+# Bytes of a checkpoint per parameter, at most: weights, and in fp32 master weights and two moments.
 _CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and what follows from it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and what follows from it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(dry_run(config, world_size=args.nproc))
         return EXIT_DONE
     if args.nproc > 1 and not launch.under_launcher():
-        prepare(config, world_size=args.nproc)  # what is wrong with the input is said once, before ranks start
         return launch.launch(args.nproc, ["train", args.config, *args.overrides])
     return train(config)
 
@@ -53,10 +55,10 @@ class Prepared:
 
     config: RunConfig
     hf_config: dict[str, Any]
-    init: Any  # models.source.ModelSource, or None for random weights
-    reference: Any  # models.source.ModelSource, or None
-    reference_hf_config: dict[str, Any] | None
+    init: ModelSource | None  # None for random weights
+    reference: ModelSource | None
     tokenizer: Tokenizer
+    objective_settings: dict[str, Any]
     arguments: argparse.Namespace = field(repr=False)
 
 
@@ -74,7 +76,8 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     from remit_megatron.models.source import resolve
     from remit_megatron.objectives import build_objective
 
-    needs_reference = build_objective(config.objective.name, **objective_settings(config)).needs_reference
+    settings = objective_settings(config)
+    needs_reference = build_objective(config.objective.name, **settings).needs_reference
     if config.run_dir is None:
         raise UserError("run_dir", "nothing", "the directory of the run")
     init = None if config.init is None else resolve(config.init, field="init")
@@ -88,16 +91,17 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
         _same_architecture(hf_config, init.hf_config)
     tokenizer = _tokenizer(config, init)
     if tokenizer.vocab_size > hf_config["vocab_size"]:
-        raise UserError("data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}")
+        raise UserError(
+            "data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
+        )
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
-    reference = reference_hf_config = None
+    reference = None
     if needs_reference:
         if config.reference is None or config.reference.checkpoint is None:
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
         reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
-        reference_hf_config = reference.hf_config
-        check_reference(hf_config, reference_hf_config, tokenizer, reference.tokenizer, arguments)
-    return Prepared(config, hf_config, init, reference, reference_hf_config, tokenizer, arguments)
+        check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
+    return Prepared(config, hf_config, init, reference, tokenizer, settings, arguments)
 
 
 def objective_settings(config: RunConfig) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def objective_settings(config: RunConfig) -> dict[str, Any]:
     return {}
 
 
-def _tokenizer(config: RunConfig, init: Any) -> Tokenizer:
+def _tokenizer(config: RunConfig, init: ModelSource | None) -> Tokenizer:
     directory = config.data.tokenizer or (init.tokenizer if init is not None else None)
     if directory is None:
         raise UserError("data.tokenizer", "nothing", "a directory with tokenizer.json")
@@ -137,14 +141,21 @@ def check_reference(
         UserError: naming the property, with both values.
     """
     if reference["vocab_size"] != student["vocab_size"]:
-        raise UserError("reference.checkpoint", f"vocab_size {reference['vocab_size']}", f"{student['vocab_size']}, the student's")
+        raise UserError(
+            "reference.checkpoint", f"vocab_size {reference['vocab_size']}", f"{student['vocab_size']}, the student's"
+        )
     if reference_tokenizer is not None:
         digest = load_tokenizer(reference_tokenizer).digest
         if digest != tokenizer.digest:
-            raise UserError("reference.checkpoint", f"tokenizer digest {digest[:16]}", f"{tokenizer.digest[:16]}, the student's")
+            raise UserError(
+                "reference.checkpoint", f"tokenizer digest {digest[:16]}", f"{tokenizer.digest[:16]}, the student's"
+            )
     tp, pp = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
     stages = pp * (arguments.virtual_pipeline_model_parallel_size or 1)
-    heads, groups = reference["num_attention_heads"], reference.get("num_key_value_heads") or reference["num_attention_heads"]
+    heads, groups = (
+        reference["num_attention_heads"],
+        reference.get("num_key_value_heads") or reference["num_attention_heads"],
+    )
     for name, value, divisor, what in (
         ("num_attention_heads", heads, tp, "tensor_model_parallel_size"),
         ("num_key_value_heads", groups, tp, "tensor_model_parallel_size"),
@@ -205,7 +216,9 @@ def _resume(config: RunConfig, arguments: argparse.Namespace, environment: paral
     found = run_directory.newest_verified(root, rank=environment.rank, world_size=environment.world_size)
     if config.checkpoint.resume == "never":
         if found is not None:
-            raise UserError("checkpoint.resume", f"never, with checkpoint {found} in {root}", "auto, or another run_dir")
+            raise UserError(
+                "checkpoint.resume", f"never, with checkpoint {found} in {root}", "auto, or another run_dir"
+            )
         return 0
     if found is None:
         return 0
@@ -245,12 +258,16 @@ def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
     )
     if not config.data.train:
         raise UserError("data.train", "nothing", "a list of [weight, prefix] pairs")
-    train = open_blend(parse_blend(config.data.train, field="data.train"), num_samples=train_samples, seed=config.seed, **common)
+    train = open_blend(
+        parse_blend(config.data.train, field="data.train"), num_samples=train_samples, seed=config.seed, **common
+    )
     if not config.data.valid:
         return train, None
     # The same samples at every validation, so that its losses compare.
     valid_samples = arguments.eval_iters * arguments.global_batch_size
-    valid = open_blend(parse_blend(config.data.valid, field="data.valid"), num_samples=valid_samples, seed=config.seed, **common)
+    valid = open_blend(
+        parse_blend(config.data.valid, field="data.valid"), num_samples=valid_samples, seed=config.seed, **common
+    )
     return train, RepeatedSamples(valid)
 
 
@@ -267,12 +284,15 @@ class RepeatedSamples:
         return self._samples[index % len(self._samples)]
 
 
-def _train(prepared: Prepared, environment: parallel.RankEnvironment, resumed_at: int, datasets: tuple[Any, Any]) -> int:
+def _train(
+    prepared: Prepared, environment: parallel.RankEnvironment, resumed_at: int, datasets: tuple[Any, Any]
+) -> int:
     from megatron.core.enums import ModelType
     from megatron.training import global_vars, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from patches.quiet_megatron import redirect
+    from remit_megatron.engine import Engine
     from remit_megatron.metrics import RunRecorder
     from remit_megatron.models.build import model_config
     from remit_megatron.models.convert import load_weights
@@ -280,7 +300,7 @@ def _train(prepared: Prepared, environment: parallel.RankEnvironment, resumed_at
     arguments, config = prepared.arguments, prepared.config
     global_vars.set_global_variables(arguments, build_tokenizer=False)
     student = model_config(prepared.hf_config, arguments)
-    engine = _Engine(prepared)
+    engine = Engine(prepared, environment)
 
     def before_wrapping(chunks: list) -> list:
         # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
@@ -296,9 +316,12 @@ def _train(prepared: Prepared, environment: parallel.RankEnvironment, resumed_at
     recorder = None
     if environment.rank == environment.world_size - 1:  # the last pipeline stage, where the losses are
         recorder = RunRecorder(
-            config.run_dir or "", total_steps=arguments.train_iters, resumed_at=resumed_at, interval=config.logging.interval
+            config.run_dir or "",
+            total_steps=arguments.train_iters,
+            resumed_at=resumed_at,
+            interval=config.logging.interval,
         )
-    _connect(engine, prepared, recorder, environment)
+    engine.connect(recorder)
     redirect()
 
     def provider(_samples, vp_stage=None):
@@ -317,7 +340,9 @@ def _train(prepared: Prepared, environment: parallel.RankEnvironment, resumed_at
 
 
 def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:
-    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters()) * world_size / arguments.data_parallel_size
+    parameters = (
+        sum(p.numel() for chunk in chunks for p in chunk.parameters()) * world_size / arguments.data_parallel_size
+    )
     needed = parameters * _CHECKPOINT_BYTES_PER_PARAMETER
     run_directory.require_space(Path(arguments.save), needed, what="one checkpoint")
 
@@ -328,141 +353,3 @@ def _exit_code(arguments: argparse.Namespace) -> int:
     stopped = arguments.exit_signal_handler and any(get_signal_handler().signals_received())
     unfinished = (arguments.curr_iteration + 1) < arguments.train_iters
     return EXIT_START_ME_AGAIN if stopped and unfinished else EXIT_DONE
-
-
-class _Engine:
-    """The parts of a run that exist only once Megatron has made its process groups."""
-
-    def __init__(self, prepared: Prepared):
-        from remit_megatron.objectives import build_objective
-        from remit_megatron.step import TrainingStep
-
-        self._prepared = prepared
-        self._groups = None
-        self._reference = None
-        config = prepared.config
-        self.step = TrainingStep(
-            objective=build_objective(config.objective.name, **objective_settings(config)),
-            vocab_size=prepared.hf_config["vocab_size"],
-            eod_id=prepared.tokenizer.eod_id,
-            groups=self.groups,
-            reference=None if prepared.reference is None else lambda: self._reference,
-            document_mask=config.data.document_mask,
-            packed_attention=prepared.arguments.transformer_impl == "transformer_engine",
-        )
-
-    def groups(self):
-        """Megatron's process groups."""
-        if self._groups is None:
-            from megatron.core.process_groups_config import ProcessGroupCollection
-
-            self._groups = ProcessGroupCollection.use_mpu_process_groups()
-        return self._groups
-
-    def build_reference(self) -> None:
-        """Builds the frozen model on the student's groups and loads its weights."""
-        prepared = self._prepared
-        if prepared.reference is None or prepared.reference_hf_config is None:
-            return
-        from remit_megatron.models.build import build_chunks, model_config
-        from remit_megatron.models.convert import load_weights
-        from remit_megatron.reference.live import LiveReference
-
-        chunks = build_chunks(model_config(prepared.reference_hf_config, prepared.arguments), self.groups())
-        load_weights(chunks, prepared.reference)
-        self._reference = LiveReference(
-            chunks, vocab_size=prepared.reference_hf_config["vocab_size"], tp_group=self.groups().tp
-        )
-
-
-def _connect(engine: _Engine, prepared: Prepared, recorder: Any, environment: parallel.RankEnvironment) -> None:
-    """Sets what runs at the places that patches/ opens in Megatron's loop."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.training.training import num_floating_point_operations
-
-    from patches import checkpoint_commit, evaluation_log, schedule, training_log
-    from remit_megatron.metrics import peak_flops, step_statistics
-
-    arguments, config, clock = prepared.arguments, prepared.config, engine.step.clock
-    root = Path(arguments.save)
-    peak = peak_flops(_device_name())
-
-    def after_step(losses, *, iteration, learning_rate, grad_norm, skipped):
-        """Derives the step's figures; gives Megatron those of them that it should log."""
-        if not losses or skipped:
-            return losses
-        microbatches = get_num_microbatches() * arguments.data_parallel_size * arguments.context_parallel_size
-        figures = step_statistics(losses, microbatches=microbatches)
-        seconds = clock.step_seconds()
-        if recorder is not None:
-            batch = get_num_microbatches() * arguments.micro_batch_size * arguments.data_parallel_size
-            flops = num_floating_point_operations(arguments, batch)
-            recorder.step(
-                {
-                    "iteration": iteration,
-                    "consumed_tokens": arguments.consumed_train_samples * arguments.seq_length,
-                    **{name: figures[name] for name in ("lm_loss", "objective_loss")},
-                    "grad_norm": grad_norm,
-                    "learning_rate": learning_rate,
-                    "tokens_per_second": batch * arguments.seq_length / seconds,
-                    "mfu": None if peak is None else flops / seconds / environment.world_size / peak,
-                    "step_seconds": seconds,
-                    "reference_seconds": clock.reference_seconds(),
-                    **{name: value for name, value in figures.items() if name not in ("lm_loss", "objective_loss")},
-                }
-            )
-        template = losses["lm_loss"]
-        return {name: template.new_tensor([value]) for name, value in figures.items()}
-
-    def after_evaluation(losses):
-        if recorder is not None and "lm_loss" in losses:
-            iteration = arguments.curr_iteration + 1
-            recorder.validation({"iteration": iteration, "lm_loss": float(losses["lm_loss"])})
-
-    def before_save(iteration: int) -> None:
-        directory = checkpoints.iteration_directory(root, iteration)
-        with parallel.same_fate("saving a checkpoint"):
-            if environment.rank == 0:
-                if directory.exists():
-                    checkpoints.set_aside(root, iteration)
-                run_directory.require_space(root, getattr(before_save, "size", 0), what="the last checkpoint")
-
-    def after_save(iteration: int) -> None:
-        directory = checkpoints.iteration_directory(root, iteration)
-        with parallel.same_fate("saving a checkpoint"):
-            if environment.rank == 0:
-                _add_model_files(directory, prepared)
-        files = parallel.gather_objects(
-            checkpoints.describe_files(directory, part=environment.rank, parts=environment.world_size)
-        )
-        with parallel.same_fate("saving a checkpoint"):
-            if environment.rank == 0:
-                merged = {name: entry for part in files for name, entry in part.items()}
-                before_save.size = sum(entry["size"] for entry in merged.values())  # type: ignore[attr-defined]
-                checkpoints.write_manifest(
-                    directory, files=merged, iteration=iteration, tokenizer=prepared.tokenizer.digest
-                )
-                checkpoints.point_to(root, iteration)
-                checkpoints.retain(root, config.checkpoint.keep)
-
-    schedule.wrapper = engine.step.wrap_schedule
-    training_log.hook = after_step
-    evaluation_log.hook = after_evaluation
-    checkpoint_commit.before, checkpoint_commit.after = before_save, after_save
-
-
-def _add_model_files(directory: Path, prepared: Prepared) -> None:
-    """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
-    target = directory / "hf"
-    target.mkdir(exist_ok=True)
-    (target / "config.json").write_text(json.dumps(prepared.hf_config, indent=2) + "\n")
-    source = prepared.config.data.tokenizer or prepared.init.tokenizer
-    for path in sorted(Path(source).iterdir()) if Path(source).is_dir() else [Path(source)]:
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name != "config.json" and "index" not in path.name:
-            shutil.copyfile(path, target / path.name)
-
-
-def _device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

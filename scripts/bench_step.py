@@ -1,11 +1,11 @@
-"""Time of one training step: Megatron's own GPT loss, our ntp, and remit with a live reference, interleaved in one process.
+"""Time of one training step: Megatron's own GPT loss, our ntp, and remit with a live reference, interleaved.
 
     python scripts/bench_step.py --rounds 15 --record docs/benchmarks
 
-All arms share one student, one optimizer, one batch shape and Megatron's ``train_step``; they differ in the forward step and
-the schedule. The order of the arms rotates from round to round. Reported: median, p20 and p80 of seconds per step, and the
-median over rounds of the ratio within a round. The arithmetic limit of remit over ntp is 4/3: forward and backward of the
-student cost three forward passes, the reference a fourth.
+All arms share one student, one optimizer, one batch shape and Megatron's ``train_step``; they differ in the forward
+step and the schedule. The order of the arms rotates from round to round. Reported: median, p20 and p80 of seconds per
+step, and the median over rounds of the ratio within a round. The arithmetic limit of remit over ntp is 4/3: forward
+and backward of the student cost three forward passes, the reference a fourth.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import yaml
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--microbatches", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--record", type=Path, metavar="DIR", help="write a dated record there")
     return parser.parse_args()
 
@@ -165,7 +165,14 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
 
     def arm(forward, run_schedule) -> None:
         training.train_step(
-            forward, Samples(round_number[0]), model, optimizer, scheduler, model_config_of_student, run_schedule, iteration=0
+            forward,
+            Samples(round_number[0]),
+            model,
+            optimizer,
+            scheduler,
+            model_config_of_student,
+            run_schedule,
+            iteration=0,
         )
 
     arms = {
@@ -178,9 +185,9 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
 
 def measure(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Seconds per step of each arm, one per round, after a warm-up round."""
-    from remit_megatron.progress import Progress
-
     import torch
+
+    from remit_megatron.progress import Progress
 
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -213,26 +220,36 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters
     def ratio(name: str, base: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
     tokens = args.micro_batch * args.microbatches * args.sequence
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    command = " ".join(["python scripts/bench_step.py", *sys.argv[1:]])
     lines = [
         f"## {datetime.date.today().isoformat()}: training step, {device}",
         "",
-        f"`python scripts/bench_step.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"`{command}`",
         "",
-        f"Llama with {parameters / 1e6:.1f}M parameters, vocabulary {args.vocabulary}, {tokens} tokens a step in {args.microbatches} microbatches of "
-        f"{args.micro_batch} x {args.sequence}, {'bf16' if torch.cuda.is_available() else 'fp32'}, one process; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, megatron-core {importlib.metadata.version('megatron-core')}. "
+        f"Llama with {parameters / 1e6:.1f}M parameters, vocabulary {args.vocabulary}, {tokens} tokens a step in "
+        f"{args.microbatches} microbatches of {args.micro_batch} x {args.sequence}, {precision}, one process; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"megatron-core {importlib.metadata.version('megatron-core')}. "
         f"Arms interleaved, {args.rounds} rounds after one warm-up round.",
         "",
         "| arm | median s | p20 | p80 | ratio (median over rounds) |",
         "|---|---|---|---|---|",
     ]
-    ratios = {"megatron": "1", "ntp": f"{ratio('ntp', 'megatron'):.3f} x Megatron's own step", "remit": f"{ratio('remit', 'ntp'):.3f} x ntp"}
+    ratios = {
+        "megatron": "1",
+        "ntp": f"{ratio('ntp', 'megatron'):.3f} x Megatron's own step",
+        "remit": f"{ratio('remit', 'ntp'):.3f} x ntp",
+    }
     for name, values in seconds.items():
-        lines.append(
-            f"| {name} | {statistics.median(values):.3f} | {quantile(values, 0.2):.3f} | {quantile(values, 0.8):.3f} | {ratios[name]} |"
-        )
+        figures = (statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))
+        lines.append(f"| {name} | {' | '.join(f'{figure:.3f}' for figure in figures)} | {ratios[name]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -260,7 +277,9 @@ def main() -> int:
         old = path.read_text() if path.exists() else "# Training step\n"
         path.write_text(old.rstrip("\n") + "\n\n" + text)
         raw = args.record / f"step-{datetime.date.today().isoformat()}-{'gpu' if 'NVIDIA' in text else 'cpu'}.json"
-        raw.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}, indent=1) + "\n")
+        raw.write_text(
+            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Checks of scripts/smollm2_gsm8k.sh against transformers: token log-probabilities, the run's metrics, the exported model."""
+"""Checks of scripts/smollm2_gsm8k.sh against transformers: log-probabilities, the run's metrics, the exported model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def texts_of(path: Path, count: int) -> list[str]:
 
 
 def largest_difference(original: Path, checkpoint: Path, texts: list[str]) -> tuple[float, int]:
-    """Largest difference of a token's log-probability between transformers and ``remit logprobs``, and the token count."""
+    """Largest difference of a log-probability between transformers and ``remit logprobs``, and the token count."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -61,7 +61,9 @@ def main() -> int:
 
     metrics = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     first, last = metrics[0], metrics[-1]
-    print(f"remit: lm_loss {first['lm_loss']:.4f} -> {last['lm_loss']:.4f}, spread of the weights {last['weight_std']:.4f}")
+    print(
+        f"remit: lm_loss {first['lm_loss']:.4f} -> {last['lm_loss']:.4f}, spread of the weights {last['weight_std']:.4f}"
+    )
     half = max(1, len(metrics) // 2)
     early, late = (sum(m["lm_loss"] for m in part) / len(part) for part in (metrics[:half], metrics[half:]))
     if len(metrics) > 3 and not late < early:

@@ -29,12 +29,16 @@ class LiveReference:
 
     def __init__(self, chunks: list[torch.nn.Module], *, vocab_size: int, tp_group: torch.distributed.ProcessGroup):
         for chunk in chunks:
-            assert not chunk.training and not any(p.requires_grad for p in chunk.parameters()), "the reference is frozen"
+            assert not chunk.training and not any(p.requires_grad for p in chunk.parameters()), (
+                "the reference is frozen"
+            )
         self.chunks = chunks
         self.vocab_size = vocab_size
         self.tp_group = tp_group
 
-    def output_processor(self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context, **_) -> Tensor:
+    def output_processor(
+        self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context, **_
+    ) -> Tensor:
         """Megatron's ``output_processor`` hook on the last stage: hidden states [s, b, h] to losses [b, s] float32."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
@@ -47,7 +51,9 @@ class LiveReference:
         )
         return -logprob.t().reshape(context.labels.shape)
 
-    def score(self, schedule: Callable[..., list], forward: ForwardStep, buffers: list[list[Item]], **settings) -> list[Tensor]:
+    def score(
+        self, schedule: Callable[..., list], forward: ForwardStep, buffers: list[list[Item]], **settings
+    ) -> list[Tensor]:
         """Scores all microbatches of a step.
 
         Args:

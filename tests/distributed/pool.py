@@ -44,7 +44,13 @@ class RankPool:
             self._workers.append(self._start(len(self._workers)))
         port = free_port()
         for rank, (_, pipe) in enumerate(self._workers[:world_size]):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             pipe.send((function, kwargs, {name: str(value) for name, value in environment.items()}))
         answers: dict[int, Any] = {}
         pipes = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world_size])}

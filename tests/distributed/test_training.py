@@ -46,7 +46,9 @@ def material(tmp_path_factory) -> dict[str, Path]:
     return {"root": root, "tokenizer": tokenizer, "student": student, "reference": reference, "corpus": root / "corpus"}
 
 
-def configuration(material: dict[str, Path], run_dir: Path, objective: dict[str, Any], **megatron: Any) -> dict[str, Any]:
+def configuration(
+    material: dict[str, Path], run_dir: Path, objective: dict[str, Any], **megatron: Any
+) -> dict[str, Any]:
     """A run of a few steps: uneven masks, documents that do not see each other, several microbatches."""
     return {
         "init": str(material["student"]),
@@ -154,7 +156,9 @@ def test_document_centering_trains(pool, material, single):
     assert metrics[0]["objective_loss"] != single["remit"][0]["objective_loss"]
 
 
-def megatron_loss_and_gradients(student: str, tokens: list[list[int]], labels: list[list[int]], mask: list[list[float]]) -> dict[str, Any]:
+def megatron_loss_and_gradients(
+    student: str, tokens: list[list[int]], labels: list[list[int]], mask: list[list[float]]
+) -> dict[str, Any]:
     """The same batch through Megatron's own loss, and through ours: losses and all gradients."""
     import patches
 
@@ -194,16 +198,26 @@ def megatron_loss_and_gradients(student: str, tokens: list[list[int]], labels: l
     native_gradients = gradients()
 
     step = TrainingStep(
-        objective=build_objective("ntp"), vocab_size=source.hf_config["vocab_size"], eod_id=0, groups=ProcessGroupCollection.use_mpu_process_groups
+        objective=build_objective("ntp"),
+        vocab_size=source.hf_config["vocab_size"],
+        eod_id=0,
+        groups=ProcessGroupCollection.use_mpu_process_groups,
     )
     output, loss = step.forward_step(iter([item]), model)
     ours, counted, _ = loss(output)
     ours.backward()
     our_gradients = gradients()
     worst = max(
-        ((our_gradients[name] - value).norm() / value.norm().clamp(min=1e-12)).item() for name, value in native_gradients.items()
+        ((our_gradients[name] - value).norm() / value.norm().clamp(min=1e-12)).item()
+        for name, value in native_gradients.items()
     )
-    return {"native": native.item(), "ours": ours.item(), "counted": int(counted), "worst": worst, "parameters": len(our_gradients)}
+    return {
+        "native": native.item(),
+        "ours": ours.item(),
+        "counted": int(counted),
+        "worst": worst,
+        "parameters": len(our_gradients),
+    }
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

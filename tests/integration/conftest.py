@@ -75,10 +75,16 @@ def remit() -> Callable[..., subprocess.CompletedProcess]:
     """Runs ``remit …`` as a user does; gives exit code and what it printed."""
 
     def run(*words: object, timeout: float = 240, **kwargs: Any) -> subprocess.CompletedProcess:
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        environment = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        }
         environment["PYTHONPATH"] = str(REPOSITORY)
         command = [sys.executable, "-m", "remit_megatron", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=REPOSITORY, **kwargs)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=REPOSITORY, **kwargs
+        )
 
     return run
 

@@ -129,7 +129,9 @@ def test_resume_on_another_layout(straight, config_for, remit, tmp_path, layout,
 
 def test_sigterm_saves_and_asks_to_be_started_again(config_for, remit, tmp_path):
     run_dir = tmp_path / "run"
-    path = write(tmp_path / "run.yaml", config_for(run_dir, train_iters=100_000, save_interval=100_000, eval_interval=100_000))
+    path = write(
+        tmp_path / "run.yaml", config_for(run_dir, train_iters=100_000, save_interval=100_000, eval_interval=100_000)
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "remit_megatron", "train", str(path)],
         cwd=REPOSITORY,

@@ -8,11 +8,11 @@ import pytest
 
 from tests.integration.conftest import write
 
-FIELDS = {
-    "iteration", "consumed_tokens", "lm_loss", "objective_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu",
-    "step_seconds", "reference_seconds", "weight_mean", "weight_std", "weight_clipped_low", "weight_clipped_high", "delta_mean",
-    "delta_std", "dropped_tokens",
-}  # fmt: skip
+FIELDS = set(
+    "iteration consumed_tokens lm_loss objective_loss grad_norm learning_rate tokens_per_second mfu step_seconds "
+    "reference_seconds weight_mean weight_std weight_clipped_low weight_clipped_high delta_mean delta_std "
+    "dropped_tokens".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,14 @@ def test_train_prints_little(finished):
 
 def test_run_directory_is_complete(finished):
     run_dir, _ = finished
-    assert {p.name for p in run_dir.iterdir()} >= {"config.yaml", "metrics.jsonl", "validation.jsonl", "checkpoints", "tensorboard", "logs"}
+    assert {p.name for p in run_dir.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "validation.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "logs",
+    }
     assert any((run_dir / "tensorboard").iterdir())
     kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir() if p.is_dir())
     assert kept == ["iter_0000004", "iter_0000006"], "checkpoint.keep is 2"
@@ -96,7 +103,17 @@ def test_torchrun_starts_ranks_too(config_for, tmp_path):
     from tests.integration.conftest import REPOSITORY
 
     path = write(tmp_path / "run.yaml", config_for(tmp_path / "run", train_iters=2, pipeline_model_parallel_size=2))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "remit_megatron"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "-m",
+        "remit_megatron",
+    ]
     result = subprocess.run(
         [*command, "train", str(path)], capture_output=True, text=True, timeout=240, cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},

@@ -48,12 +48,16 @@ def test_unknown_key(fails, run_file):
 
 def test_missing_checkpoint(fails, run_file, tmp_path):
     assert_words(fails("train", run_file, f"init={tmp_path / 'nowhere'}"), "init", "nowhere")
-    assert_words(fails("train", run_file, f"reference.checkpoint={tmp_path / 'nowhere'}"), "reference.checkpoint", "nowhere")
+    assert_words(
+        fails("train", run_file, f"reference.checkpoint={tmp_path / 'nowhere'}"), "reference.checkpoint", "nowhere"
+    )
 
 
 def test_vocabulary_mismatch_of_the_reference(fails, run_file, material, tmp_path):
     other = make_llama(tmp_path / "other", seed=9, tokenizer=material["tokenizer"], vocab_size=60)
-    assert_words(fails("train", run_file, f"reference.checkpoint={other}"), "reference.checkpoint", "vocab_size", "60", "51")
+    assert_words(
+        fails("train", run_file, f"reference.checkpoint={other}"), "reference.checkpoint", "vocab_size", "60", "51"
+    )
 
 
 def test_tokenizer_mismatch_of_the_reference(fails, run_file, material, tmp_path):
@@ -148,7 +152,9 @@ def small_disk(tmp_path):
     """A file system of two megabytes."""
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small file system needs privileges: {mounted.stderr.strip()}")
     yield place
@@ -166,7 +172,9 @@ def test_no_space_for_a_checkpoint(config_for, remit, small_disk, tmp_path):
 
 def test_no_space_later_keeps_what_was_saved(config_for, remit, small_disk, tmp_path):
     run_dir = small_disk / "run"
-    path = write(tmp_path / "run.yaml", config_for(run_dir, train_iters=20, save_interval=2) | {"checkpoint": {"keep": None}})
+    path = write(
+        tmp_path / "run.yaml", config_for(run_dir, train_iters=20, save_interval=2) | {"checkpoint": {"keep": None}}
+    )
     result = remit("train", path, "logging.tensorboard=false")
     assert result.returncode == 2, (result.stdout, result.stderr)
     assert_words(result.stderr, "free")

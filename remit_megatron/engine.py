@@ -1,0 +1,193 @@
+"""What runs inside Megatron's loop: the step, the frozen reference, and what is done after a step and around a save.
+
+The places in the loop are opened by ``patches/``; :meth:`Engine.connect` says what stands there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from remit_megatron import checkpoints, parallel, run_directory
+from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
+from remit_megatron.objectives import build_objective
+from remit_megatron.parallel import RankEnvironment
+from remit_megatron.reference.live import LiveReference
+from remit_megatron.step import TrainingStep
+
+if TYPE_CHECKING:
+    from remit_megatron.train import Prepared
+
+
+class Engine:
+    """The parts of one run; those that need process groups are made when Megatron has them."""
+
+    def __init__(self, prepared: Prepared, environment: RankEnvironment):
+        self._prepared = prepared
+        self._environment = environment
+        self._arguments = prepared.arguments
+        self._root = Path(prepared.arguments.save)
+        self._groups: Any = None
+        self._reference: LiveReference | None = None
+        self._recorder: RunRecorder | None = None
+        self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._last_checkpoint_size = 0
+        config = prepared.config
+        self.step = TrainingStep(
+            objective=build_objective(config.objective.name, **prepared.objective_settings),
+            vocab_size=prepared.hf_config["vocab_size"],
+            eod_id=prepared.tokenizer.eod_id,
+            groups=self.groups,
+            reference=None if prepared.reference is None else self.reference,
+            document_mask=config.data.document_mask,
+            packed_attention=prepared.arguments.transformer_impl == "transformer_engine",
+        )
+
+    def groups(self) -> Any:
+        """Megatron's process groups."""
+        if self._groups is None:
+            from megatron.core.process_groups_config import ProcessGroupCollection
+
+            self._groups = ProcessGroupCollection.use_mpu_process_groups()
+        return self._groups
+
+    def reference(self) -> LiveReference:
+        """The reference of the run."""
+        assert self._reference is not None, "build_reference comes first"
+        return self._reference
+
+    def build_reference(self) -> None:
+        """Builds the frozen model on the student's groups and loads its weights; nothing where the run needs none."""
+        source = self._prepared.reference
+        if source is None:
+            return
+        from remit_megatron.models.build import build_chunks, model_config
+        from remit_megatron.models.convert import load_weights
+
+        chunks = build_chunks(model_config(source.hf_config, self._arguments), self.groups())
+        load_weights(chunks, source)
+        self._reference = LiveReference(chunks, vocab_size=source.hf_config["vocab_size"], tp_group=self.groups().tp)
+
+    def connect(self, recorder: RunRecorder | None) -> None:
+        """Takes the places that ``patches/`` opens in Megatron's loop.
+
+        Args:
+            recorder: writes the run's files; given on one rank, a last pipeline stage.
+        """
+        from patches import checkpoint_commit, evaluation_log, schedule, training_log
+
+        self._recorder = recorder
+        schedule.wrapper = self.step.wrap_schedule
+        training_log.hook = self.after_step
+        evaluation_log.hook = self.after_evaluation
+        checkpoint_commit.before = self.before_save
+        checkpoint_commit.after = self.after_save
+
+    # -- after a step ------------------------------------------------------------------------------------------------
+
+    def after_step(
+        self,
+        losses: dict[str, torch.Tensor],
+        *,
+        iteration: int,
+        learning_rate: float | None,
+        grad_norm: float | None,
+        skipped: bool,
+    ) -> dict[str, torch.Tensor]:
+        """Derives the step's figures, records them, and gives Megatron those that it should log."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        if not losses or skipped:
+            return losses
+        args = self._arguments
+        microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
+        figures = step_statistics(losses, microbatches=microbatches)
+        if self._recorder is not None:
+            self._recorder.step(self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches()))
+        template = losses["lm_loss"]
+        return {name: template.new_tensor([value]) for name, value in figures.items()}
+
+    def _record(
+        self,
+        figures: dict[str, float | None],
+        iteration: int,
+        learning_rate: float | None,
+        grad_norm: float | None,
+        microbatches: int,
+    ) -> dict[str, Any]:
+        """One line of metrics.jsonl."""
+        from megatron.training.training import num_floating_point_operations
+
+        args, clock = self._arguments, self.step.clock
+        seconds = clock.step_seconds()
+        batch = microbatches * args.micro_batch_size * args.data_parallel_size
+        flops_per_second = num_floating_point_operations(args, batch) / seconds / self._environment.world_size
+        losses = ("lm_loss", "objective_loss")
+        return {
+            "iteration": iteration,
+            "consumed_tokens": args.consumed_train_samples * args.seq_length,
+            **{name: figures[name] for name in losses},
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": batch * args.seq_length / seconds,
+            "mfu": None if self._peak is None else flops_per_second / self._peak,
+            "step_seconds": seconds,
+            "reference_seconds": clock.reference_seconds(),
+            **{name: value for name, value in figures.items() if name not in losses},
+        }
+
+    def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
+        """Records a validation."""
+        if self._recorder is not None and "lm_loss" in losses:
+            iteration = self._arguments.curr_iteration + 1
+            self._recorder.validation({"iteration": iteration, "lm_loss": float(losses["lm_loss"])})
+
+    # -- around a save -----------------------------------------------------------------------------------------------
+
+    def before_save(self, iteration: int) -> None:
+        """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
+        with parallel.same_fate("saving a checkpoint"):
+            if self._environment.rank == 0:
+                if checkpoints.iteration_directory(self._root, iteration).exists():
+                    checkpoints.set_aside(self._root, iteration)
+                run_directory.require_space(self._root, self._last_checkpoint_size, what="the last checkpoint")
+
+    def after_save(self, iteration: int) -> None:
+        """Declares the checkpoint complete: model files, digests (a part on each rank), manifest, pointer, retention."""
+        directory = checkpoints.iteration_directory(self._root, iteration)
+        rank, world_size = self._environment.rank, self._environment.world_size
+        with parallel.same_fate("saving a checkpoint"):
+            if rank == 0:
+                self._add_model_files(directory)
+        with parallel.same_fate("saving a checkpoint"):
+            part = checkpoints.describe_files(directory, part=rank, parts=world_size)
+        parts = parallel.gather_objects(part)
+        with parallel.same_fate("saving a checkpoint"):
+            if rank == 0:
+                files = {name: entry for part in parts for name, entry in part.items()}
+                self._last_checkpoint_size = sum(entry["size"] for entry in files.values())
+                tokenizer = self._prepared.tokenizer.digest
+                checkpoints.write_manifest(directory, files=files, iteration=iteration, tokenizer=tokenizer)
+                checkpoints.point_to(self._root, iteration)
+                checkpoints.retain(self._root, self._prepared.config.checkpoint.keep)
+
+    def _add_model_files(self, directory: Path) -> None:
+        """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
+        from remit_megatron.models.source import COMPANION_FILES, HF_SUBFOLDER
+
+        target = directory / HF_SUBFOLDER
+        target.mkdir(exist_ok=True)
+        (target / "config.json").write_text(json.dumps(self._prepared.hf_config, indent=2) + "\n")
+        folders = [Path(self._prepared.tokenizer.path)]
+        if self._prepared.init is not None:
+            folders.append(self._prepared.init.hf_files)
+        for name in COMPANION_FILES:
+            for folder in folders:
+                source = (folder if folder.is_dir() else folder.parent) / name
+                if source.is_file():
+                    shutil.copyfile(source, target / name)
+                    break
