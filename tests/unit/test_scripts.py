@@ -287,5 +287,5 @@ def test_sbatch_is_never_asked_for_a_name_that_serialises_other_runs() -> None:
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", header, re.MULTILINE))
     assert "dependency" not in options
     assert options["output"] == "%x-%j.out" and options["open-mode"] == "append"
-    assert options["signal"] == "USR2@300", "without B: the signal goes to the ranks"
+    assert options["signal"] == "TERM@300", "without B: the signal goes to the ranks"
     assert options["ntasks-per-node"] == options["gpus-per-node"]
