@@ -157,7 +157,7 @@ class Engine:
                 run_directory.require_space(self._root, self._last_checkpoint_size, what="the last checkpoint")
 
     def after_save(self, iteration: int) -> None:
-        """Declares the checkpoint complete: model files, digests (a part on each rank), manifest, pointer, retention."""
+        """Declares the checkpoint complete: model files, digests (shared out), manifest, pointer, retention."""
         directory = checkpoints.iteration_directory(self._root, iteration)
         rank, world_size = self._environment.rank, self._environment.world_size
         with parallel.same_fate("saving a checkpoint"):

@@ -200,6 +200,10 @@ def train(config: RunConfig) -> int:
     handler = run_directory.log_to_file(run_dir, environment.rank)
     try:
         resumed_at = _resume(config, arguments, environment)
+        if resumed_at >= total_steps(arguments):
+            if environment.rank == 0:
+                sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done\n")
+            return EXIT_DONE
         datasets = _open_data(prepared, environment)
         return _train(prepared, environment, resumed_at, datasets)
     finally:
@@ -231,10 +235,15 @@ def _resume(config: RunConfig, arguments: argparse.Namespace, environment: paral
     return found
 
 
+def total_steps(arguments: argparse.Namespace) -> int:
+    """Iterations of the whole run; its length is given in iterations or in samples."""
+    return arguments.train_iters or arguments.train_samples // arguments.global_batch_size
+
+
 def _open_data(prepared: Prepared, environment: parallel.RankEnvironment) -> tuple[Any, Any]:
     """Opens the training and validation samples: rank 0 first, which builds the index that the others map."""
     arguments = prepared.arguments
-    samples = arguments.train_samples or arguments.train_iters * arguments.global_batch_size
+    samples = total_steps(arguments) * arguments.global_batch_size
     train = valid = None
     for turn in (environment.rank == 0, environment.rank != 0):
         with parallel.same_fate("opening the data"):
@@ -317,7 +326,7 @@ def _train(
     if environment.rank == environment.world_size - 1:  # the last pipeline stage, where the losses are
         recorder = RunRecorder(
             config.run_dir or "",
-            total_steps=arguments.train_iters,
+            total_steps=total_steps(arguments),
             resumed_at=resumed_at,
             interval=config.logging.interval,
         )
@@ -351,5 +360,5 @@ def _exit_code(arguments: argparse.Namespace) -> int:
     from megatron.training import get_signal_handler
 
     stopped = arguments.exit_signal_handler and any(get_signal_handler().signals_received())
-    unfinished = (arguments.curr_iteration + 1) < arguments.train_iters
+    unfinished = arguments.curr_iteration + 1 < total_steps(arguments)
     return EXIT_START_ME_AGAIN if stopped and unfinished else EXIT_DONE
