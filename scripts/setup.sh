@@ -38,6 +38,9 @@ runs() { "$@" > /dev/null 2>&1 < /dev/null; }
 # Version 3.12 with the parts of the standard library that a hand-built Python may lack and our packages import.
 is_python312() { runs "$1" -c 'import sys, bz2, ctypes, lzma, sqlite3, ssl; sys.exit(sys.version_info[:2] != (3, 12))'; }
 
+# Absolute path of an interpreter; of the one behind it where it belongs to a virtual environment, which uv passes over.
+interpreter() { "$1" -c 'import os, sys; print(os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable))'; }
+
 pyenv_pythons() {
   local versions="${PYENV_ROOT:-$HOME/.pyenv}/versions"
   [[ -d "$versions" ]] || return 0
@@ -68,12 +71,12 @@ find_python() {
   local candidate
   if [[ -n "${REMIT_PYTHON:-}" ]]; then
     is_python312 "$REMIT_PYTHON" || fail "REMIT_PYTHON: found $REMIT_PYTHON; expected a complete Python 3.12"
-    printf '%s\n' "$REMIT_PYTHON"
+    interpreter "$REMIT_PYTHON"
     return 0
   fi
   while read -r candidate; do
     if is_python312 "$candidate"; then
-      printf '%s\n' "$candidate"
+      interpreter "$candidate"
       return 0
     fi
   done < <(printf '%s\n' python3.12 /usr/bin/python3.12 /usr/local/bin/python3.12 python3; pyenv_pythons '3.12*')

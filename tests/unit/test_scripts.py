@@ -86,7 +86,7 @@ def test_setup_skips_a_python_on_the_path_that_does_not_run(checkout: Checkout) 
     done = checkout.setup()
     assert done.returncode == 0, done.stderr
     python = checkout.root / ".venv" / "bin" / "python"
-    assert python.readlink() != checkout.bin / "python3.12"
+    assert python.readlink().is_absolute() and python.readlink() != checkout.bin / "python3.12"
     version = run(python, "-c", "import sys; print(sys.version_info[:2])", cwd=checkout.root)
     assert version.stdout == "(3, 12)\n"
     arguments = checkout.log.read_text()
@@ -100,6 +100,14 @@ def test_setup_does_nothing_the_second_time_from_any_directory(checkout: Checkou
     again = checkout.setup(cwd=Path("/"))
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert checkout.installs() == 1
+
+
+def test_setup_looks_behind_an_active_virtual_environment(checkout: Checkout) -> None:
+    """uv passes over interpreters of virtual environments, and would download one."""
+    active = Path(sys.executable).parent
+    done = checkout.setup(PATH=f"{checkout.bin}:{active}:/usr/bin:/bin", REMIT_PYTHON=str(active / "python"))
+    assert done.returncode == 0, done.stderr
+    assert (checkout.root / ".venv" / "bin" / "python").readlink() == Path(sys.executable).resolve()
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml"])
