@@ -53,8 +53,8 @@ def token_logprob(
         chunk_tokens: tokens whose logits exist at once. Extra memory is at most ``chunk_tokens * V`` logits, as many
             hidden states, and what `token_loss` needs. Default: as many as fit 32 MiB of logits on a CPU, 256 MiB
             elsewhere.
-        ignore_index: tokens with this label get 0 and cost nothing.
-        loss_mask: [...] any dtype; tokens with 0 get 0 and cost nothing.
+        ignore_index: tokens with this label get 0. On a CPU they cost nothing.
+        loss_mask: [...] any dtype; tokens with 0 get 0, likewise.
         impl: as in `token_loss`.
 
     Returns:
@@ -80,16 +80,22 @@ def token_logprob(
     statistics = vs.new_statistics(flat_labels.shape[0], hidden.device)
     if shard.columns > 0 and flat_labels.shape[0] > 0:
         backend = select_backend(impl, hidden.device)
-        rows = counted.nonzero().squeeze(-1)  # tokens that do not count are spared the matrix product
         flat_hidden, projection = hidden.reshape(-1, hidden.shape[-1]), weight[: shard.columns].t()
-        step = chunk_tokens or _default_chunk(shard.columns, hidden)
-        logits = hidden.new_empty(min(step, rows.shape[0]), shard.columns)
-        for part in rows.split(step):
-            block = torch.mm(flat_hidden[part], projection, out=logits[: part.shape[0]])
-            everywhere = torch.ones_like(part, dtype=torch.bool)
-            statistics[:, part] = backend.statistics(block, flat_labels[part], everywhere, shard)
+        step = min(chunk_tokens or _default_chunk(shard.columns, hidden), flat_labels.shape[0])
+        logits = hidden.new_empty(step, shard.columns)
+        for part in _parts(counted, step):
+            rows = flat_hidden[part]
+            block = torch.mm(rows, projection, out=logits[: rows.shape[0]])
+            statistics[:, part] = backend.statistics(block, flat_labels[part], counted[part], shard)
     loss, _, _ = vs.combine_statistics(statistics, counted, tp_group)
     return loss.neg_().view(labels.shape)
+
+
+def _parts(counted: Tensor, step: int) -> list[slice] | tuple[Tensor, ...]:
+    """The tokens in parts of at most ``step``: on a CPU those that count; elsewhere all, not to wait for the device."""
+    if counted.device.type == "cpu" and not bool(counted.all()):
+        return counted.nonzero().squeeze(-1).split(step)
+    return [slice(first, first + step) for first in range(0, counted.shape[0], step)]
 
 
 def _default_chunk(columns: int, hidden: Tensor) -> int:

@@ -18,6 +18,8 @@ and nothing of the size of the logits is ever allocated. The Triton kernels are 
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
@@ -29,10 +31,12 @@ from remit_megatron.kernels import vocab_shard as vs
 
 Impl = Literal["auto", "torch", "triton"]
 
-# Elements of the float32 buffer. CPU: 2 MiB measured fastest among 0.25 to 8 MiB on two cores with 2 MiB of L2 each,
-# for vocabularies of 256 to 100352. Elsewhere the torch path only serves as the truth, and a few large launches beat
-# many small ones.
-_BUFFER_ELEMENTS = {"cpu": 1 << 19}
+# Elements of the float32 buffer. CPU: measured for vocabularies of 256 to 100352 on two idle cores with 2 MiB of L2 each,
+# 2 MiB is fastest and 4 MiB within a tenth of it, while every block costs a few barriers among OpenMP's threads. On cores
+# that other processes want too these barriers are what is slow (OpenMP spins at them), hence the larger of the two;
+# OMP_WAIT_POLICY=passive, or one thread for each process, takes that cost away. Elsewhere the torch path only serves as the
+# truth, and a few large launches beat many small ones.
+_BUFFER_ELEMENTS = {"cpu": 1 << 20}
 _BUFFER_ELEMENTS_ELSEWHERE = 1 << 24
 
 
@@ -223,12 +227,17 @@ def _owned_labels(labels: Tensor, counted: Tensor, shard: vs.VocabShard) -> tupl
 
 
 def select_backend(impl: str, device: torch.device) -> type[Backend]:
-    """The implementation by its public name; "auto" by device. ValueError for a name that there is not."""
+    """The implementation by its public name; "auto" by device. ValueError where there is no such or it cannot run."""
+    installed = importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        impl = "triton" if device.type == "cuda" else "torch"
+        impl = "triton" if device.type == "cuda" and installed else "torch"
     if impl == "torch":
         return TorchBackend
     if impl == "triton":
+        if not installed:
+            raise ValueError("impl: found 'triton'; expected 'torch', as the package triton is not installed")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"impl: found 'triton' for tensors on {device}; expected 'torch', or TRITON_INTERPRET=1")
         from remit_megatron.kernels.token_loss_triton import TritonBackend
 
         return TritonBackend

@@ -295,13 +295,13 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_nothing_of_the_size_of_the_logits_is_made(dtype, masked):
-    tokens, vocab = 96, 32768
+    tokens, vocab = 288, 32768
     logits = torch.zeros(tokens, vocab, dtype=dtype, requires_grad=True) * 1
     labels = torch.zeros(tokens, dtype=torch.int64)
     mask = torch.arange(tokens) % 3 if masked else None
     with LargestTensor(logits) as seen:
         torch.autograd.grad(token_loss(logits, labels, loss_mask=mask).sum(), logits)
-    assert 0 < seen.bytes <= 2 << 20 < logits.nbytes / 2
+    assert 0 < seen.bytes <= 4 << 20 < logits.nbytes / 2
 
 
 # -- token_logprob
