@@ -8,12 +8,15 @@ the factor.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remit_megatron.errors import UserError
 from remit_megatron.models.family import Family, require, required, rope_of
 from remit_megatron.models.mapping import QKV, Direct, GatedMLP, NameMap, Vocabulary
-from remit_megatron.models.spec import pre_norm_layer
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # What megatron.core's RotaryEmbedding._apply_scaling holds fixed.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -101,4 +104,11 @@ def names(hf_config: dict[str, Any]) -> NameMap:
     return NameMap(embedding=EMBEDDING, layer=LAYER, final=(FINAL_NORM,), head=None if tied else HEAD)
 
 
-FAMILY = Family(name="llama", model_types=("llama",), arguments=arguments, layer_spec=pre_norm_layer, names=names)
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's own pre-norm layer."""
+    from remit_megatron.models.spec import pre_norm_layer  # with the work: descriptions are read without Megatron
+
+    return pre_norm_layer(config)
+
+
+FAMILY = Family(name="llama", model_types=("llama",), arguments=arguments, layer_spec=layer_spec, names=names)
