@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from patches import Patch
 
@@ -34,7 +35,8 @@ def _install() -> None:
         if before is not None:
             before(iteration)
         save(iteration, *args, **kwargs)
-        if get_args().async_save:
+        args: Any = get_args()
+        if args.async_save:
             _pending.append(iteration)
         elif after is not None:
             after(iteration)

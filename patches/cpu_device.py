@@ -1,8 +1,7 @@
 """Megatron on a machine without a GPU.
 
 Target    torch 2.13: torch.cuda, tensor factories, Tensor.to/.cuda/.type
-Why       Megatron asks CUDA for its device, streams, events, random state and memory, and names "cuda" in factory
-calls.
+Why       Megatron asks CUDA for its device, streams, events, random state and memory, and names "cuda" in factories.
           Here each of these questions is answered by the CPU, so that the same training loop runs, is tested and is
           learned on any machine. It is not a simulation of speed.
 Test      tests/distributed/test_training.py::test_ntp_equals_megatron_loss
@@ -176,7 +175,7 @@ def _set_rng_state(new_state, device=None, graph_safe=False) -> None:
 
 def _manual_seed(seed) -> None:
     # torch.manual_seed also seeds CUDA: calling it here would recurse.
-    torch.random.default_generator.manual_seed(int(seed))
+    torch.default_generator.manual_seed(int(seed))
 
 
 _ANSWERS = {

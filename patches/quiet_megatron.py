@@ -1,9 +1,8 @@
 """Megatron's and the libraries' walls of text go to the log, not to the terminal.
 
-Target    megatron-core 0.19.2: ``print`` in every megatron module; import-time warnings of megatron, torch,
-transformers Why       Setting up one small run prints several hundred lines per rank that a user can do nothing about;
-the lines that
-          matter (progress, errors) drown. Nothing is lost: the lines are logged under ``megatron`` (run_dir/logs).
+Target    megatron-core 0.19.2: ``print`` in every megatron module; warnings at import
+Why       Setting up one small run prints several hundred lines per rank that a user can do nothing about; the lines
+          that matter (progress, errors) drown. Nothing is lost: they are logged under ``megatron`` (run_dir/logs).
 Test      tests/integration/test_train_cli.py::test_train_prints_little
 Upstream  not reported; a matter of taste there
 Drop when Megatron logs through ``logging`` only

@@ -2,8 +2,7 @@
 
 Target    megatron-core 0.19.2, megatron.training.training.get_forward_backward_func
 Why       The scores of all microbatches of a step are needed before the student's schedule starts. Inside
-``forward_step``
-          the reference's pipeline communication would interleave with the student's and deadlock.
+          ``forward_step`` the reference's pipeline communication would meet the student's, and deadlock.
 Test      tests/distributed/test_training.py::test_layouts_agree
 Upstream  no hook of this kind; ``forward_backward_func`` is looked up once at the start of ``train``
 Drop when Megatron accepts a schedule from its caller

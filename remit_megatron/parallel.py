@@ -66,7 +66,8 @@ def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0) -
         return
     kwargs = {}
     if environment.world_size == 1:
-        kwargs["store"] = dist.HashStore()  # alone: no port to open, so that two runs never meet
+        # Alone: no port to open, so that two runs on one machine never meet.
+        kwargs["store"] = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         backend="nccl" if gpu else "gloo",
         rank=environment.rank,

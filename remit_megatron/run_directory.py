@@ -66,7 +66,7 @@ def newest_verified(root: Path, *, rank: int, world_size: int) -> int | None:
 
     One that is not is reported and set aside, so that training again up to its iteration finds an empty place.
     """
-    candidates = broadcast_object(checkpoints.iterations(root) if rank == 0 else None)
+    candidates = broadcast_object(checkpoints.iterations(root) if rank == 0 else [])
     for iteration in candidates:
         directory = checkpoints.iteration_directory(root, iteration)
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -283,7 +282,7 @@ def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
 class RepeatedSamples:
     """A data set gone through again and again, always in the same order. Its length is Megatron's idea of enough."""
 
-    def __init__(self, samples: Sequence):
+    def __init__(self, samples: Any):
         self._samples = samples
 
     def __len__(self) -> int:
@@ -359,6 +358,7 @@ def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int)
 def _exit_code(arguments: argparse.Namespace) -> int:
     from megatron.training import get_signal_handler
 
-    stopped = arguments.exit_signal_handler and any(get_signal_handler().signals_received())
+    handler: Any = get_signal_handler() if arguments.exit_signal_handler else None
+    stopped = handler is not None and any(handler.signals_received())
     unfinished = arguments.curr_iteration + 1 < total_steps(arguments)
     return EXIT_START_ME_AGAIN if stopped and unfinished else EXIT_DONE

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.pool import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A test file that no pattern collects, or a folder that is not looked into, passes unnoticed otherwise. Raise it as
@@ -29,6 +32,14 @@ class SharedData:
 def shared_data() -> SharedData:
     """``shared_data / "gsm8k_train.jsonl"`` is the path of that file, or skips the test."""
     return SharedData()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Warm processes that run a function as ranks of a job, shared by all tests."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ class LiveReference:
             :meth:`output_processor`.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], *, vocab_size: int, tp_group: torch.distributed.ProcessGroup):
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, vocab_size: int, tp_group: torch.distributed.ProcessGroup):
         for chunk in chunks:
             assert not chunk.training and not any(p.requires_grad for p in chunk.parameters()), (
                 "the reference is frozen"
             )
-        self.chunks = chunks
+        self.chunks = list(chunks)
         self.vocab_size = vocab_size
         self.tp_group = tp_group
 
