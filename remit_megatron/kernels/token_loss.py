@@ -31,11 +31,11 @@ from remit_megatron.kernels import vocab_shard as vs
 
 Impl = Literal["auto", "torch", "triton"]
 
-# Elements of the float32 buffer. CPU: measured for vocabularies of 256 to 100352 on two idle cores with 2 MiB of L2 each,
-# 2 MiB is fastest and 4 MiB within a tenth of it, while every block costs a few barriers among OpenMP's threads. On cores
-# that other processes want too these barriers are what is slow (OpenMP spins at them), hence the larger of the two;
-# OMP_WAIT_POLICY=passive, or one thread for each process, takes that cost away. Elsewhere the torch path only serves as the
-# truth, and a few large launches beat many small ones.
+# Elements of the float32 buffer. CPU: measured for vocabularies of 256 to 100352 on two idle cores with 2 MiB of L2
+# each, 2 MiB is fastest and 4 MiB a little behind, while every block costs a few barriers among OpenMP's threads. On
+# cores that other processes want too these barriers are what is slow (OpenMP spins at them), hence the larger of the
+# two; OMP_WAIT_POLICY=passive, or one thread for each process, takes that cost away. Elsewhere the torch path only
+# serves as the truth, and a few large launches beat many small ones.
 _BUFFER_ELEMENTS = {"cpu": 1 << 20}
 _BUFFER_ELEMENTS_ELSEWHERE = 1 << 24
 
