@@ -35,8 +35,8 @@ def _install() -> None:
         if before is not None:
             before(iteration)
         save(iteration, *args, **kwargs)
-        args: Any = get_args()
-        if args.async_save:
+        settings: Any = get_args()
+        if settings.async_save:
             _pending.append(iteration)
         elif after is not None:
             after(iteration)
