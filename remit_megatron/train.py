@@ -94,6 +94,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
             "data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
         )
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
+    check_document_mask(config, arguments)
     reference = None
     if needs_reference:
         if config.reference is None or config.reference.checkpoint is None:
@@ -125,6 +126,27 @@ def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None
         # A longer context is a legitimate thing to train for.
         if name != "max_position_embeddings" and existing.get(name) != value:
             raise UserError("init", f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
+
+
+def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses what packed sequences, Transformer Engine's form of document masks, cannot do.
+
+    Raises:
+        UserError: document masks with Transformer Engine and context parallelism, or with pipeline stages whose
+            microbatches hold several sequences (the stages exchange [s, b, h], packed sequences are [s * b, 1, h]).
+    """
+    if not config.data.document_mask or arguments.transformer_impl != "transformer_engine":
+        return
+    if arguments.context_parallel_size > 1:
+        raise UserError(
+            "data.document_mask", "true with context_parallel_size > 1", "false, or megatron.transformer_impl=local"
+        )
+    if arguments.pipeline_model_parallel_size > 1 and arguments.micro_batch_size > 1:
+        raise UserError(
+            "megatron.micro_batch_size",
+            f"{arguments.micro_batch_size} with data.document_mask and pipeline stages",
+            "1, or megatron.transformer_impl=local",
+        )
 
 
 def check_reference(

@@ -97,6 +97,8 @@ def _work(pipe: Connection, index: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # A spawned process would spawn its own children; data loader workers are forked, as in a process of its own.
+    mp.set_start_method("fork", force=True)
     # Every process writes its temporary files into a place of its own.
     tempfile.tempdir = tempfile.mkdtemp(prefix=f"rank{index}_")
     while True:
