@@ -92,6 +92,12 @@ def resave(checkpoint: str, output: str, tp: int, pp: int, divisor: int) -> dict
             for parameter in chunk.parameters():
                 parameter.fill_(float("nan"))  # what loading leaves out shows
         load_weights(chunks, source)
+        for name, parameter in chunks[0].named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                first = groups.tp.rank() * parameter.shape[0]
+                padding = parameter[max(0, min(parameter.shape[0], VOCABULARY - first)) :]
+                assert not padding.any()
+                padding.fill_(9.0)  # whatever a run leaves there must not come back
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:
             Path(output).mkdir(parents=True)
