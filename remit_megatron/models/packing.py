@@ -18,8 +18,8 @@ def document_boundaries(document_ids: Tensor) -> Tensor:
         document_ids: [b, s] integers, equal within a document, never decreasing along a sequence.
 
     Returns:
-        [n + 1] int32: the positions in b * s tokens where each of the n pieces begins, and b * s. Every sequence begins a
-        piece, also where the first document of the next sequence has the same number.
+        [n + 1] int32: the positions in b * s tokens where each of the n pieces begins, and b * s. Every sequence begins
+        a piece, also where the first document of the next sequence has the same number.
     """
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
