@@ -170,6 +170,16 @@ def test_masked_rows_are_never_used(dtype, generator, blocks):
     assert torch.equal(loss[counted], clean_loss) and torch.equal(gradient[counted], clean_gradient)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_logit_shows_in_its_own_row_only(bad, blocks):
+    logits, labels = torch.zeros(5, 9), torch.arange(5)
+    logits[2, 7] = bad
+    loss, gradient = run(logits, labels, torch.ones(5))
+    assert loss[2].isnan() and gradient[2].isnan().any(), "not a silent value"
+    others = torch.arange(5) != 2
+    assert loss[others].isfinite().all() and gradient[others].isfinite().all()
+
+
 def test_a_microbatch_without_counted_tokens(generator):
     logits, labels = torch.full((4, 9), torch.nan), torch.zeros(4, dtype=torch.int64)
     loss, gradient = run(logits, labels, torch.ones(4), loss_mask=torch.zeros(4))
