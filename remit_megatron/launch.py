@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from remit_megatron.errors import EXIT_DONE
+from remit_megatron.parallel import started_by_srun
 
 _GRACE_SECONDS = 20.0
 
@@ -31,7 +32,7 @@ def free_port() -> int:
 
 def under_launcher() -> bool:
     """Whether torchrun, srun or :func:`launch` has started this process as one of several ranks."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return "RANK" in os.environ or started_by_srun()
 
 
 def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -> int:

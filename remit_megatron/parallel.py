@@ -27,6 +27,15 @@ class RankEnvironment:
         return self.world_size > 1
 
 
+def started_by_srun() -> bool:
+    """Whether this process is one of several tasks of a Slurm step.
+
+    A batch script also sees SLURM_PROCID and SLURM_NTASKS, but it is no step of several tasks: what it starts there with
+    ``--nproc`` is not under srun.
+    """
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+
+
 def rank_environment() -> RankEnvironment:
     """Reads torchrun's variables, else Slurm's (one task per GPU under srun), and exports them in torchrun's form.
 
@@ -34,9 +43,9 @@ def rank_environment() -> RankEnvironment:
         UserError: under srun without a rendezvous address (the batch script exports MASTER_ADDR).
     """
     environ = os.environ
-    if "RANK" not in environ and "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+    if "RANK" not in environ and started_by_srun():
         environ["RANK"] = environ["SLURM_PROCID"]
-        environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+        environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
         environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
     rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "MASTER_ADDR" not in environ:
