@@ -27,6 +27,7 @@ MODULES = (
     "training_log",
     "checkpoint_commit",
     "evaluation_log",
+    "distributed_optimizer_resume",
 )
 
 
