@@ -33,9 +33,9 @@ _STAGES = 6
 class Scale:
     """How much of everything. The default takes under six minutes on two cores."""
 
-    documents: int = 30_000
-    base_steps: int = 120
-    reference_steps: int = 60
+    documents: int = 20_000
+    base_steps: int = 150
+    reference_steps: int = 80
     midtrain_steps: int = 60
     nproc: int = 2
 
@@ -239,7 +239,7 @@ def arithmetic_problems(count: int, seed: int) -> list[tuple[str, int]]:
         import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(
-        "chain_sum", size=count, seed=seed, min_terms=2, max_terms=2, min_digits=1, max_digits=3
+        "chain_sum", size=count, seed=seed, min_terms=2, max_terms=2, min_digits=1, max_digits=2
     )
     problems: dict[str, int] = {}
     for item in dataset:

@@ -53,8 +53,9 @@ def test_missing_checkpoint(fails, run_file, tmp_path):
     )
 
 
-def test_vocabulary_mismatch_of_the_reference(fails, run_file, material, tmp_path):
+def test_vocabulary_mismatch_of_the_reference(fails, run_file, material, tmp_path, capsys):
     other = make_llama(tmp_path / "other", seed=9, tokenizer=material["tokenizer"], vocab_size=60)
+    capsys.readouterr()
     assert_words(
         fails("train", run_file, f"reference.checkpoint={other}"), "reference.checkpoint", "vocab_size", "60", "51"
     )
@@ -78,9 +79,11 @@ def test_batch_not_divisible(fails, run_file):
     assert_words(fails("train", run_file, "megatron.global_batch_size=5"), "global_batch_size", "5", "micro_batch_size")
 
 
-def test_tensor_parallel_size_that_does_not_divide_the_heads(fails, run_file):
-    line = fails("train", run_file, "megatron.tensor_model_parallel_size=3", "--nproc", 3)
-    assert_words(line, "tensor_model_parallel_size", "3", "heads")
+def test_tensor_parallel_size_that_does_not_divide_the_heads(remit, run_file):
+    result = remit("train", run_file, "megatron.tensor_model_parallel_size=3", "--nproc", 3)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1, "three ranks find it, one says it"
+    assert_words(result.stderr, "error: ", "tensor_model_parallel_size", "3", "heads")
 
 
 def test_data_that_is_not_there(fails, run_file, tmp_path, remit):
@@ -97,9 +100,10 @@ def test_corrupt_jsonl(fails, material, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl"], "nothing half-made is left"
 
 
-def test_half_a_checkpoint(fails, run_file, material, remit, tmp_path):
+def test_half_a_checkpoint(fails, run_file, material, tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     assert main(["import", "--hf", str(material["student"]), "--output", str(checkpoint)]) == 0
+    capsys.readouterr()
     manifest = (checkpoint / "manifest.json").read_text()
     (checkpoint / "manifest.json").unlink()
     assert_words(fails("train", run_file, f"init={checkpoint}"), "init", "manifest.json")
@@ -114,7 +118,7 @@ def test_truncated_safetensors(fails, run_file, material, tmp_path):
     shutil.copytree(material["student"], other)
     file = other / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-64])
-    assert_words(fails("train", run_file, f"init={other}"), "init", "model.safetensors")
+    assert_words(fails("train", run_file, f"init={other}"), "model.safetensors", "310256 bytes")
 
 
 def test_two_runs_in_one_directory(config_for, remit, tmp_path):
