@@ -30,8 +30,8 @@ class RankEnvironment:
 def started_by_srun() -> bool:
     """Whether this process is one of several tasks of a Slurm step.
 
-    A batch script also sees SLURM_PROCID and SLURM_NTASKS, but it is no step of several tasks: what it starts there with
-    ``--nproc`` is not under srun.
+    A batch script also sees SLURM_PROCID and SLURM_NTASKS, but it is no step of several tasks: what it starts there
+    with ``--nproc`` is not under srun.
     """
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
 
