@@ -61,9 +61,7 @@ def main() -> int:
 
     metrics = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     first, last = metrics[0], metrics[-1]
-    print(
-        f"remit: lm_loss {first['lm_loss']:.4f} -> {last['lm_loss']:.4f}, spread {last['weight_std']:.4f}"
-    )
+    print(f"remit: lm_loss {first['lm_loss']:.4f} -> {last['lm_loss']:.4f}, spread {last['weight_std']:.4f}")
     half = max(1, len(metrics) // 2)
     early, late = (sum(m["lm_loss"] for m in part) / len(part) for part in (metrics[:half], metrics[half:]))
     if len(metrics) > 3 and not late < early:
