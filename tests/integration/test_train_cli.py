@@ -119,8 +119,7 @@ def test_torchrun_starts_ranks_too(config_for, tmp_path):
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
+        "--standalone",
         "-m",
         "remit_megatron",
     ]
