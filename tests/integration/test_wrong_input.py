@@ -24,9 +24,11 @@ def fails(config_for, tmp_path, capsys):
         captured = capsys.readouterr()
         lines = captured.err.strip().splitlines()
         assert code == 2, captured
-        assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+        errors = [line for line in lines if line.startswith("error: ")]
+        progress = [line for line in lines if line.startswith(("tokenizing: ", "import: "))]
+        assert len(errors) == 1 and len(lines) == 1 + len(progress), captured.err
         assert "Traceback" not in captured.err
-        return lines[0]
+        return errors[0]
 
     return run
 
