@@ -393,6 +393,7 @@ def _prepare_environment(config: RunConfig, values: Mapping[str, Any]) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if config.logging.wandb is not None:
         os.environ.setdefault("WANDB_MODE", config.logging.wandb.mode)  # Megatron's call to wandb.init has no mode
+        os.environ.setdefault("WANDB_SILENT", "true")  # its report at the end is longer than a short run's own lines
 
 
 def _with_defaults(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> argparse.ArgumentParser:
