@@ -34,8 +34,8 @@ class Scale:
     """How much of everything. The default takes under six minutes on two cores."""
 
     documents: int = 20_000
-    base_steps: int = 150
-    reference_steps: int = 80
+    base_steps: int = 120
+    reference_steps: int = 60
     midtrain_steps: int = 60
     nproc: int = 2
 
