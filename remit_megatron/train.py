@@ -76,7 +76,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     from remit_megatron.objectives import build_objective
 
     settings = objective_settings(config)
-    needs_reference = build_objective(config.objective.name, **settings).needs_reference
+    objective = build_objective(config.objective.name, **settings)
     if config.run_dir is None:
         raise UserError("run_dir", "nothing", "the directory of the run")
     init = None if config.init is None else resolve(config.init, field="init")
@@ -95,8 +95,15 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
         )
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
     check_document_mask(config, arguments)
+    dropout = {name: getattr(arguments, name) for name in ("hidden_dropout", "attention_dropout")}
+    if objective.needs_global_batch and any(dropout.values()):
+        raise UserError(
+            "objective.scope",
+            f"{config.objective.scope} with " + ", ".join(f"{name} {value}" for name, value in dropout.items()),
+            "no dropout: the losses that tokens are selected by must be those that are trained on",
+        )
     reference = None
-    if needs_reference:
+    if objective.reference_signal != "none":
         if config.reference is None or config.reference.checkpoint is None:
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
         reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
@@ -106,9 +113,9 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
 
 def objective_settings(config: RunConfig) -> dict[str, Any]:
     """The settings of the objective section that the objective of that name takes."""
-    if config.objective.name == "remit":
-        return {"epsilon": config.objective.epsilon, "centering": config.objective.centering}
-    return {}
+    from remit_megatron.objectives import settings_of
+
+    return {name: getattr(config.objective, name) for name in settings_of(config.objective.name)}
 
 
 def _tokenizer(config: RunConfig, init: ModelSource | None) -> Tokenizer:

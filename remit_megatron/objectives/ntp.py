@@ -14,7 +14,8 @@ from remit_megatron.objectives.contract import ObjectiveResult
 class NextTokenPrediction:
     """loss = sum over the global batch of L(x_t) / number of counted tokens."""
 
-    needs_reference = False
+    reference_signal = "none"
+    needs_global_batch = False
 
     def __call__(
         self,
@@ -23,6 +24,8 @@ class NextTokenPrediction:
         *,
         reference_loss: Tensor | None = None,
         document_ids: Tensor | None = None,
+        order: Tensor | None = None,
+        selected: Tensor | None = None,
         cp_group: torch.distributed.ProcessGroup | None = None,
     ) -> ObjectiveResult:
         counted = loss_mask > 0
