@@ -95,13 +95,8 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
         )
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
     check_document_mask(config, arguments)
-    dropout = {name: getattr(arguments, name) for name in ("hidden_dropout", "attention_dropout")}
-    if objective.needs_global_batch and any(dropout.values()):
-        raise UserError(
-            "objective.scope",
-            f"{config.objective.scope} with " + ", ".join(f"{name} {value}" for name, value in dropout.items()),
-            "no dropout: the losses that tokens are selected by must be those that are trained on",
-        )
+    if objective.needs_global_batch:
+        check_dropout(config, arguments)
     reference = None
     if objective.reference_signal != "none":
         if config.reference is None or config.reference.checkpoint is None:
@@ -133,6 +128,18 @@ def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None
         # A longer context is a legitimate thing to train for.
         if name != "max_position_embeddings" and existing.get(name) != value:
             raise UserError("init", f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
+
+
+def check_dropout(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses dropout beside a selection from the global batch, which is made in a forward pass of its own.
+
+    Raises:
+        UserError: the two passes would see different losses.
+    """
+    for name in ("hidden_dropout", "attention_dropout"):
+        if value := getattr(arguments, name):
+            expected = f"0 with objective.scope {config.objective.scope}, which runs the student twice in a step"
+            raise UserError(f"megatron.{name}", value, expected)
 
 
 def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,13 +33,14 @@ class ObjectiveResult:
 
 
 class Objective(Protocol):
-    """Turns per-token losses into one sum."""
+    """Turns per-token losses into one sum.
 
-    @property
-    def reference_signal(self) -> ReferenceSignal:
-        """What must be had of the reference: "none", "loss" (``reference_loss`` of every call), or "hidden" (then the
-        objective is a `DistributionObjective`)."""
-        ...
+    Attributes:
+        reference_signal: what must be had of the reference: "none", "loss" (``reference_loss`` of every call), or
+            "hidden" (then the objective is a `DistributionObjective`).
+    """
+
+    reference_signal: ClassVar[ReferenceSignal]
 
     @property
     def needs_global_batch(self) -> bool:

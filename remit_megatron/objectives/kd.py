@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Distillation:
     temperature: float = 1.0
     ntp_weight: float = 0.0
 
+    reference_signal: ClassVar[ReferenceSignal] = "hidden"
     needs_global_batch = False
 
     def __post_init__(self) -> None:
@@ -35,10 +37,6 @@ class Distillation:
             raise UserError("objective.temperature", self.temperature, "a number above 0")
         if not 0 <= self.ntp_weight <= 1:
             raise UserError("objective.ntp_weight", self.ntp_weight, "a number from 0 to 1")
-
-    @property
-    def reference_signal(self) -> ReferenceSignal:
-        return "hidden"
 
     def token_losses(
         self,

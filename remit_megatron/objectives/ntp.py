@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from remit_megatron.objectives.contract import ObjectiveResult
+from remit_megatron.objectives.contract import ObjectiveResult, ReferenceSignal
 
 
 @dataclass(frozen=True)
 class NextTokenPrediction:
     """loss = sum over the global batch of L(x_t) / number of counted tokens."""
 
-    reference_signal = "none"
+    reference_signal: ClassVar[ReferenceSignal] = "none"
     needs_global_batch = False
 
     def __call__(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.contract import ObjectiveResult
+from remit_megatron.objectives.contract import ObjectiveResult, ReferenceSignal
 from remit_megatron.objectives.weights import CENTERINGS, weighted_loss
 
 
@@ -24,7 +25,7 @@ class ReMiT:
     epsilon: float | None = 0.2
     centering: str = "sequence"
 
-    reference_signal = "loss"
+    reference_signal: ClassVar[ReferenceSignal] = "loss"
     needs_global_batch = False
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,15 +35,13 @@ class Rho1:
     keep: float = 0.8
     scope: str = "sequence"
 
+    reference_signal: ClassVar[ReferenceSignal] = "loss"
+
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise UserError("objective.keep", self.keep, "a number above 0 and at most 1")
         if self.scope not in SCOPES:
             raise UserError("objective.scope", self.scope, f"one of {', '.join(SCOPES)}")
-
-    @property
-    def reference_signal(self) -> ReferenceSignal:
-        return "loss"
 
     @property
     def needs_global_batch(self) -> bool:

@@ -34,18 +34,22 @@ SETTINGS = ((1.0, 0.0), (2.0, 0.0), (2.0, 0.3), (0.25, 0.5))
 
 
 def distillation_inputs(widths: tuple[int, ...], vocab_size: int, scale: float) -> dict[str, torch.Tensor]:
-    """The whole problem. Padding and masked rows hold NaN."""
+    """The whole problem. Padding and masked rows hold NaN.
+
+    The reference's logits are sums of small multiples of a power of two, so that every product of every shape is exact
+    and only what is made of them is judged.
+    """
     generator = torch.Generator().manual_seed(sum(widths) + vocab_size)
     width = sum(widths)
     x = torch.randn(TOKENS, width, generator=generator) * scale
-    weight = torch.randn(width, HIDDEN, generator=generator) * scale / 3
+    weight = torch.randint(-8, 9, (width, HIDDEN), generator=generator) / 8 * scale
     mask = (torch.rand(TOKENS, generator=generator) > 0.25).float()
     mask[0] = 0
     x[:, vocab_size:], weight[vocab_size:], x[mask == 0] = torch.nan, torch.nan, torch.nan
     return {
         "x": x,
         "weight": weight,
-        "hidden": torch.randn(TOKENS, HIDDEN, generator=generator),
+        "hidden": torch.randint(-4, 5, (TOKENS, HIDDEN), generator=generator) / 4,
         "labels": torch.randint(vocab_size, (TOKENS,), generator=generator),
         "mask": mask,
         "incoming": torch.randn(TOKENS, generator=generator),
@@ -70,7 +74,7 @@ def distill_shards(rank: int, size: int, *, names: list[str]) -> dict[Any, Any]:
         for name in names:
             widths, vocab_size = SHARDS[name]
             first, last = sum(widths[:rank]), sum(widths[: rank + 1])
-            for scale in (1.0, 1000.0):
+            for scale in (1.0, 1024.0):
                 whole = distillation_inputs(widths, vocab_size, scale)
                 for temperature, ntp_weight in SETTINGS:
                     leaf = whole["x"][:, first:last].clone().requires_grad_()
@@ -123,9 +127,7 @@ def test_distillation_of_the_shards(pool, size):
         loss, nll, gradient = definition(whole, vocab_size, temperature, ntp_weight)
         assert all(rank[case][:2] == ranks[0][case][:2] for rank in ranks), "the same bits on every rank"
         assert all(rank[case][3] == (size > 1) for rank in ranks), "one collective, in forward"
-        # A product of another shape may round a logit to a neighbor; differences of logits are then as far off.
-        logit = scale * 4 * EPS32
-        margin = 20 * (logit * max(temperature, 1.0) + EPS32)
+        margin = 40 * EPS32 * max(temperature, 1 / temperature)
         found_loss, found_nll = (torch.tensor(values, dtype=torch.float64) for values in ranks[0][case][:2])
         torch.testing.assert_close(found_loss, loss, rtol=4e-6, atol=margin, msg=lambda m, case=case: f"{case}: {m}")
         torch.testing.assert_close(found_nll, nll, rtol=4e-6, atol=margin)
@@ -135,7 +137,7 @@ def test_distillation_of_the_shards(pool, size):
         ]
         found = torch.cat(parts, dim=1)
         assert not found[:, vocab_size:].any() and not found[whole["mask"] == 0].any()
-        torch.testing.assert_close(found[:, :vocab_size], gradient, rtol=1e-5, atol=margin / min(temperature, 1.0))
+        torch.testing.assert_close(found[:, :vocab_size], gradient, rtol=1e-5, atol=margin)
 
 
 # RHO-1: a global batch of sequences over data parallel ranks, context parallel ranks and microbatches.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from remit_megatron.errors import UserError
 from remit_megatron.kernels import distillation_loss, token_loss
@@ -266,6 +268,37 @@ def test_wrong_arguments_are_named(change, message):
         distillation_loss(**(arguments | change))
 
 
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.known = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_of_the_size_of_the_logits_is_made(masked):
+    tokens, width, size = 96, 500, 4
+    logits = torch.randn(tokens, width, requires_grad=True) * 1
+    hidden, weight, labels = torch.randn(tokens, size), torch.randn(width, size), torch.arange(tokens)
+    mask = torch.ones(tokens)
+    mask[::3] = float(not masked)
+    with LargestTensor() as largest:
+        largest.known = {t.untyped_storage().data_ptr() for t in (logits, hidden, weight, labels, mask)}
+        loss, _ = distillation_loss(
+            logits, labels, hidden, weight, temperature=2.0, ntp_weight=0.1, loss_mask=mask, chunk_tokens=4
+        )
+        torch.autograd.grad(loss.sum(), logits)
+    assert 4 * width <= largest.elements < 8 * width
+
+
 def test_kd_counts_the_tokens_of_the_mask():
     loss = torch.tensor([[1.0, torch.nan, 3.0]], requires_grad=True)
     result = Distillation()(loss, torch.tensor([[1.0, 0.0, 1.0]]))
@@ -288,6 +321,18 @@ def test_settings_are_keys_of_the_configuration():
             assert setting in known, f"objective.{setting}"
             assert getattr(build_objective(name), setting) == known[setting], "one default"
     assert settings_of("rho1") == ("keep", "scope") and settings_of("ntp") == ()
+
+
+def test_dropout_is_refused_beside_a_global_selection():
+    from remit_megatron.config import ObjectiveConfig, RunConfig
+    from remit_megatron.train import check_dropout
+
+    config = RunConfig(objective=ObjectiveConfig(name="rho1", scope="global_batch"))
+    check_dropout(config, Namespace(hidden_dropout=0.0, attention_dropout=0.0))
+    with pytest.raises(
+        UserError, match=r"^megatron.attention_dropout: found 0.1; expected 0 with objective.scope glob"
+    ):
+        check_dropout(config, Namespace(hidden_dropout=0.0, attention_dropout=0.1))
 
 
 @pytest.mark.parametrize(
