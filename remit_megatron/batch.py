@@ -19,7 +19,9 @@ class Batch:
         loss_mask: [b, s] float32, 0 where the label does not count.
         position_ids: [b, s] int64, positions in the whole sequence.
         document_ids: [b, s] int64, number of end-of-document tokens before the token in its sequence.
-        reference_loss: [b, s] float32, or None where there is no reference.
+        reference_loss: [b, s] float32, or None where nothing has scored the tokens.
+        reference_hidden: the reference's final hidden states as its last stage had them, [s, b, h], or None.
+        selected: [b, s] bool, the tokens that an objective chose among those of the global batch, or None.
     """
 
     tokens: Tensor
@@ -28,6 +30,18 @@ class Batch:
     position_ids: Tensor
     document_ids: Tensor
     reference_loss: Tensor | None = None
+    reference_hidden: Tensor | None = None
+    selected: Tensor | None = None
+
+    def order(self, cp_size: int, *, first_sample: int = 0) -> Tensor:
+        """[b, s] int64: where each token stands in the whole sequences laid end to end, under every layout the same.
+
+        Args:
+            cp_size: ranks that share a sequence.
+            first_sample: number of the microbatch's first sequence among those that are laid end to end.
+        """
+        samples = torch.arange(first_sample, first_sample + self.tokens.size(0), device=self.tokens.device)
+        return samples.unsqueeze(1) * (self.tokens.size(1) * cp_size) + self.position_ids
 
 
 def sequence_slice(tensor: Tensor, cp_rank: int, cp_size: int, *, dim: int = 1) -> Tensor:
@@ -56,7 +70,10 @@ def document_ids_of(tokens: Tensor, eod_id: int) -> Tensor:
 def to_batch(
     item: dict[str, Any], *, device: torch.device, eod_id: int, cp_group: dist.ProcessGroup | None = None
 ) -> Batch:
-    """Moves an item of the data loader (whole sequences) to ``device`` and takes this rank's part of each sequence."""
+    """Moves an item of the data loader (whole sequences) to ``device`` and takes this rank's part of each sequence.
+
+    What the schedule has attached to the item (``reference_loss`` and the like) is this rank's part already.
+    """
     tokens = item["tokens"].to(device, non_blocking=True)
     labels = item["labels"].to(device, non_blocking=True)
     loss_mask = item["loss_mask"].to(device, non_blocking=True)
@@ -65,4 +82,5 @@ def to_batch(
     rank, size = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
     whole = (tokens, labels, loss_mask, position_ids, documents)
     tokens, labels, loss_mask, position_ids, documents = (sequence_slice(t, rank, size) for t in whole)
-    return Batch(tokens, labels, loss_mask, position_ids, documents, item.get("reference_loss"))
+    attached = {name: item.get(name) for name in ("reference_loss", "reference_hidden", "selected")}
+    return Batch(tokens, labels, loss_mask, position_ids, documents, **attached)

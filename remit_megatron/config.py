@@ -33,7 +33,7 @@ class ObjectiveConfig:
     """What is minimised."""
 
     name: str = "remit"
-    """Name of a registered objective: ``ntp``, ``remit``, ..."""
+    """Name of a registered objective: ``ntp``, ``remit``, ``rho1`` or ``kd`` (docs/objectives.md)."""
 
     epsilon: float | None = 0.2
     """Half-width of the interval [1 - epsilon, 1 + epsilon] that weights are clipped to, 0 to 1; null does not clip, 0
@@ -42,6 +42,19 @@ class ObjectiveConfig:
     centering: str = "sequence"
     """Over what the loss difference is centered: ``sequence`` (the paper), ``document`` or ``none``. No effect on
     objectives without weights."""
+
+    keep: float = 0.8
+    """``rho1``: share of the counted tokens that is trained on, above 0 and at most 1. No effect on others."""
+
+    scope: str = "sequence"
+    """``rho1``: what a token is ranked with: ``micro_batch``, ``sequence`` or ``global_batch``. The last costs one more
+    forward pass of the student in every step. No effect on others."""
+
+    temperature: float = 1.0
+    """``kd``: what the logits of both models are divided by; above 0. No effect on others."""
+
+    ntp_weight: float = 0.0
+    """``kd``: share of next-token prediction in the loss, 0 to 1. No effect on others."""
 
 
 @dataclass
@@ -204,6 +217,7 @@ class RunConfig:
 # Values that a key may take; the checks on numbers are in _validate.
 CHOICES = {
     "objective.centering": ("sequence", "document", "none"),
+    "objective.scope": ("micro_batch", "sequence", "global_batch"),
     "reference.source": ("live", "cache"),
     "reference.placement": ("pipeline", "replicated", "auto"),
     "reference.on_missing": ("score", "refuse"),
@@ -334,9 +348,15 @@ def _validate(config: RunConfig) -> None:
     for key, (value, instead) in NOT_BUILT.items():
         if _get(config, key) == value:
             raise UserError(key, show(value), instead)
-    epsilon = config.objective.epsilon
-    if epsilon is not None and not 0 <= epsilon <= 1:
-        raise UserError("objective.epsilon", epsilon, "a number from 0 to 1, or null for no clipping")
+    objective = config.objective
+    if objective.epsilon is not None and not 0 <= objective.epsilon <= 1:
+        raise UserError("objective.epsilon", objective.epsilon, "a number from 0 to 1, or null for no clipping")
+    if not 0 < objective.keep <= 1:
+        raise UserError("objective.keep", objective.keep, "a number above 0 and at most 1")
+    if not 0 < objective.temperature < math.inf:
+        raise UserError("objective.temperature", objective.temperature, "a number above 0")
+    if not 0 <= objective.ntp_weight <= 1:
+        raise UserError("objective.ntp_weight", objective.ntp_weight, "a number from 0 to 1")
     minima = {
         "reference.micro_batch_size": 1,
         "checkpoint.keep": 1,

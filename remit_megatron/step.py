@@ -1,6 +1,8 @@
 """One training step as Megatron's loop calls it: batches to losses, scores to weights, weights to one loss.
 
-schedule wrapper: buffer the step's microbatches -> reference scores them -> student runs over the same microbatches
+schedule wrapper: buffer the step's microbatches -> reference scores them (one loss per token, or hidden states)
+                  -> objectives that select among the global batch: student forward only -> selection
+                  -> student runs over the same microbatches
 forward_step:     batch -> model -> token_loss (on the last stage, through GPTModel's output_processor) -> objective
 """
 
@@ -17,7 +19,8 @@ from torch import Tensor
 from remit_megatron.batch import Batch, to_batch
 from remit_megatron.kernels.token_loss import token_loss
 from remit_megatron.models.attention import document_attention_mask
-from remit_megatron.objectives import Objective
+from remit_megatron.objectives import DistributionObjective, Objective, ScoredTokens, SelectingObjective
+from remit_megatron.objectives.selection import ORDER_LIMIT
 from remit_megatron.parallel import device
 from remit_megatron.reference.live import LiveReference
 
@@ -113,7 +116,7 @@ class TrainingStep:
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def run_model(self, model, batch: Batch, output_processor: Callable[..., Tensor]) -> Tensor:
-        """Hidden states of this stage, or on the last one what ``output_processor`` makes of them: [b, s] float32."""
+        """Hidden states of this stage, or on the last one what ``output_processor`` makes of them."""
         tokens, positions, mask, packed = batch.tokens, batch.position_ids, None, None
         if self.document_mask and self.packed_attention:
             from remit_megatron.models.packing import packed_sequences
@@ -134,12 +137,22 @@ class TrainingStep:
     def _student_losses(
         self, *, hidden_states: Tensor, output_layer, output_weight, context: Batch, scale_logits, **_
     ) -> Tensor:
-        """``output_processor`` of the student: hidden states [s, b, h] to losses [b, s] float32, in nats."""
+        """``output_processor`` of the student: hidden states [s, b, h] to losses [b, s] float32, in nats.
+
+        Where the reference's hidden states are attached, [2, b, s]: the objective's losses, and beside them the
+        unweighted ones, which carry no gradient.
+        """
         logits, _bias = output_layer(hidden_states, weight=output_weight)
         logits = scale_logits(logits)
         labels, loss_mask = (t.reshape(logits.size(1), -1).t() for t in (context.labels, context.loss_mask))
-        losses = token_loss(logits, labels, tp_group=self.groups.tp, vocab_size=self.vocab_size, loss_mask=loss_mask)
-        return losses.t().reshape(context.labels.shape)
+        settings: dict[str, Any] = dict(tp_group=self.groups.tp, vocab_size=self.vocab_size, loss_mask=loss_mask)
+        if context.reference_hidden is None:
+            return token_loss(logits, labels, **settings).t().reshape(context.labels.shape)
+        objective, reference = self.objective, self.reference
+        assert isinstance(objective, DistributionObjective) and reference is not None
+        hidden, weight = reference.head_input(context.reference_hidden)
+        both = objective.token_losses(logits, labels, reference_hidden=hidden, reference_weight=weight, **settings)
+        return torch.stack([losses.t().reshape(context.labels.shape) for losses in both])
 
     # -- Megatron's forward_step -------------------------------------------------------------------------------------
 
@@ -155,13 +168,19 @@ class TrainingStep:
     def loss(self, batch: Batch, training: bool, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss function of one microbatch, as Megatron wants it with ``calculate_per_token_loss``.
 
+        Args:
+            batch: the microbatch.
+            training: False for evaluation, which reports the unweighted loss only.
+            losses: what the output processor gave, [b, s] or [2, b, s].
+
         Returns:
             The sum to differentiate, the number of tokens in the denominator (int32), and for the log [sum, count]
             pairs that Megatron adds over microbatches and ranks before it divides.
         """
+        losses, plain_losses = losses.unbind(0) if losses.ndim == 3 else (losses, losses)
         with torch.no_grad():
             in_mask = batch.loss_mask > 0
-            unweighted = torch.stack((torch.where(in_mask, losses, 0.0).sum(), in_mask.sum().float()))
+            unweighted = torch.stack((torch.where(in_mask, plain_losses, 0.0).sum(), in_mask.sum().float()))
         if not training:
             return unweighted[0], in_mask.sum().int(), {"lm_loss": unweighted}
         result = self.objective(
@@ -169,6 +188,8 @@ class TrainingStep:
             batch.loss_mask,
             reference_loss=batch.reference_loss,
             document_ids=batch.document_ids,
+            order=batch.order(self.groups.cp.size()),
+            selected=batch.selected,
             cp_group=self.groups.cp if self.groups.cp.size() > 1 else None,
         )
         counted, one = result.counted.float(), torch.ones_like(unweighted[0])
@@ -212,10 +233,10 @@ class TrainingStep:
             shared = {k: v for k, v in settings.items() if k not in ("collect_non_loss_data", "force_all_reduce")}
             scores = reference.score(schedule, partial(self._reference_step, reference), buffers, **shared)
             self.clock.mark()
-            if scores:
-                buffers[-1] = [
-                    {**item, "reference_loss": score} for item, score in zip(buffers[-1], scores, strict=True)
-                ]
+            hidden = self.objective.reference_signal == "hidden"
+            _attach(buffers, "reference_hidden" if hidden else "reference_loss", scores)
+            if self.objective.needs_global_batch:
+                _attach(buffers, "selected", self._select(schedule, model, buffers, **shared))
             iterators = [iter(buffer) for buffer in buffers]
             return schedule(
                 forward_step_func=forward_step_func,
@@ -232,9 +253,67 @@ class TrainingStep:
         self, reference: LiveReference, data_iterator: Iterator[Item], model
     ) -> tuple[Tensor, Callable]:
         batch = self._next(data_iterator)
-        output = self.run_model(model, batch, reference.output_processor)
+        hidden = self.objective.reference_signal == "hidden"
+        output = self.run_model(model, batch, reference.keep_hidden if hidden else reference.output_processor)
 
         def keep(losses: Tensor, non_loss_data: bool = True) -> Tensor:
-            return losses.detach()
+            if not hidden:
+                return losses.detach()
+            assert batch.reference_hidden is not None
+            return batch.reference_hidden
 
         return output, keep
+
+    def _select(
+        self, schedule: Callable[..., list], model: Any, buffers: list[list[Item]], **settings: Any
+    ) -> list[Tensor]:
+        """The objective's choice among all tokens of the global batch, by the student's losses before this step.
+
+        One more forward pass of the student, through its own schedule. Without dropout, training's pass over the same
+        microbatches finds the same losses.
+
+        Args:
+            schedule, settings: as in :meth:`LiveReference.score`.
+            model: the student's chunks on this rank.
+            buffers: per model chunk, the step's microbatches; those of the last stage with their scores.
+
+        Returns:
+            On the last pipeline stage a [b, s] bool for each microbatch; elsewhere an empty list.
+        """
+        iterators = [iter(buffer) for buffer in buffers]
+        with torch.no_grad():
+            losses = schedule(
+                forward_step_func=self._loss_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=model,
+                num_microbatches=len(buffers[0]),
+                forward_only=True,
+                collect_non_loss_data=True,
+                **settings,
+            )
+        if not losses:
+            return []
+        objective, groups = self.objective, self.groups
+        assert isinstance(objective, SelectingObjective)
+        scored = []
+        for number, (item, student_loss) in enumerate(zip(buffers[-1], losses, strict=True)):
+            batch = to_batch(item, device=device(), eod_id=self.eod_id, cp_group=groups.cp)
+            assert batch.reference_loss is not None
+            # Data parallel ranks take turns at the microbatches of a step, as Megatron's sampler deals them out.
+            first = (number * groups.dp.size() + groups.dp.rank()) * batch.tokens.size(0)
+            samples = len(losses) * groups.dp.size() * batch.tokens.size(0)
+            assert samples * batch.tokens.size(1) * groups.cp.size() <= ORDER_LIMIT
+            order = batch.order(groups.cp.size(), first_sample=first)
+            scored.append(ScoredTokens(student_loss, batch.reference_loss, batch.loss_mask, order))
+        return objective.select(scored, group=groups.dp_cp if groups.dp_cp.size() > 1 else None)
+
+    def _loss_step(self, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
+        """The student's losses of a microbatch, as they are."""
+        output = self.run_model(model, self._next(data_iterator), self._student_losses)
+        return output, lambda losses, non_loss_data=True: losses.detach()
+
+
+def _attach(buffers: list[list[Item]], name: str, values: list[Tensor]) -> None:
+    """Adds a tensor of each microbatch to the items of the last chunk; none where this is not the last stage."""
+    if values:
+        buffers[-1] = [{**item, name: value} for item, value in zip(buffers[-1], values, strict=True)]

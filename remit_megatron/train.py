@@ -76,7 +76,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     from remit_megatron.objectives import build_objective
 
     settings = objective_settings(config)
-    needs_reference = build_objective(config.objective.name, **settings).needs_reference
+    objective = build_objective(config.objective.name, **settings)
     if config.run_dir is None:
         raise UserError("run_dir", "nothing", "the directory of the run")
     init = None if config.init is None else resolve(config.init, field="init")
@@ -95,8 +95,10 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
         )
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
     check_document_mask(config, arguments)
+    if objective.needs_global_batch:
+        check_dropout(config, arguments)
     reference = None
-    if needs_reference:
+    if objective.reference_signal != "none":
         if config.reference is None or config.reference.checkpoint is None:
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
         reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
@@ -106,9 +108,9 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
 
 def objective_settings(config: RunConfig) -> dict[str, Any]:
     """The settings of the objective section that the objective of that name takes."""
-    if config.objective.name == "remit":
-        return {"epsilon": config.objective.epsilon, "centering": config.objective.centering}
-    return {}
+    from remit_megatron.objectives import settings_of
+
+    return {name: getattr(config.objective, name) for name in settings_of(config.objective.name)}
 
 
 def _tokenizer(config: RunConfig, init: ModelSource | None) -> Tokenizer:
@@ -126,6 +128,18 @@ def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None
         # A longer context is a legitimate thing to train for.
         if name != "max_position_embeddings" and existing.get(name) != value:
             raise UserError("init", f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
+
+
+def check_dropout(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses dropout beside a selection from the global batch, which is made in a forward pass of its own.
+
+    Raises:
+        UserError: the two passes would see different losses.
+    """
+    for name in ("hidden_dropout", "attention_dropout"):
+        if value := getattr(arguments, name):
+            expected = f"0 with objective.scope {config.objective.scope}, which runs the student twice in a step"
+            raise UserError(f"megatron.{name}", value, expected)
 
 
 def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:

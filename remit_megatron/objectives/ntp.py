@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from remit_megatron.objectives.contract import ObjectiveResult
+from remit_megatron.objectives.contract import ObjectiveResult, ReferenceSignal
 
 
 @dataclass(frozen=True)
 class NextTokenPrediction:
     """loss = sum over the global batch of L(x_t) / number of counted tokens."""
 
-    needs_reference = False
+    reference_signal: ClassVar[ReferenceSignal] = "none"
+    needs_global_batch = False
 
     def __call__(
         self,
@@ -23,6 +25,8 @@ class NextTokenPrediction:
         *,
         reference_loss: Tensor | None = None,
         document_ids: Tensor | None = None,
+        order: Tensor | None = None,
+        selected: Tensor | None = None,
         cp_group: torch.distributed.ProcessGroup | None = None,
     ) -> ObjectiveResult:
         counted = loss_mask > 0

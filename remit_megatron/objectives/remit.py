@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.contract import ObjectiveResult
+from remit_megatron.objectives.contract import ObjectiveResult, ReferenceSignal
 from remit_megatron.objectives.weights import CENTERINGS, weighted_loss
 
 
@@ -24,7 +25,8 @@ class ReMiT:
     epsilon: float | None = 0.2
     centering: str = "sequence"
 
-    needs_reference = True
+    reference_signal: ClassVar[ReferenceSignal] = "loss"
+    needs_global_batch = False
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and not 0 <= self.epsilon <= 1:
@@ -39,6 +41,8 @@ class ReMiT:
         *,
         reference_loss: Tensor | None = None,
         document_ids: Tensor | None = None,
+        order: Tensor | None = None,
+        selected: Tensor | None = None,
         cp_group: torch.distributed.ProcessGroup | None = None,
     ) -> ObjectiveResult:
         assert reference_loss is not None, "the schedule attaches scores to every microbatch"

@@ -19,12 +19,13 @@ class LiveReference:
     """A frozen model on the student's tensor, pipeline and context parallel groups.
 
     Sharded like the student; runs the student's own pipeline schedule, forward only, over all microbatches of the step.
-    One float per token remains of it.
+    What remains of it is one float per token (:meth:`output_processor`), or for objectives on distributions the final
+    hidden states of every microbatch (:meth:`keep_hidden`), on the last stage.
 
     Args:
         chunks: the model's chunks on this rank (one without virtual pipeline stages), frozen, in evaluation mode.
-        forward: runs a chunk on an item of the data loader; on the last stage it calls ``output_processor`` with
-            :meth:`output_processor`.
+        vocab_size: true size of the vocabulary, without padding.
+        tp_group: tensor parallel ranks.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, vocab_size: int, tp_group: torch.distributed.ProcessGroup):
@@ -35,6 +36,8 @@ class LiveReference:
         self.chunks = list(chunks)
         self.vocab_size = vocab_size
         self.tp_group = tp_group
+        self._head: Tensor | None = None
+        self._sequence_parallel = False
 
     def output_processor(
         self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context, **_
@@ -51,6 +54,34 @@ class LiveReference:
         )
         return -logprob.t().reshape(context.labels.shape)
 
+    def keep_hidden(self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context, **_) -> Tensor:
+        """``output_processor`` that leaves the final hidden states in ``context.reference_hidden``.
+
+        They are [s, b, h], under sequence parallelism this rank's part [s / TP, b, h], in the model's dtype: what the
+        model returns, which is an empty tensor here, is converted to float32 by Megatron.
+        """
+        self._head = output_layer.weight if output_weight is None else output_weight
+        self._sequence_parallel = output_layer.sequence_parallel
+        context.reference_hidden = hidden_states.detach()
+        return hidden_states.new_empty(0)
+
+    def head_input(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the reference's logits of a microbatch are made of.
+
+        Args:
+            hidden: as :meth:`keep_hidden` left it.
+
+        Returns:
+            Hidden states [s, b, h] of all tokens, and this rank's rows of the output weight [V / TP, h].
+        """
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        assert self._head is not None, "the reference has run before its hidden states are used"
+        if self._sequence_parallel:
+            with torch.no_grad():
+                hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        return hidden, self._head.detach()
+
     def score(
         self, schedule: Callable[..., list], forward: ForwardStep, buffers: list[list[Item]], **settings
     ) -> list[Tensor]:
@@ -58,12 +89,13 @@ class LiveReference:
 
         Args:
             schedule: Megatron's forward-backward function for this layout.
-            forward: see the class; receives the chunk and an iterator over its buffer.
+            forward: runs a chunk on an item of the data loader: receives an iterator over the chunk's buffer, and the
+                chunk. Its loss function gives what is returned here.
             buffers: per model chunk on this rank, the step's microbatches.
             settings: what the student's schedule is called with (sequence length, micro-batch size, groups).
 
         Returns:
-            On the last pipeline stage one [b, s] float32 loss per microbatch, in order; elsewhere an empty list.
+            On the last pipeline stage one tensor per microbatch, in order; elsewhere an empty list.
         """
         iterators = [iter(buffer) for buffer in buffers]
         with torch.no_grad():

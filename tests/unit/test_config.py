@@ -96,14 +96,20 @@ def test_there_is_an_example_run():
 
 WRONG = {
     "objective.epsilonn=3": "objective.epsilonn: found 3; "
-    "expected one of name, epsilon, centering; did you mean epsilon?",
+    "expected one of name, epsilon, centering, keep, scope, temperature, ntp_weight; did you mean epsilon?",
     "seed=abc": "seed: found 'abc'; expected a whole number",
     "seed=true": "seed: found True; expected a whole number",
     "seed=0": "seed: found 0; expected 1 or more",
-    "objective=3": "objective: found 3; expected a mapping with name, epsilon, centering",
+    "objective=3": "objective: found 3; "
+    "expected a mapping with name, epsilon, centering, keep, scope, temperature, ntp_weight",
     "objective.epsilon=1.5": "objective.epsilon: found 1.5; expected a number from 0 to 1, or null for no clipping",
     "objective.centering=sequense": "objective.centering: found 'sequense'; expected one of sequence, document, none; "
     "did you mean sequence?",
+    "objective.scope=batch": "objective.scope: found 'batch'; expected one of micro_batch, sequence, global_batch; "
+    "did you mean micro_batch?",
+    "objective.keep=0": "objective.keep: found 0.0; expected a number above 0 and at most 1",
+    "objective.temperature=0": "objective.temperature: found 0.0; expected a number above 0",
+    "objective.ntp_weight=2": "objective.ntp_weight: found 2.0; expected a number from 0 to 1",
     "data.document_mask=3": "data.document_mask: found 3; expected true or false",
     "data.train=[[0, a]]": "data.train[0]: found 0; expected a positive weight",
     "data.train=[]": "data.train: found an empty blend; expected at least one data set",
