@@ -61,11 +61,11 @@ def list_files(directory: str | os.PathLike) -> list[str]:
     return sorted(name for name in names if name != MANIFEST and not name.endswith(".tmp"))
 
 
-def describe_files(directory: str | os.PathLike, *, part: int = 0, parts: int = 1) -> dict[str, dict[str, Any]]:
-    """Syncs and digests every ``parts``-th file from ``part``; ranks of a job each take a part."""
+def describe_files(directory: str | os.PathLike, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Syncs and digests files of ``directory``: ``names``, or all. Ranks of a job each take a part of one list."""
     directory = Path(directory)
     described = {}
-    for name in list_files(directory)[part::parts]:
+    for name in list_files(directory) if names is None else names:
         path = directory / name
         fsync_file(path)
         described[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}

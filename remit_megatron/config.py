@@ -108,7 +108,7 @@ class DataConfig:
     a cache stay valid; it is not the run's ``seed``."""
 
     mask_eod_loss: bool = False
-    """Whether the end-of-document token is left out of the loss."""
+    """Whether the prediction after an end-of-document token (the next document's first) does not count."""
 
     document_mask: bool = False
     """Whether attention stops at document boundaries inside a sample."""

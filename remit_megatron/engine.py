@@ -163,8 +163,10 @@ class Engine:
         with parallel.same_fate("saving a checkpoint"):
             if rank == 0:
                 self._add_model_files(directory)
+        # One rank lists: on a network file system another may not see every file yet.
+        names = parallel.broadcast_object(checkpoints.list_files(directory) if rank == 0 else [])
         with parallel.same_fate("saving a checkpoint"):
-            part = checkpoints.describe_files(directory, part=rank, parts=world_size)
+            part = checkpoints.describe_files(directory, names[rank::world_size])
         parts = parallel.gather_objects(part)
         with parallel.same_fate("saving a checkpoint"):
             if rank == 0:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
-from remit_megatron.errors import EXIT_DONE
+from remit_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE
 from remit_megatron.parallel import started_by_srun
 
 _GRACE_SECONDS = 20.0
@@ -40,7 +40,7 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
 
     When one fails, the others get SIGTERM and, after a grace time, SIGKILL. Signals that reach this process are passed
     on. Rank 0 writes to the terminal as usual; what another rank wrote to standard error is shown only if it was the
-    first to fail and rank 0 did not fail by itself, because the same mistake is usually found by all.
+    first to fail: its error is the cause of the others'. A mistake in the input, which all find alike, is said once.
 
     Returns:
         0 if every rank returned 0, else the exit code of the first that did not (128 + number for a signal).
@@ -75,9 +75,9 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
         first = _wait(processes)
         if first is not None:
             _stop(processes)
-            if first and processes[0].returncode <= 0:  # else rank 0 has said it
-                _show(first, captured[first])
             code = processes[first].returncode
+            if not code == processes[0].returncode == EXIT_BAD_INPUT:  # else rank 0 has said it
+                _show(first, captured[first])
             return 128 - code if code < 0 else code
         return EXIT_DONE
     finally:

@@ -169,7 +169,7 @@ UNSUPPORTED: dict[str, str] = {
     "skip_train": "a run that trains",
     "perform_rl_step": "remit posttrain",
     "sft": "remit posttrain",
-    "rampup_batch_size": "megatron.step_batch_size_schedule (Megatron 0.19 ignores the old argument)",
+    "rampup_batch_size": "megatron.global_batch_size (Megatron 0.19 ignores this argument)",
     "use_checkpoint_args": "model, or init alone, which brings its architecture",
     "mtp_num_layers": "a model without multi-token prediction",
     "hybrid_layer_pattern": "a transformer model",

@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     if args.steps is not None:
         scale = Scale(2_000, args.steps, args.steps, args.steps, args.nproc)
     output.mkdir(parents=True, exist_ok=True)
-    write_atomic(output / "quickstart.json", json.dumps({"seed": args.seed, "scale": scale.__dict__}) + "\n")
+    settings, record = {"seed": args.seed, "scale": scale.__dict__}, output / "quickstart.json"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise UserError("--output", f"{output}, made with other settings", "another directory, or --fresh")
+    write_atomic(record, json.dumps(settings) + "\n")
     return Quickstart(output, scale, args.seed).run()
 
 

@@ -16,7 +16,7 @@ from typing import IO
 from remit_megatron import checkpoints
 from remit_megatron.errors import UserError
 from remit_megatron.files import write_atomic
-from remit_megatron.parallel import broadcast_object, gather_objects
+from remit_megatron.parallel import broadcast_object, gather_objects, same_fate
 from remit_megatron.progress import format_count
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,12 @@ class RunLock:
             raise UserError(
                 "run_dir", f"{run_dir}, in use by {owner}", "a directory that no other run is using"
             ) from None
+        except OSError as error:
+            # Some network file systems have no locks; a run there is on its own.
+            logger.warning("run_dir %s cannot be locked (%s): do not start two runs in it", run_dir, error.strerror)
+        # A lock belongs to all processes that share the open file: data workers that outlive a killed run by moments
+        # must not hold it.
+        os.register_at_fork(after_in_child=self._file.close)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -72,17 +78,17 @@ def newest_verified(root: Path, *, rank: int, world_size: int) -> int | None:
         try:
             checkpoints.verify(directory, part=rank, parts=world_size)
             damage = None
-        except checkpoints.DamagedCheckpoint as error:
+        except (checkpoints.DamagedCheckpoint, OSError) as error:
             damage = str(error)
         damages = [text for text in gather_objects(damage) if text]
         if not damages:
             return iteration
-        if rank == 0:
-            logger.warning("skipping checkpoint %d: %s", iteration, damages[0])
-            aside = checkpoints.set_aside(root, iteration)
-            if aside is not None:
-                logger.warning("kept the damaged checkpoint as %s", aside)
-        gather_objects(None)  # nobody goes on while rank 0 is renaming
+        with same_fate("setting a damaged checkpoint aside"):
+            if rank == 0:
+                logger.warning("skipping checkpoint %d: %s", iteration, damages[0])
+                aside = checkpoints.set_aside(root, iteration)
+                if aside is not None:
+                    logger.warning("kept the damaged checkpoint as %s", aside)
     return None
 
 

@@ -37,6 +37,11 @@ STATISTICS = (
 )
 
 
+def _owned(item: Item) -> Item:
+    """The item in this process's own memory: a data worker's shared memory costs an open file per tensor."""
+    return {name: tensor.clone() if tensor.is_shared() else tensor for name, tensor in item.items()}
+
+
 class StepClock:
     """Wall-clock seconds of the current step and of the reference's share of it, on this rank."""
 
@@ -228,7 +233,7 @@ class TrainingStep:
                     **settings,
                 )
             sources = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-            buffers = [[next(source) for _ in range(num_microbatches)] for source in sources]
+            buffers = [[_owned(next(source)) for _ in range(num_microbatches)] for source in sources]
             self.clock.mark()
             shared = {k: v for k, v in settings.items() if k not in ("collect_non_loss_data", "force_all_reduce")}
             scores = reference.score(schedule, partial(self._reference_step, reference), buffers, **shared)

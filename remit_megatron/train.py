@@ -94,6 +94,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
             "data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
         )
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
+    check_supported(config, arguments)
     check_document_mask(config, arguments)
     if objective.needs_global_batch:
         check_dropout(config, arguments)
@@ -128,6 +129,32 @@ def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None
         # A longer context is a legitimate thing to train for.
         if name != "max_position_embeddings" and existing.get(name) != value:
             raise UserError("init", f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
+
+
+# Arguments that Megatron's parser knows and this loop does not honor.
+_NOT_HONORED = {
+    "step_batch_size_schedule": "megatron.global_batch_size",
+    "full_validation": "megatron.eval_iters",
+    "multiple_validation_sets": "one blend in data.valid",
+    "non_persistent_save_interval": "megatron.save_interval",
+}
+
+
+def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses what would be accepted and then not done.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for name, instead in _NOT_HONORED.items():
+        if value := getattr(arguments, name):
+            raise UserError(f"megatron.{name}", value, f"{instead} in its place")
+    if arguments.dataloader_type != "single":
+        raise UserError("megatron.dataloader_type", arguments.dataloader_type, "single; data.* says what is read")
+    if config.logging.wandb is not None and not config.logging.tensorboard:
+        raise UserError(
+            "logging.tensorboard", "false beside logging.wandb", "true: Megatron logs to wandb beside it only"
+        )
 
 
 def check_dropout(config: RunConfig, arguments: argparse.Namespace) -> None:
@@ -175,6 +202,8 @@ def check_reference(
     Raises:
         UserError: naming the property, with both values.
     """
+    from remit_megatron.models.build import check_layout, megatron_arguments
+
     if reference["vocab_size"] != student["vocab_size"]:
         raise UserError(
             "reference.checkpoint", f"vocab_size {reference['vocab_size']}", f"{student['vocab_size']}, the student's"
@@ -185,19 +214,13 @@ def check_reference(
             raise UserError(
                 "reference.checkpoint", f"tokenizer digest {digest[:16]}", f"{tokenizer.digest[:16]}, the student's"
             )
-    tp, pp = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
-    stages = pp * (arguments.virtual_pipeline_model_parallel_size or 1)
-    heads, groups = (
-        reference["num_attention_heads"],
-        reference.get("num_key_value_heads") or reference["num_attention_heads"],
-    )
-    for name, value, divisor, what in (
-        ("num_attention_heads", heads, tp, "tensor_model_parallel_size"),
-        ("num_key_value_heads", groups, tp, "tensor_model_parallel_size"),
-        ("num_hidden_layers", reference["num_hidden_layers"], stages, "pipeline stages"),
-    ):
-        if value % divisor:
-            raise UserError("reference.checkpoint", f"{name} {value}", f"a multiple of {divisor}, the student's {what}")
+    else:
+        logger.warning("the reference brings no tokenizer: nothing says that it counts tokens as the student does")
+    try:
+        check_layout(megatron_arguments(reference), arguments)
+    except UserError as error:
+        expected = f"one that the student's {error.field} {error.found} fits: {error.expected}"
+        raise UserError("reference.checkpoint", "a model", expected) from None
     if arguments.seq_length > reference.get("max_position_embeddings", arguments.seq_length):
         raise UserError(
             "reference.checkpoint",
@@ -308,7 +331,7 @@ def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
     if not config.data.valid:
         return train, None
     # The same samples at every validation, so that its losses compare.
-    valid_samples = arguments.eval_iters * arguments.global_batch_size
+    valid_samples = arguments.eval_iters * arguments.eval_global_batch_size
     valid = open_blend(
         parse_blend(config.data.valid, field="data.valid"), num_samples=valid_samples, seed=config.seed, **common
     )
@@ -319,7 +342,10 @@ class RepeatedSamples:
     """A data set gone through again and again, always in the same order. Its length is Megatron's idea of enough."""
 
     def __init__(self, samples: Any):
+        from megatron.core.datasets.utils import Split
+
         self._samples = samples
+        self.split = Split.valid  # Megatron's loader takes the validation batch sizes by it
 
     def __len__(self) -> int:
         return sys.maxsize // 2
@@ -348,23 +374,26 @@ def _train(
 
     def before_wrapping(chunks: list) -> list:
         # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
-        if prepared.init is not None and not resumed_at:
-            load_weights(chunks, prepared.init)
-        if environment.rank == 0:
-            _require_space(arguments, chunks, environment.world_size)
-        engine.build_reference()
+        with parallel.same_fate("loading the weights"):
+            if prepared.init is not None and not resumed_at:
+                load_weights(chunks, prepared.init)
+            if environment.rank == 0:
+                _require_space(arguments, chunks, environment.world_size)
+        with parallel.same_fate("loading the reference"):
+            engine.build_reference()
         return chunks
 
     student.pre_wrap_hooks.append(before_wrapping)
     container = pretrain_cfg_container_from_args(arguments, student)
     recorder = None
-    if environment.rank == environment.world_size - 1:  # the last pipeline stage, where the losses are
-        recorder = RunRecorder(
-            config.run_dir or "",
-            total_steps=total_steps(arguments),
-            resumed_at=resumed_at,
-            interval=config.logging.interval,
-        )
+    with parallel.same_fate("opening the files of the run"):
+        if environment.rank == environment.world_size - 1:  # the last pipeline stage, where the losses are
+            recorder = RunRecorder(
+                config.run_dir or "",
+                total_steps=total_steps(arguments),
+                resumed_at=resumed_at,
+                interval=config.logging.interval,
+            )
     engine.connect(recorder)
     redirect()
 
@@ -384,17 +413,13 @@ def _train(
 
 
 def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:
-    parameters = (
-        sum(p.numel() for chunk in chunks for p in chunk.parameters()) * world_size / arguments.data_parallel_size
-    )
+    replicas = arguments.data_parallel_size * arguments.context_parallel_size
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters()) * world_size / replicas
     needed = parameters * _CHECKPOINT_BYTES_PER_PARAMETER
     run_directory.require_space(Path(arguments.save), needed, what="one checkpoint")
 
 
 def _exit_code(arguments: argparse.Namespace) -> int:
-    from megatron.training import get_signal_handler
-
-    handler: Any = get_signal_handler() if arguments.exit_signal_handler else None
-    stopped = handler is not None and any(handler.signals_received())
-    unfinished = arguments.curr_iteration + 1 < total_steps(arguments)
-    return EXIT_START_ME_AGAIN if stopped and unfinished else EXIT_DONE
+    """0 where the run is done; 75 where it stopped on purpose before (a signal, an exit interval), having saved."""
+    done = arguments.curr_iteration + 1 >= total_steps(arguments)
+    return EXIT_DONE if done else EXIT_START_ME_AGAIN

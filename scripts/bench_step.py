@@ -123,7 +123,7 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     reference = LiveReference(reference_chunks, vocab_size=args.vocabulary, tp_group=groups.tp)
 
     class Samples:
-        """Random tokens, the same for every arm of a round."""
+        """Random tokens, the same for every arm."""
 
         def __init__(self, seed: int):
             self._generator = torch.Generator().manual_seed(seed)
@@ -161,12 +161,11 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
 
     ntp, remit = step("ntp", None), step("remit", reference)
     schedule = get_forward_backward_func()
-    round_number = [0]
 
     def arm(forward, run_schedule) -> None:
         training.train_step(
             forward,
-            Samples(round_number[0]),
+            Samples(0),
             model,
             optimizer,
             scheduler,
