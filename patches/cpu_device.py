@@ -15,9 +15,8 @@ Only on machines without a GPU. What is redirected, symbol by symbol:
                                              torch and transformers choose code paths by them
   torch.cuda.Stream / Event / stream / current_stream / default_stream / set_stream    order is program order on a CPU
   torch.cuda random state                    the CPU generator's (see also cpu_random)
-  tensor factories, Tensor.to/.cuda/.new_*, Module.cuda/.to      device "cuda" (or an index) means the CPU, and memory
-  is
-                                             not pinned
+  tensor factories, Tensor.to/.cuda/.new_*, Module.cuda/.to      device "cuda" (or an index) means the CPU
+  pin_memory                                 no: there is no device that would read past the CPU
   Tensor.type()                              Megatron's optimizers compare it with "torch.cuda.FloatTensor"
   torch.compile (torch._dynamo)              off: no compiler is needed for correctness, and starting one takes longer
                                              than the runs that this device is for

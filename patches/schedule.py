@@ -4,10 +4,10 @@ Target    megatron-core 0.19.2, megatron.training.training.get_forward_backward_
 Why       The scores of all microbatches of a step are needed before the student's schedule starts. Inside
           ``forward_step`` the reference's pipeline communication would meet the student's, and deadlock.
 Test      tests/distributed/test_training.py::test_layouts_agree
-Upstream  no hook of this kind; ``forward_backward_func`` is looked up once at the start of ``train``
+Upstream  no hook of this kind; training and evaluation each look the schedule up when they start
 Drop when Megatron accepts a schedule from its caller
 
-``wrapper`` is set by remit_megatron.train before training; without one the schedule is Megatron's.
+``wrapper`` is set by remit_megatron.engine before training; without one the schedule is Megatron's.
 """
 
 from __future__ import annotations

@@ -22,10 +22,6 @@ class RankEnvironment:
     world_size: int = 1
     local_rank: int = 0
 
-    @property
-    def is_distributed(self) -> bool:
-        return self.world_size > 1
-
 
 def started_by_srun() -> bool:
     """Whether this process is one of several tasks of a Slurm step.
