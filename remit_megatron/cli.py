@@ -58,7 +58,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:
     data = commands.add_parser("data", help="corpora to token files").add_subparsers(metavar="COMMAND", required=True)
     for name, command in _DATA_COMMANDS.items():
         add(data, name, command, words == ["data", name])
-    namespace = parser.parse_args(argv)
+    namespace, rest = parser.parse_known_args(argv)
+    # argparse takes a list of words only in one piece; `train CONFIG --nproc 2 a.b=c` has it in two.
+    if rest and hasattr(namespace, "overrides") and not any(word.startswith("-") for word in rest):
+        namespace.overrides = [*namespace.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return namespace, namespace._module, namespace._run
 
 

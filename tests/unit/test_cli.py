@@ -1,0 +1,37 @@
+"""The command line itself: where overrides may stand, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from remit_megatron.cli import _parse, main
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "run.yaml", "a.b=1", "c=2", "--nproc", "2"],
+        ["train", "run.yaml", "--nproc", "2", "a.b=1", "c=2"],
+        ["train", "--nproc", "2", "run.yaml", "a.b=1", "c=2"],
+        ["train", "run.yaml", "a.b=1", "--nproc", "2", "c=2"],
+    ],
+)
+def test_overrides_may_stand_anywhere_after_the_configuration(words):
+    namespace, module, run = _parse(words)
+    assert (namespace.config, namespace.overrides, namespace.nproc) == ("run.yaml", ["a.b=1", "c=2"], 2)
+    assert (module, run) == ("train", "run")
+
+
+def test_unknown_options_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "run.yaml", "--nprocs", "2"])
+    assert stop.value.code == 2
+    assert "--nprocs" in capsys.readouterr().err
+
+
+def test_every_command_has_help(capsys):
+    for words in (["doctor"], ["quickstart"], ["import"], ["export"], ["logprobs"], ["train"], ["data", "build"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--help"])
+        assert stop.value.code == 0
+        assert "usage: remit " + " ".join(words) in capsys.readouterr().out
