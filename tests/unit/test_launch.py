@@ -37,8 +37,10 @@ def run(tmp_path):
 
 
 def test_all_ranks_run_and_know_each_other(run):
-    result, _ = run("print(f\"{rank}/{os.environ['WORLD_SIZE']} {os.environ['MASTER_ADDR']}\", flush=True)", nproc=3)
-    assert result.returncode == 0
+    # One write per line: lines of ranks may come in any order, but not inside each other.
+    program = "os.write(1, f\"{rank}/{os.environ['WORLD_SIZE']} {os.environ['MASTER_ADDR']}\\n\".encode())"
+    result, _ = run(program, nproc=3)
+    assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.splitlines()) == ["0/3 127.0.0.1", "1/3 127.0.0.1", "2/3 127.0.0.1"]
 
 
