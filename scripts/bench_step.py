@@ -213,6 +213,8 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters
 
     import torch
 
+    from remit_megatron.doctor_probes import cpu_model
+
     def quantile(values: list[float], share: float) -> float:
         return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
 
@@ -222,7 +224,7 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"{cpu_name()}, {torch.get_num_threads()} threads"
+        else f"{cpu_model()}, {torch.get_num_threads()} threads"
     )
     tokens = args.micro_batch * args.microbatches * args.sequence
     precision = "bf16" if torch.cuda.is_available() else "fp32"
@@ -250,16 +252,6 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters
         figures = (statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))
         lines.append(f"| {name} | {' | '.join(f'{figure:.3f}' for figure in figures)} | {ratios[name]} |")
     return "\n".join(lines) + "\n"
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def main() -> int:

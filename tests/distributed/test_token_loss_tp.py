@@ -4,8 +4,6 @@ Four processes start once (this file run as a script), work through all cases an
 the tests judge them.
 """
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import distributed as dist
 
 from remit_megatron.kernels import reference_token_loss, token_logprob, token_loss
+from tests.distributed.script_ranks import run_script
 
 WORLD, TOKENS, HIDDEN = 4, 13, 12
 EPS32 = torch.finfo(torch.float32).eps
@@ -172,21 +171,7 @@ def work(rank: int, folder: Path) -> None:
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     """Name of the case -> the result of each of its ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__]
-    ranks = []
-    for rank in range(WORLD):
-        log = (folder / f"{rank}.log").open("w")
-        ranks.append(subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=240) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    assert codes == [0] * WORLD, logs
-    saved = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    saved = run_script(__file__, folder, WORLD)
     return {name: [s[name] for s in saved[: len(case[0].widths)]] for case, name in zip(CASES, IDS, strict=True)}
 
 

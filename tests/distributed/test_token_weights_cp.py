@@ -5,8 +5,6 @@ the tests judge them.
 """
 
 import itertools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from torch import distributed as dist
 
 from remit_megatron.objectives.weights import CENTERINGS, token_weights, weighted_loss
+from tests.distributed.script_ranks import run_script
 
 WORLD, SEQUENCES, LENGTH = 4, 5, 48
 CASES = list(itertools.product((2, 4), ("zigzag", "contiguous", "strided"), CENTERINGS, (0.2, 0.0, None)))
@@ -76,21 +75,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__]
-    ranks = []
-    for rank in range(WORLD):
-        log = (folder / f"{rank}.log").open("w")
-        ranks.append(subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=240) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    assert codes == [0] * WORLD, logs
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_script(__file__, folder, WORLD)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
