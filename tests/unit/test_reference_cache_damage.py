@@ -351,6 +351,7 @@ def test_a_damaged_sample_is_warned_of_once_and_counted(damaged_copy, caplog):
         f"{directory}, sample 0 of corpus: damaged (its checksum differs), so it counts as missing"
     ]
     assert cache.completeness(DATASET)[0]
+    assert np.flatnonzero(~cache.intact(DATASET)).tolist() == [0, 3, 17]
     cache.write(DATASET, 0, tokens_of(0), losses_of(0))
     assert cache.read(DATASET, 0, tokens_of(0)) is not None
 
