@@ -24,6 +24,12 @@ _COMMANDS: dict[str, tuple[str, str, str, str]] = {
 }
 _DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "build": ("data.build", "add_arguments", "run", "documents to token files"),
+    "select": (
+        "data.select",
+        "add_arguments",
+        "run",
+        "the samples of token files that are worth training on (MiniPLM)",
+    ),
 }
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.

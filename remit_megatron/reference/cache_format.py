@@ -201,7 +201,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(str(path), f"a damaged file ({error})", "a file in JSON") from None
+        expected = "a file in JSON; remove it, and filling the cache makes it again"
+        raise UserError(str(path), f"a damaged file ({error})", expected) from None
     if not isinstance(content, dict):
         raise UserError(str(path), "a damaged file (no JSON object)", "an object in JSON")
     return content
@@ -211,4 +212,5 @@ def _check_digest(path: Path, content: dict[str, Any]) -> None:
     digest = _digest(content)
     if content.get("digest") != digest:
         found = f"a damaged file (its contents have the digest {digest})"
-        raise UserError(str(path), found, f"{content.get('digest')}, as it says itself")
+        expected = f"{content.get('digest')}, as it says itself; remove the file, and filling the cache makes it again"
+        raise UserError(str(path), found, expected)
