@@ -99,19 +99,13 @@ class Engine:
 
     def _live_reference(self) -> ScoreSource:
         """The frozen model on the student's groups, with its weights."""
-        from remit_megatron.models.build import build_chunks, model_config
-        from remit_megatron.models.convert import load_weights
-
         source, settings = self._prepared.reference, self._prepared.config.reference
         assert source is not None and settings is not None
-        chunks = build_chunks(model_config(source.hf_config, self._arguments), self.groups())
-        load_weights(chunks, source)
-        hidden = self.step.objective.reference_signal == "hidden"
-        return LiveReference(
-            chunks,
-            vocab_size=source.hf_config["vocab_size"],
+        return LiveReference.load(
+            source,
+            self._arguments,
             forward=self.forward,
-            signal="hidden" if hidden else "loss",
+            signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
             micro_batch_size=settings.micro_batch_size,
         )
 
