@@ -63,8 +63,8 @@ def linear_token_loss(
     """Sum of ``weighting`` over chunks of whole sequences, of the labels' losses under softmax(hidden @ weight.T).
 
     The logits are rounded to the dtype of ``hidden`` and so are their gradients, as a model's are. Without gradients
-    (``torch.no_grad``, or neither input needs one) only the losses are computed. The hidden states must be finite, those
-    of masked tokens included: 0 times NaN is NaN in a product.
+    (``torch.no_grad``, or neither input needs one) only the losses are computed. The hidden states must be finite,
+    those of masked tokens included: 0 times NaN is NaN in a product.
 
     Args:
         hidden: [..., s, h] float32 or bfloat16, final hidden states after the last norm; equal on all ranks of

@@ -31,10 +31,10 @@ from remit_megatron.kernels import vocab_shard as vs
 
 Impl = Literal["auto", "torch", "triton"]
 
-# Elements of the float32 buffer. CPU: 1 MiB for each thread, up to 4 MiB. It then stays in a core's L2 (2 MiB where this
-# was measured: on one thread 0.5 to 1 MiB is fastest and 4 MiB takes a third longer), while every block costs a few
-# barriers among OpenMP's threads, so that it should not be much smaller either. Elsewhere the torch path only serves
-# as the truth, and a few large launches beat many small ones.
+# Elements of the float32 buffer. CPU: 1 MiB for each thread, up to 4 MiB. It then stays in a core's L2 (2 MiB where
+# this was measured: on one thread 0.5 to 1 MiB is fastest and 4 MiB takes a third longer), while every block costs a
+# few barriers among OpenMP's threads, so that it should not be much smaller either. Elsewhere the torch path only
+# serves as the truth, and a few large launches beat many small ones.
 _BUFFER_ELEMENTS = {"cpu": 1 << 18}
 _BUFFER_THREADS = 4
 _BUFFER_ELEMENTS_ELSEWHERE = 1 << 24
