@@ -5,7 +5,9 @@ The places in the loop are opened by ``patches/``; :meth:`Engine.connect` says w
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +17,19 @@ import torch
 from remit_megatron import checkpoints, parallel, run_directory
 from remit_megatron.forward import ModelForward
 from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
-from remit_megatron.objectives import build_objective
+from remit_megatron.objectives import build_objective, weight_error_bound
 from remit_megatron.parallel import RankEnvironment
+from remit_megatron.reference.gate import PrecisionGate, Verdict, verdict_line
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.step import TrainingStep
 
 if TYPE_CHECKING:
+    from remit_megatron.config import ReferenceConfig
+    from remit_megatron.models.source import ModelSource
     from remit_megatron.train import Prepared
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -35,6 +42,7 @@ class Engine:
         self._root = Path(prepared.arguments.save)
         self._groups: Any = None
         self._scores: ScoreSource | None = None
+        self._gate: PrecisionGate | None = None
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
@@ -70,19 +78,51 @@ class Engine:
         source, settings = self._prepared.reference, self._prepared.config.reference
         if source is None or settings is None:
             return
+        trusted = self._live_reference(source, settings)
+        if settings.fp8 is None:
+            self._scores = trusted
+            return
+        objective = self._prepared.objective_settings
+        self._scores = self._gate = PrecisionGate(
+            self._live_reference(source, settings, fp8=settings.fp8),
+            trusted,
+            forward=self.forward,
+            # Objectives without weights of their own (rho1) compare losses as they are: neither centered nor clipped.
+            error=functools.partial(
+                weight_error_bound, epsilon=objective.get("epsilon"), centering=objective.get("centering", "none")
+            ),
+            batches=settings.fp8_gate_batches,
+            tolerance=settings.fp8_tolerance,
+            report=self._report_verdict,
+        )
+
+    def _live_reference(
+        self, source: ModelSource, settings: ReferenceConfig, *, fp8: str | None = None
+    ) -> LiveReference:
+        """The frozen model on the student's groups, with its weights, in the run's precision or in FP8."""
         from remit_megatron.models.build import build_chunks, model_config
         from remit_megatron.models.convert import load_weights
+        from remit_megatron.models.fp8 import frozen_arguments
 
-        chunks = build_chunks(model_config(source.hf_config, self._arguments), self.groups())
+        arguments = frozen_arguments(self._arguments, fp8=fp8, recipe=settings.fp8_recipe)
+        chunks = build_chunks(model_config(source.hf_config, arguments), self.groups())
         load_weights(chunks, source)
         hidden = self.step.objective.reference_signal == "hidden"
-        self._scores = LiveReference(
+        return LiveReference(
             chunks,
             vocab_size=source.hf_config["vocab_size"],
             forward=self.forward,
             signal="hidden" if hidden else "loss",
             micro_batch_size=settings.micro_batch_size,
         )
+
+    def _report_verdict(self, verdict: Verdict) -> None:
+        settings = self._prepared.config.reference
+        assert settings is not None
+        text = verdict_line(verdict, f"{settings.fp8} ({settings.fp8_recipe})")
+        logger.log(logging.INFO if verdict.accepted else logging.WARNING, "%s", text)
+        if self._recorder is not None:
+            self._recorder.message(text)
 
     def connect(self, recorder: RunRecorder | None) -> None:
         """Takes the places that ``patches/`` opens in Megatron's loop.
@@ -150,6 +190,7 @@ class Engine:
             "step_seconds": seconds,
             "reference_seconds": clock.reference_seconds(),
             **{name: value for name, value in figures.items() if name not in losses},
+            **({} if self._gate is None else self._gate.figures()),
         }
 
     def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
