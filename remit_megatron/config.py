@@ -101,7 +101,8 @@ class ReferenceConfig:
     counted from every start. No effect without ``fp8``."""
 
     fp8_tolerance: float = 0.005
-    """Largest mean |dw| that FP8 may cause, 0 to 2; above it the reference stays as it is. No effect without ``fp8``."""
+    """Largest mean |dw| that FP8 may cause, 0 to 2; above it the reference keeps its type. No effect without
+    ``fp8``."""
 
 
 @dataclass

@@ -55,7 +55,7 @@ def megatron_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_arguments() -> dict[str, Any]:
-    """Megatron arguments, by ``dest``, that depend on what is installed; the fused parts are those of a training run."""
+    """Megatron arguments, by ``dest``, that depend on what is installed; fused parts are those of a training run."""
     from megatron.core.tensor_parallel import layers
 
     impl = transformer_impl()

@@ -1,8 +1,8 @@
 """FP8 through Transformer Engine: what this machine can run, what a layout must fit, the settings of a frozen model.
 
 A training model's settings are Megatron's (``megatron.fp8`` and its companions). A frozen model has its own, never the
-student's: :func:`frozen_arguments`. Its linear weights exist in FP8 only, one byte each and one float32 scale per tensor
-(or per block), in all layers but the first and the last; embedding, head, norms and those two layers stay as they are.
+student's: :func:`frozen_arguments`. Its linear weights exist in FP8 only, one byte each and one scale per tensor or per
+block, in all layers but the first and the last; embedding, head, norms and those two layers stay as they are.
 
 Recipes: ``delayed`` scales a tensor by what its earlier values were, ``tensorwise`` by its own largest value,
 ``blockwise`` 128 x 128 (weights) and 1 x 128 (activations) elements, ``mxfp8`` 32 elements at a time.
@@ -58,12 +58,12 @@ _OFF_WHERE_FOUND: dict[str, Any] = {"kitchen_config_file": None, "kitchen_recipe
 def frozen_arguments(
     args: argparse.Namespace, *, fp8: str | None = None, recipe: str = "tensorwise"
 ) -> argparse.Namespace:
-    """A run's arguments for its frozen reference: the layout and the rest as they are, the student's precision replaced.
+    """A run's arguments for its frozen reference: all as they are, but for the student's precision.
 
     Args:
         args: Megatron's namespace of the run; not modified.
         fp8: None keeps the weights in the run's 16-bit (or 32-bit) type. ``e4m3`` or ``hybrid``: linear weights are
-            created and held in FP8. The two differ in gradients only, which a frozen model has none of.
+            made and held in FP8. The two differ in gradients only, which a frozen model has none of.
         recipe: one of `FROZEN_RECIPES`. No effect without ``fp8``.
 
     Returns:

@@ -1,10 +1,10 @@
 """A cheaper reference behind a gate: it scores for the run once its scores have been measured beside the true ones.
 
     step 1 .. batches   both score; the run gets the trusted scores; the error of the weights adds up
-    afterwards          the candidate alone where the mean error is within the tolerance, else the trusted one alone
+    afterwards          the candidate alone where the mean error is within the tolerance, else the trusted one
 
-The loser is let go at that moment, so that both are in memory during the first steps only. Nothing here knows what makes
-the candidate cheaper; FP8 weights do.
+The loser is let go at that moment: both are in memory during the first steps only. Nothing here knows what makes the
+candidate cheaper; FP8 weights do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FP8 settings of student and reference, what is refused, and loading into FP8 parameters. No Transformer Engine here."""
+"""FP8 settings of student and reference, what is refused, loading into FP8 parameters. Without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -208,12 +208,12 @@ def test_an_fp8_reference_that_cannot_run_is_refused(monkeypatch):
     )
     monkeypatch.setattr(fp8, "missing", lambda recipe: None)
     fp8.check_frozen("e4m3", "tensorwise", MODEL, args)
-    with pytest.raises(UserError, match="reference.fp8: found e4m3 for a model of 2 layers"):
+    with pytest.raises(UserError, match=r"reference\.fp8: found e4m3 for a model of 2 layers"):
         fp8.check_frozen("e4m3", "tensorwise", MODEL | {"num_layers": 2}, args)
-    with pytest.raises(UserError, match="reference.fp8: found mxfp8 with hidden_size 2064; expected multiples of 32"):
+    with pytest.raises(UserError, match=r"reference\.fp8: found mxfp8 with hidden_size 2064; expected multiples of 32"):
         fp8.check_frozen("e4m3", "mxfp8", MODEL | {"hidden_size": 2064}, args)
     args.transformer_impl = "local"
-    with pytest.raises(UserError, match="expected null with megatron.transformer_impl local"):
+    with pytest.raises(UserError, match=r"expected null with megatron\.transformer_impl local"):
         fp8.check_frozen("e4m3", "tensorwise", MODEL, args)
 
 
