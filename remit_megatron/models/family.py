@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from remit_megatron.models.mapping import NameMap
 
 # One line per family: the module remit_megatron.models.<name> defines FAMILY.
-MODULES = ("llama",)
+MODULES = ("llama", "olmo2", "smollm3")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Family:
         layer_spec: specification of one transformer layer. Called with the TransformerConfig, whose
             ``transformer_impl`` says which kind of modules to use.
         names: config.json content to the table of weights.
+        unlisted_parameters: config.json content to the parameters of one layer that Megatron's arguments do not tell
+            of, as (sharded over tensor-parallel ranks, held by each of them).
     """
 
     name: str
@@ -43,6 +45,7 @@ class Family:
     arguments: Callable[[dict[str, Any]], dict[str, Any]]
     layer_spec: Callable[[TransformerConfig], ModuleSpec]
     names: Callable[[dict[str, Any]], NameMap]
+    unlisted_parameters: Callable[[dict[str, Any]], tuple[int, int]] = lambda hf_config: (0, 0)
 
 
 @cache
