@@ -28,6 +28,8 @@ MODULES = (
     "checkpoint_commit",
     "evaluation_log",
     "distributed_optimizer_resume",
+    "mla_rope_key_gradient",
+    "mla_query_norm_gradient",
 )
 
 

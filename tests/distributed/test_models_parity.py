@@ -152,7 +152,7 @@ def truth(directory: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str
     """Logits and gradients of transformers, of the same loss: a mean over the two microbatches, as in the schedule."""
     import transformers
 
-    model = transformers.LlamaForCausalLM.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     logits = model(tokens[:, :-1]).logits
     loss = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).sum() / 2
     loss.backward()
