@@ -1,6 +1,7 @@
 """Multi-latent attention under tensor parallelism: the gradient of the query norm is not multiplied by the ranks.
 
-Target    megatron-core 0.19.2, megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads
+Target    megatron-core 0.19.2,
+          megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads
 Why       With ``qk_layernorm``, gradients of parameters whose names hold ``q_layernorm`` or ``k_layernorm`` are summed
           over tensor-parallel ranks. That is right where each rank norms its own heads. The query norm of multi-latent
           attention has the same name and norms the latent, which all ranks hold whole: the column-parallel projection

@@ -100,7 +100,9 @@ def check_layout(values: dict[str, Any], args: argparse.Namespace) -> None:
         raise UserError("tensor_model_parallel_size", tp, f"a divisor or a multiple of the {groups} key/value heads")
     if values["ffn_hidden_size"] % tp:
         raise UserError("tensor_model_parallel_size", tp, f"a divisor of ffn_hidden_size ({values['ffn_hidden_size']})")
-    for what, size in down_projections(_NEUTRAL | values | {"transformer_impl": transformer_impl(args.transformer_impl)}):
+    for what, size in down_projections(
+        _NEUTRAL | values | {"transformer_impl": transformer_impl(args.transformer_impl)}
+    ):
         if size % tp:
             raise UserError("tensor_model_parallel_size", tp, f"a divisor of {what} ({size})")
     uneven = (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from remit_megatron.models.mapping import NameMap
 
 # One line per family: the module remit_megatron.models.<name> defines FAMILY.
-MODULES = ("llama", "youtu")
+MODULES = ("llama", "olmo2", "smollm3", "youtu")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Family:
         names: config.json content to the table of weights.
         exported: config.json content as an export writes it, for names that transformers does not know; the content
             itself, and then the file byte for byte, where nothing changes.
+        unlisted_parameters: config.json content to the parameters of one layer that Megatron's arguments do not tell
+            of, as (sharded over tensor-parallel ranks, held by each of them).
     """
 
     name: str
@@ -46,6 +48,7 @@ class Family:
     layer_spec: Callable[[TransformerConfig], ModuleSpec]
     names: Callable[[dict[str, Any]], NameMap]
     exported: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf_config: hf_config
+    unlisted_parameters: Callable[[dict[str, Any]], tuple[int, int]] = lambda hf_config: (0, 0)
 
 
 @cache

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from remit_megatron.errors import UserError
-from remit_megatron.models.family import Family, require, required, rope_of
-from remit_megatron.models.llama import EMBEDDING, FINAL_NORM, HEAD, decoder_arguments
-from remit_megatron.models.mapping import Direct, GatedMLP, NameMap
+from remit_megatron.models.family import Family, require, required
+from remit_megatron.models.llama import ATTENTION_OUTPUT, MLP, decoder_arguments, decoder_names, plain_rope
+from remit_megatron.models.mapping import Direct, NameMap
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -42,10 +42,9 @@ KEY_VALUE = (
 )
 INPUT_NORM = Direct("input_layernorm.weight", "input_layernorm.weight")
 REST = (
-    Direct("self_attn.o_proj.weight", _ATTENTION + "linear_proj.weight", split="row"),
+    ATTENTION_OUTPUT,
     Direct("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", te="mlp.linear_fc1.layer_norm_weight"),
-    GatedMLP(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight"),
-    Direct("mlp.down_proj.weight", "mlp.linear_fc2.weight", split="row"),
+    *MLP,
 )
 
 
@@ -76,9 +75,6 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     require(hf_config, "head_dim", (rope_width, None))
     if rope_width % 2:
         raise UserError("config.json qk_rope_head_dim", rope_width, "an even number")
-    rope = rope_of(hf_config)
-    if rope.kind != "default":
-        raise UserError("config.json rope_parameters.rope_type", rope.kind, "default")
     # Absent, it is what the authors' own code draws random weights with: sqrt(2 / (5 h)).
     deviation = hf_config.get("initializer_range") or (2 / (5 * required(hf_config, "hidden_size"))) ** 0.5
     common = {
@@ -87,35 +83,35 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": _tied(hf_config),
         "initializer_range": deviation,
     }
-    return decoder_arguments(hf_config | common) | {
-        "multi_latent_attention": True,
-        "q_lora_rank": _query_rank(hf_config),
-        "kv_lora_rank": required(hf_config, "kv_lora_rank"),
-        "qk_head_dim": required(hf_config, "qk_nope_head_dim"),
-        "qk_pos_emb_head_dim": rope_width,
-        "v_head_dim": value_width,
-        "qk_layernorm": True,
-        "rope_type": "rope",
-        "rotary_base": rope.theta,
-        # Factors of another kind of rope that would scale the scores.
-        "rotary_scaling_factor": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 0.0,
-        "use_rope_scaling": False,
-        # Megatron has fused kernels of the latent kind for another rope only.
-        "apply_rope_fusion": False,
-        "mla_down_proj_fusion": False,
-        "cache_mla_latents": False,
-    }
+    return (
+        decoder_arguments(hf_config | common)
+        | plain_rope(hf_config)
+        | {
+            "multi_latent_attention": True,
+            "q_lora_rank": _query_rank(hf_config),
+            "kv_lora_rank": required(hf_config, "kv_lora_rank"),
+            "qk_head_dim": required(hf_config, "qk_nope_head_dim"),
+            "qk_pos_emb_head_dim": rope_width,
+            "v_head_dim": value_width,
+            "qk_layernorm": True,
+            "rope_type": "rope",
+            # Factors of another kind of rope that would scale the scores.
+            "rotary_scaling_factor": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
+            # Megatron has fused kernels of the latent kind for another rope only.
+            "apply_rope_fusion": False,
+            "mla_down_proj_fusion": False,
+            "cache_mla_latents": False,
+        }
+    )
 
 
 def names(hf_config: dict[str, Any]) -> NameMap:
     """Table of weights; a tied model has no head of its own, whatever its files hold."""
     query = QUERY if _query_rank(hf_config) is None else COMPRESSED_QUERY
     layer = (INPUT_NORM, *query, *KEY_VALUE, *REST)
-    return NameMap(
-        embedding=EMBEDDING, layer=layer, final=(FINAL_NORM,), head=None if _tied(hf_config) else HEAD
-    )
+    return decoder_names(hf_config | {"tie_word_embeddings": _tied(hf_config)}, layer)
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
