@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -45,9 +45,10 @@ def latent_attention_layer(config: TransformerConfig) -> ModuleSpec:
         config: an MLATransformerConfig; ``transformer_impl`` decides between Transformer Engine and the local modules.
     """
     if config.transformer_impl == TE:
-        spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True, qk_layernorm=True)
-        spec.submodules.self_attention.module = LatentSelfAttention
-        return spec
+        fused = get_gpt_layer_with_transformer_engine_submodules(multi_latent_attention=True, qk_layernorm=True)
+        assert isinstance(fused.self_attention, ModuleSpec)
+        fused.self_attention.module = LatentSelfAttention
+        return ModuleSpec(module=TransformerLayer, submodules=fused)
     norm = norm_class(config)
     attention = ModuleSpec(
         module=LatentSelfAttention,
