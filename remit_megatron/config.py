@@ -122,6 +122,19 @@ class DataConfig:
 
 
 @dataclass
+class OptimizerConfig:
+    """Which parameters ``megatron.weight_decay`` applies to. Everything else of the optimizer is an argument of
+    Megatron."""
+
+    decay_norms: bool | None = None
+    """Whether parameters of one axis decay: norms and biases; null is Megatron's rule, which leaves them out."""
+
+    decay_embeddings: bool | None = None
+    """Whether the input embedding decays, which is the head too in a model that ties the two; null is Megatron's rule,
+    by which it does. A head of its own always decays."""
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept of a run, and whether it goes on from there."""
 
@@ -188,6 +201,9 @@ class RunConfig:
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any Megatron argument by its own name (docs/configuration.md). The length of training is ``train_iters`` or
     ``train_samples``."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """What weight decay applies to."""
 
     run_dir: str | None = None
     """Directory that receives everything the run writes. Required."""

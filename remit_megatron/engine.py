@@ -5,8 +5,10 @@ The places in the loop are opened by ``patches/``; :meth:`Engine.connect` says w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from remit_megatron.objectives import build_objective
 from remit_megatron.parallel import RankEnvironment
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.step import TrainingStep
+from remit_megatron.weight_decay import weight_decay_overrides
 
 if TYPE_CHECKING:
     from remit_megatron.train import Prepared
@@ -78,7 +81,7 @@ class Engine:
         Args:
             recorder: writes the run's files; given on one rank, a last pipeline stage.
         """
-        from patches import checkpoint_commit, evaluation_log, schedule, training_log
+        from patches import checkpoint_commit, evaluation_log, optimizer_overrides, schedule, training_log
 
         self._recorder = recorder
         schedule.wrapper = self.step.wrap_schedule
@@ -86,6 +89,9 @@ class Engine:
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save
         checkpoint_commit.after = self.after_save
+        optimizer_overrides.hook = partial(
+            weight_decay_overrides, **dataclasses.asdict(self._prepared.config.optimizer)
+        )
 
     # -- after a step ------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -22,6 +23,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import Tensor
 
 from remit_megatron.errors import UserError
@@ -67,7 +69,8 @@ class BranchNormAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, n, d], [s, b, g, d], [s, b, g, d] of this rank's heads, queries and keys normalized."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        projected: Any = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key, value = projected  # of three kinds of answer the one that is left without gate and fused rope
         query = self.q_norm(query.flatten(2)).view_as(query)
         key = self.k_norm(key.flatten(2)).view_as(key)
         return query, key, value
@@ -93,6 +96,19 @@ class BranchNormMLP(MLP):
         output, bias = super().forward(*args, **kwargs)
         assert bias is None
         return self.post_norm(output), None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """As the base class, which would have every tensor-parallel rank claim the norm for itself."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        norm = sharded_state_dict_default(
+            self.post_norm, f"{prefix}post_norm.", sharded_offsets, metadata, tp_group=self.tp_group
+        )
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata) | norm
 
 
 def branch_norm_layer(config: TransformerConfig) -> ModuleSpec:
