@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remit_megatron import checkpoints, parallel, run_directory
+from remit_megatron.forward import ModelForward
 from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
 from remit_megatron.objectives import build_objective
 from remit_megatron.parallel import RankEnvironment
 from remit_megatron.reference.live import LiveReference
+from remit_megatron.reference.source import ScoreSource
 from remit_megatron.step import TrainingStep
 from remit_megatron.weight_decay import weight_decay_overrides
 
@@ -35,19 +37,22 @@ class Engine:
         self._arguments = prepared.arguments
         self._root = Path(prepared.arguments.save)
         self._groups: Any = None
-        self._reference: LiveReference | None = None
+        self._scores: ScoreSource | None = None
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
         config = prepared.config
+        self.forward = ModelForward(
+            eod_id=prepared.tokenizer.eod_id,
+            groups=self.groups,
+            document_mask=config.data.document_mask,
+            packed_attention=prepared.arguments.transformer_impl == "transformer_engine",
+        )
         self.step = TrainingStep(
             objective=build_objective(config.objective.name, **prepared.objective_settings),
             vocab_size=prepared.hf_config["vocab_size"],
-            eod_id=prepared.tokenizer.eod_id,
-            groups=self.groups,
-            reference=None if prepared.reference is None else self.reference,
-            document_mask=config.data.document_mask,
-            packed_attention=prepared.arguments.transformer_impl == "transformer_engine",
+            forward=self.forward,
+            scores=None if prepared.reference is None else self.scores,
         )
 
     def groups(self) -> Any:
@@ -58,22 +63,29 @@ class Engine:
             self._groups = ProcessGroupCollection.use_mpu_process_groups()
         return self._groups
 
-    def reference(self) -> LiveReference:
-        """The reference of the run."""
-        assert self._reference is not None, "build_reference comes first"
-        return self._reference
+    def scores(self) -> ScoreSource:
+        """Where the run's reference scores come from."""
+        assert self._scores is not None, "build_reference comes first"
+        return self._scores
 
     def build_reference(self) -> None:
         """Builds the frozen model on the student's groups and loads its weights; nothing where the run needs none."""
-        source = self._prepared.reference
-        if source is None:
+        source, settings = self._prepared.reference, self._prepared.config.reference
+        if source is None or settings is None:
             return
         from remit_megatron.models.build import build_chunks, model_config
         from remit_megatron.models.convert import load_weights
 
         chunks = build_chunks(model_config(source.hf_config, self._arguments), self.groups())
         load_weights(chunks, source)
-        self._reference = LiveReference(chunks, vocab_size=source.hf_config["vocab_size"], tp_group=self.groups().tp)
+        hidden = self.step.objective.reference_signal == "hidden"
+        self._scores = LiveReference(
+            chunks,
+            vocab_size=source.hf_config["vocab_size"],
+            forward=self.forward,
+            signal="hidden" if hidden else "loss",
+            micro_batch_size=settings.micro_batch_size,
+        )
 
     def connect(self, recorder: RunRecorder | None) -> None:
         """Takes the places that ``patches/`` opens in Megatron's loop.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from remit_megatron.errors import UserError
 
 
 def fsync_directory(directory: str | os.PathLike) -> None:
@@ -69,3 +73,42 @@ def sha256_file(path: str | os.PathLike) -> str:
         while piece := file.read(1 << 23):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def create_once(path: str | os.PathLike, fill: Callable[[int], None]) -> bool:
+    """Makes ``path`` unless it exists. Of several processes or hosts that try at once, one makes it, whole.
+
+    A process that is killed on the way leaves a temporary file beside ``path`` (``.NAME.*.tmp``) and nothing else.
+
+    Args:
+        fill: writes the contents to a file descriptor.
+
+    Returns:
+        True if this call made it, False if it was there.
+
+    Raises:
+        UserError: a file system without hard links, which are what makes this safe.
+    """
+    path = Path(path)
+    if path.exists():
+        return False
+    # A process number is not enough: containers of several hosts may all have the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            fill(descriptor)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise UserError(str(path.parent), "a file system without hard links", "one that has them") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return True

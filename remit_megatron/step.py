@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remit_megatron.batch import Batch, to_batch
+from remit_megatron.batch import Batch
+from remit_megatron.forward import Item, ModelForward
 from remit_megatron.kernels.token_loss import token_loss
-from remit_megatron.models.attention import document_attention_mask
 from remit_megatron.objectives import DistributionObjective, Objective, ScoredTokens, SelectingObjective
 from remit_megatron.objectives.selection import ORDER_LIMIT
-from remit_megatron.parallel import device
 from remit_megatron.reference.live import LiveReference
-
-Item = dict[str, Any]
+from remit_megatron.reference.source import ScoreSource
 
 # Sums that an objective may leave out stand for zero.
 STATISTICS = (
@@ -83,11 +81,8 @@ class TrainingStep:
     Args:
         objective: see :mod:`remit_megatron.objectives`.
         vocab_size: true vocabulary size, without padding.
-        eod_id: end-of-document token.
-        groups: Megatron's process groups (tp and cp are used).
-        reference: the live reference, or None for objectives that need none.
-        document_mask: whether attention stays within documents.
-        packed_attention: document masks as packed sequences (Transformer Engine) instead of an explicit mask.
+        forward: how a microbatch goes through a model.
+        scores: gives the source of reference scores once it exists; None for objectives that need none.
     """
 
     def __init__(
@@ -95,49 +90,26 @@ class TrainingStep:
         *,
         objective: Objective,
         vocab_size: int,
-        eod_id: int,
-        groups: Callable[[], Any],
-        reference: Callable[[], LiveReference] | None = None,
-        document_mask: bool = False,
-        packed_attention: bool = False,
+        forward: ModelForward,
+        scores: Callable[[], ScoreSource] | None = None,
     ):
         self.objective = objective
         self.vocab_size = vocab_size
-        self.eod_id = eod_id
-        self.document_mask = document_mask
-        self.packed_attention = packed_attention
+        self.forward = forward
         self.clock = StepClock()
-        # Groups and the reference exist only once Megatron has set up its groups, inside its own start.
-        self._groups_of, self._reference_of = groups, reference
+        # The reference exists only once Megatron has set up its groups, inside its own start.
+        self._scores_of = scores
 
     @property
-    def groups(self):
-        return self._groups_of()
+    def groups(self) -> Any:
+        return self.forward.groups
 
     @property
-    def reference(self) -> LiveReference | None:
-        return None if self._reference_of is None else self._reference_of()
+    def scores(self) -> ScoreSource | None:
+        """Where this run's reference scores come from."""
+        return None if self._scores_of is None else self._scores_of()
 
     # -- the model ---------------------------------------------------------------------------------------------------
-
-    def run_model(self, model, batch: Batch, output_processor: Callable[..., Tensor]) -> Tensor:
-        """Hidden states of this stage, or on the last one what ``output_processor`` makes of them."""
-        tokens, positions, mask, packed = batch.tokens, batch.position_ids, None, None
-        if self.document_mask and self.packed_attention:
-            from remit_megatron.models.packing import packed_sequences
-
-            packed = packed_sequences(batch.document_ids)
-            tokens, positions = tokens.view(1, -1), positions.reshape(1, -1)
-        elif self.document_mask:
-            mask = document_attention_mask(batch.document_ids, cp_group=self.groups.cp)
-        return model(
-            tokens,
-            positions,
-            mask,
-            packed_seq_params=packed,
-            output_processor=output_processor,
-            output_processor_context=batch,
-        )
 
     def _student_losses(
         self, *, hidden_states: Tensor, output_layer, output_weight, context: Batch, scale_logits, **_
@@ -153,8 +125,8 @@ class TrainingStep:
         settings: dict[str, Any] = dict(tp_group=self.groups.tp, vocab_size=self.vocab_size, loss_mask=loss_mask)
         if context.reference_hidden is None:
             return token_loss(logits, labels, **settings).t().reshape(context.labels.shape)
-        objective, reference = self.objective, self.reference
-        assert isinstance(objective, DistributionObjective) and reference is not None
+        objective, reference = self.objective, self.scores
+        assert isinstance(objective, DistributionObjective) and isinstance(reference, LiveReference)
         hidden, weight = reference.head_input(context.reference_hidden)
         both = objective.token_losses(logits, labels, reference_hidden=hidden, reference_weight=weight, **settings)
         return torch.stack([losses.t().reshape(context.labels.shape) for losses in both])
@@ -163,12 +135,9 @@ class TrainingStep:
 
     def forward_step(self, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
         """What Megatron's schedule calls for each microbatch (and for each model chunk) of the student."""
-        batch = self._next(data_iterator)
-        output = self.run_model(model, batch, self._student_losses)
+        batch = self.forward.next(data_iterator)
+        output = self.forward.run(model, batch, self._student_losses)
         return output, partial(self.loss, batch, model.training)
-
-    def _next(self, data_iterator: Iterator[Item]) -> Batch:
-        return to_batch(next(data_iterator), device=device(), eod_id=self.eod_id, cp_group=self.groups.cp)
 
     def loss(self, batch: Batch, training: bool, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss function of one microbatch, as Megatron wants it with ``calculate_per_token_loss``.
@@ -222,8 +191,8 @@ class TrainingStep:
             *, forward_step_func, data_iterator, model, num_microbatches, forward_only=False, **settings
         ):
             self.clock.start()
-            reference = self.reference
-            if reference is None or forward_only:
+            source = self.scores
+            if source is None or forward_only:
                 return schedule(
                     forward_step_func=forward_step_func,
                     data_iterator=data_iterator,
@@ -236,7 +205,7 @@ class TrainingStep:
             buffers = [[_owned(next(source)) for _ in range(num_microbatches)] for source in sources]
             self.clock.mark()
             shared = {k: v for k, v in settings.items() if k not in ("collect_non_loss_data", "force_all_reduce")}
-            scores = reference.score(schedule, partial(self._reference_step, reference), buffers, **shared)
+            scores = source.score(schedule, buffers, **shared)
             self.clock.mark()
             hidden = self.objective.reference_signal == "hidden"
             _attach(buffers, "reference_hidden" if hidden else "reference_loss", scores)
@@ -254,21 +223,6 @@ class TrainingStep:
 
         return scored_schedule
 
-    def _reference_step(
-        self, reference: LiveReference, data_iterator: Iterator[Item], model
-    ) -> tuple[Tensor, Callable]:
-        batch = self._next(data_iterator)
-        hidden = self.objective.reference_signal == "hidden"
-        output = self.run_model(model, batch, reference.keep_hidden if hidden else reference.output_processor)
-
-        def keep(losses: Tensor, non_loss_data: bool = True) -> Tensor:
-            if not hidden:
-                return losses.detach()
-            assert batch.reference_hidden is not None
-            return batch.reference_hidden
-
-        return output, keep
-
     def _select(
         self, schedule: Callable[..., list], model: Any, buffers: list[list[Item]], **settings: Any
     ) -> list[Tensor]:
@@ -278,7 +232,7 @@ class TrainingStep:
         microbatches finds the same losses.
 
         Args:
-            schedule, settings: as in :meth:`LiveReference.score`.
+            schedule, settings: as in :meth:`ScoreSource.score`.
             model: the student's chunks on this rank.
             buffers: per model chunk, the step's microbatches; those of the last stage with their scores.
 
@@ -302,7 +256,7 @@ class TrainingStep:
         assert isinstance(objective, SelectingObjective)
         scored = []
         for number, (item, student_loss) in enumerate(zip(buffers[-1], losses, strict=True)):
-            batch = to_batch(item, device=device(), eod_id=self.eod_id, cp_group=groups.cp)
+            batch = self.forward.batch(item)
             assert batch.reference_loss is not None
             # Data parallel ranks take turns at the microbatches of a step, as Megatron's sampler deals them out.
             first = (number * groups.dp.size() + groups.dp.rank()) * batch.tokens.size(0)
@@ -314,7 +268,7 @@ class TrainingStep:
 
     def _loss_step(self, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
         """The student's losses of a microbatch, as they are."""
-        output = self.run_model(model, self._next(data_iterator), self._student_losses)
+        output = self.forward.run(model, self.forward.next(data_iterator), self._student_losses)
         return output, lambda losses, non_loss_data=True: losses.detach()
 
 

@@ -104,6 +104,11 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
         reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
         check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
+        size, student_size = config.reference.micro_batch_size, arguments.micro_batch_size
+        if size is not None and size % student_size:
+            raise UserError(
+                "reference.micro_batch_size", size, f"a multiple of megatron.micro_batch_size {student_size}"
+            )
     return Prepared(config, hf_config, init, reference, tokenizer, settings, arguments)
 
 
@@ -182,12 +187,13 @@ def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> Non
         raise UserError(
             "data.document_mask", "true with context_parallel_size > 1", "false, or megatron.transformer_impl=local"
         )
-    if arguments.pipeline_model_parallel_size > 1 and arguments.micro_batch_size > 1:
-        raise UserError(
-            "megatron.micro_batch_size",
-            f"{arguments.micro_batch_size} with data.document_mask and pipeline stages",
-            "1, or megatron.transformer_impl=local",
-        )
+    sizes = {"megatron.micro_batch_size": arguments.micro_batch_size}
+    if config.reference is not None:
+        sizes["reference.micro_batch_size"] = config.reference.micro_batch_size or 1
+    for name, size in sizes.items():
+        if arguments.pipeline_model_parallel_size > 1 and size > 1:
+            found = f"{size} with data.document_mask and pipeline stages"
+            raise UserError(name, found, "1, or megatron.transformer_impl=local")
 
 
 def check_reference(

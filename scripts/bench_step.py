@@ -94,6 +94,7 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     from remit_megatron import parallel
     from remit_megatron.batch import to_batch
     from remit_megatron.config import load_config, load_model_description
+    from remit_megatron.forward import ModelForward
     from remit_megatron.megatron_args import build_arguments
     from remit_megatron.models.build import build_chunks, megatron_arguments, model_config
     from remit_megatron.objectives import build_objective
@@ -120,7 +121,8 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     for chunk in model:
         chunk.train()
     reference_chunks = build_chunks(model_config(hf_config, arguments), groups, initialize=True)
-    reference = LiveReference(reference_chunks, vocab_size=args.vocabulary, tp_group=groups.tp)
+    forward = ModelForward(eod_id=0, groups=lambda: groups)
+    reference = LiveReference(reference_chunks, vocab_size=args.vocabulary, forward=forward)
 
     class Samples:
         """Random tokens, the same for every arm."""
@@ -154,17 +156,16 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
         return TrainingStep(
             objective=build_objective(objective),
             vocab_size=args.vocabulary,
-            eod_id=0,
-            groups=lambda: groups,
-            reference=None if live is None else lambda: live,
+            forward=forward,
+            scores=None if live is None else lambda: live,
         )
 
     ntp, remit = step("ntp", None), step("remit", reference)
     schedule = get_forward_backward_func()
 
-    def arm(forward, run_schedule) -> None:
+    def arm(forward_step, run_schedule) -> None:
         training.train_step(
-            forward,
+            forward_step,
             Samples(0),
             model,
             optimizer,

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from remit_megatron.data.packing import PackedDataset
@@ -58,6 +59,20 @@ class BlendOrder:
             else:
                 node, index = right, index - before
         return node, index
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first ``samples`` come from each data set."""
+        counts = [0] * len(self.weights)
+        pending = [(self._tree, samples)]
+        while pending:
+            node, count = pending.pop()
+            if isinstance(node, int):
+                counts[node] = count
+            else:
+                share, left, right = node
+                to_the_left = math.floor(share * count + 0.5)
+                pending += [(left, to_the_left), (right, count - to_the_left)]
+        return counts
 
     def _split(self, members: list[int], error: float) -> Any:
         """A leaf (the number of a data set), or (share of the left, left, right); ``members`` by falling weight."""
@@ -136,13 +151,36 @@ class BlendedDataset(torch.utils.data.Dataset):
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
         dataset_id, before = self.order(index)
-        dataset = self.datasets[dataset_id]
-        epoch, position = divmod(before, len(dataset))
+        epoch, position = divmod(before, len(self.datasets[dataset_id]))
+        return dataset_id, self._permutation(dataset_id, epoch)(position)
+
+    def samples_between(self, first: int, last: int) -> list[np.ndarray]:
+        """What numbers ``first`` to ``last - 1`` of the blend are made of: for each data set its samples, int64, each
+        once, in the order of their first use within an epoch."""
+        begins, ends = self.order.counts(first), self.order.counts(last)
+        return [self._between(number, *span) for number, span in enumerate(zip(begins, ends, strict=True))]
+
+    def _between(self, dataset_id: int, begin: int, end: int) -> np.ndarray:
+        size = len(self.datasets[dataset_id])
+        if -(-begin // size) * size + size <= end:  # a whole epoch is among them
+            begin, end = 0, size
+        pieces = [np.empty(0, dtype=np.int64)]
+        while begin < end:
+            epoch, position = divmod(begin, size)
+            taken = min(end - begin, size - position)
+            pieces.append(self._permutation(dataset_id, epoch).elements(position, position + taken))
+            begin += taken
+        samples = np.concatenate(pieces)
+        _, places = np.unique(samples, return_index=True)
+        return samples[np.sort(places)]
+
+    def _permutation(self, dataset_id: int, epoch: int) -> Permutation:
         latest = self._permutations[dataset_id]
         if latest is None or latest[0] != epoch:
+            dataset = self.datasets[dataset_id]
             key = stream_key("samples", self.seed, dataset.identity, epoch)
             latest = self._permutations[dataset_id] = (epoch, Permutation(len(dataset), key=key))
-        return dataset_id, latest[1](position)
+        return latest[1]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One sample.

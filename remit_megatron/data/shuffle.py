@@ -93,6 +93,27 @@ class Permutation:
             if value < self.size:
                 return value
 
+    def elements(self, first: int, last: int) -> np.ndarray:
+        """The elements at positions ``first`` to ``last - 1``, int64; working memory is some 40 bytes an element."""
+        assert 0 <= first <= last <= self.size, (first, last, self.size)
+        if self._table is not None:
+            return self._table[first:last].astype(np.int64)
+        values = np.arange(first, last, dtype=np.uint64)
+        outside = np.ones(len(values), dtype=bool)
+        while outside.any():
+            values[outside] = self._network_array(values[outside])
+            outside = values >= self.size
+        return values.astype(np.int64)
+
+    def _network_array(self, values: np.ndarray) -> np.ndarray:
+        shift, low_mask, high_mask = (np.uint64(n) for n in (self._low_bits, self._low_mask, self._high_mask))
+        keys = [np.uint64(key) for key in self._keys]
+        high, low = values >> shift, values & low_mask
+        for i in range(0, _ROUNDS, 2):
+            high = high ^ (mix64_array(keys[i] ^ low) & high_mask)
+            low = low ^ (mix64_array(keys[i + 1] ^ high) & low_mask)
+        return high << shift | low
+
     def _network(self, value: int) -> int:
         high, low = value >> self._low_bits, value & self._low_mask
         keys = self._keys

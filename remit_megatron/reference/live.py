@@ -3,58 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from remit_megatron.batch import Batch
+from remit_megatron.forward import Item, ModelForward
 from remit_megatron.kernels.token_logprob import token_logprob
-
-Item = dict[str, Any]
-# (data iterator, model) -> (output, loss function): the signature that Megatron's schedules call
-ForwardStep = Callable[[Iterator[Item], Any], tuple[Tensor, Callable[..., Any]]]
+from remit_megatron.reference.source import Schedule, merge_factor, merge_items
 
 
 class LiveReference:
     """A frozen model on the student's tensor, pipeline and context parallel groups.
 
     Sharded like the student; runs the student's own pipeline schedule, forward only, over all microbatches of the step.
-    What remains of it is one float per token (:meth:`output_processor`), or for objectives on distributions the final
-    hidden states of every microbatch (:meth:`keep_hidden`), on the last stage.
+    What remains of it is one float per token (:meth:`losses`), or for objectives on distributions the final hidden
+    states of every microbatch (:meth:`keep_hidden`), on the last stage.
 
     Args:
         chunks: the model's chunks on this rank (one without virtual pipeline stages), frozen, in evaluation mode.
         vocab_size: true size of the vocabulary, without padding.
-        tp_group: tensor parallel ranks.
+        forward: how a microbatch goes through a model.
+        signal: what :meth:`score` returns: ``loss`` of every token, or ``hidden`` states.
+        micro_batch_size: sequences per forward pass; None takes the student's. As many microbatches of the student as
+            that allows, and as divide those of the step, go through the model together.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, vocab_size: int, tp_group: torch.distributed.ProcessGroup):
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        *,
+        vocab_size: int,
+        forward: ModelForward,
+        signal: Literal["loss", "hidden"] = "loss",
+        micro_batch_size: int | None = None,
+    ):
         for chunk in chunks:
             assert not chunk.training and not any(p.requires_grad for p in chunk.parameters()), (
                 "the reference is frozen"
             )
         self.chunks = list(chunks)
         self.vocab_size = vocab_size
-        self.tp_group = tp_group
+        self.forward = forward
+        self.signal = signal
+        self.micro_batch_size = micro_batch_size
         self._head: Tensor | None = None
         self._sequence_parallel = False
 
-    def output_processor(
-        self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context, **_
+    @property
+    def _tp_group(self) -> torch.distributed.ProcessGroup:
+        return self.forward.groups.tp
+
+    def losses(
+        self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: Batch, **_
     ) -> Tensor:
-        """Megatron's ``output_processor`` hook on the last stage: hidden states [s, b, h] to losses [b, s] float32."""
+        """Megatron's ``output_processor`` hook on the last stage: hidden states [s, b, h] to losses [b, s] float32.
+
+        All tokens are scored, whatever the loss mask says: what counts is the run's affair, and a score that is kept
+        serves other runs too.
+        """
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
         if output_layer.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self._tp_group)
         weight = output_layer.weight if output_weight is None else output_weight
-        labels, loss_mask = (t.reshape(hidden_states.size(1), -1).t() for t in (context.labels, context.loss_mask))
-        logprob = token_logprob(
-            hidden_states, weight, labels, tp_group=self.tp_group, vocab_size=self.vocab_size, loss_mask=loss_mask
-        )
+        labels = context.labels.reshape(hidden_states.size(1), -1).t()
+        logprob = token_logprob(hidden_states, weight, labels, tp_group=self._tp_group, vocab_size=self.vocab_size)
         return -logprob.t().reshape(context.labels.shape)
 
-    def keep_hidden(self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context, **_) -> Tensor:
+    def keep_hidden(
+        self, *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: Batch, **_
+    ) -> Tensor:
         """``output_processor`` that leaves the final hidden states in ``context.reference_hidden``.
 
         They are [s, b, h], under sequence parallelism this rank's part [s / TP, b, h], in the model's dtype: what the
@@ -79,28 +100,22 @@ class LiveReference:
         assert self._head is not None, "the reference has run before its hidden states are used"
         if self._sequence_parallel:
             with torch.no_grad():
-                hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+                hidden = gather_from_sequence_parallel_region(hidden, group=self._tp_group)
         return hidden, self._head.detach()
 
-    def score(
-        self, schedule: Callable[..., list], forward: ForwardStep, buffers: list[list[Item]], **settings
-    ) -> list[Tensor]:
-        """Scores all microbatches of a step.
-
-        Args:
-            schedule: Megatron's forward-backward function for this layout.
-            forward: runs a chunk on an item of the data loader: receives an iterator over the chunk's buffer, and the
-                chunk. Its loss function gives what is returned here.
-            buffers: per model chunk on this rank, the step's microbatches.
-            settings: what the student's schedule is called with (sequence length, micro-batch size, groups).
-
-        Returns:
-            On the last pipeline stage one tensor per microbatch, in order; elsewhere an empty list.
-        """
+    def score(self, schedule: Schedule, buffers: list[list[Item]], **settings: Any) -> list[Tensor]:
+        """See :meth:`ScoreSource.score`."""
+        together = self._together(len(buffers), len(buffers[0]), settings["micro_batch_size"])
+        if together > 1:
+            buffers = [
+                [merge_items(buffer[first : first + together]) for first in range(0, len(buffer), together)]
+                for buffer in buffers
+            ]
+            settings["micro_batch_size"] *= together
         iterators = [iter(buffer) for buffer in buffers]
         with torch.no_grad():
-            return schedule(
-                forward_step_func=forward,
+            scores = schedule(
+                forward_step_func=self._step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks,
                 num_microbatches=len(buffers[0]),
@@ -108,3 +123,25 @@ class LiveReference:
                 collect_non_loss_data=True,
                 **settings,
             )
+        if together == 1 or not scores:
+            return scores
+        dim = 0 if self.signal == "loss" else 1
+        return [part for score in scores for part in score.chunk(together, dim=dim)]
+
+    def _together(self, chunks: int, microbatches: int, micro_batch_size: int) -> int:
+        if self.micro_batch_size is None:
+            return 1
+        stages = self.forward.groups.pp.size() if chunks > 1 else 1
+        return merge_factor(self.micro_batch_size // micro_batch_size, microbatches, multiple=stages)
+
+    def _step(self, data_iterator: Iterator[Item], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+        """Megatron's forward step of the reference; the "loss function" gives what is kept of it."""
+        batch = self.forward.next(data_iterator)
+        output = self.forward.run(model, batch, self.losses if self.signal == "loss" else self.keep_hidden)
+        return output, partial(self._keep, batch)
+
+    def _keep(self, batch: Batch, output: Tensor, non_loss_data: bool = True) -> Tensor:
+        if self.signal == "loss":
+            return output.detach()
+        assert batch.reference_hidden is not None
+        return batch.reference_hidden

@@ -33,8 +33,10 @@ ALLOWED = {
     "checkpoints": BASE,
     "data": BASE | {"data"},
     "models": BASE | {"parallel", "checkpoints", "kernels", "models"},
-    "reference": BASE | {"parallel", "checkpoints", "kernels", "models", "reference"},
-    "step": BASE | {"batch", "data", "kernels", "models", "objectives", "parallel", "reference"},
+    "batch": BASE,
+    "forward": BASE | {"batch", "models", "parallel"},
+    "reference": BASE | {"batch", "forward", "parallel", "checkpoints", "kernels", "models", "reference"},
+    "step": BASE | {"batch", "data", "forward", "kernels", "objectives", "parallel", "reference"},
 }
 # layer -> packages that it must not import.
 FORBIDDEN = {

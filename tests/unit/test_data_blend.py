@@ -80,6 +80,24 @@ def test_every_sample_once_an_epoch(corpora, weights, seed, length):
                 assert sorted(epoch) == list(range(size))
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (3, 11), (0, 200), (150, 190), (7, 7)])
+def test_samples_between_are_those_that_are_located(corpora, first, last):
+    for weights in ([1.0, 2.0, 3.5], [5.0, 0.2, 1.0]):
+        blend = open_blend(list(zip(weights, corpora, strict=True)), sequence_length=7, num_samples=200, seed=3)
+        located: list[list[int]] = [[], [], []]
+        for index in range(first, last):
+            dataset, sample = blend.locate(index)
+            if sample not in located[dataset]:
+                located[dataset].append(sample)
+        found = blend.samples_between(first, last)
+        assert blend.order.counts(200) == [
+            sum(blend.locate(i)[0] == dataset for i in range(200)) for dataset in range(3)
+        ]
+        for expected, samples, dataset in zip(located, found, blend.datasets, strict=True):
+            assert sorted(samples.tolist()) == sorted(expected)
+            assert samples.tolist() == expected or len(samples) == len(dataset)
+
+
 def test_item(corpora):
     datasets = [PackedDataset(prefix, sequence_length=16) for prefix in corpora]
     blend = BlendedDataset(datasets, [2, 1, 1], num_samples=50, seed=3, eod_id=EOD, mask_eod_loss=True)

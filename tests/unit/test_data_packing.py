@@ -199,7 +199,10 @@ def test_index_of_another_kind_is_refused(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 4096, 4097, 5000, 131_073])
 def test_permutation_is_one(count):
     permutation = Permutation(count, key=stream_key("x", count))
-    assert sorted(map(permutation, range(count))) == list(range(count))
+    elements = list(map(permutation, range(count)))
+    assert sorted(elements) == list(range(count))
+    assert permutation.elements(0, count).tolist() == elements
+    assert permutation.elements(count // 3, count // 2).tolist() == elements[count // 3 : count // 2]
     assert sorted(keyed_order(count, key=5)) == list(range(count))
 
 
