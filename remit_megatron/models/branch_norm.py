@@ -148,6 +148,7 @@ def branch_norm_layer(config: TransformerConfig) -> ModuleSpec:
     mlp = partial(
         BranchNormMLP.as_mlp_submodule,
         submodules=BranchMLPSubmodules(linear_fc1=column, linear_fc2=row, post_norm=norm),
+        ffn_hidden_size=config.ffn_hidden_size,
     )
     submodules = TransformerLayerSubmodules(
         self_attention=attention,
