@@ -6,6 +6,10 @@
 
 The modules are Megatron's own. Its down projections are sharded over tensor-parallel ranks in the local spec and kept
 whole on every rank by Transformer Engine; a checkpoint holds the same global tensors under the same keys.
+
+Under the local modules context parallelism gathers keys and values of all heads (not the latents they come from), and
+documents are told apart by a mask; packed sequences (``packed_seq_params``) are refused there, by the core attention,
+and are for Transformer Engine. Refused with both: one fused down projection, and latents cached for generation.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     require(hf_config, "rms_norm_eps", (1e-6,))
     rope_width, value_width = required(hf_config, "qk_rope_head_dim"), required(hf_config, "v_head_dim")
     # transformers rotates over head_dim where a file names it.
-    require(hf_config, "head_dim", (rope_width, None))
+    require(hf_config, "head_dim", (rope_width,))
     if rope_width % 2:
         raise UserError("config.json qk_rope_head_dim", rope_width, "an even number")
     # Absent, it is what the authors' own code draws random weights with: sqrt(2 / (5 h)).
