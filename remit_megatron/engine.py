@@ -173,7 +173,8 @@ class Engine:
     def before_save(self, iteration: int) -> None:
         """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
         if self._score_parts.writer is not None:
-            self._score_parts.writer.flush()  # what a resumed run will not compute again is on disk before its checkpoint
+            # What a resumed run will not compute again is on disk before its checkpoint.
+            self._score_parts.writer.flush()
         with parallel.same_fate("saving a checkpoint"):
             if self._environment.rank == 0:
                 if checkpoints.iteration_directory(self._root, iteration).exists():
