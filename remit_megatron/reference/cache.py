@@ -236,7 +236,7 @@ class ReferenceCache:
         return len(self._damaged)
 
     def flush(self) -> None:
-        """Makes durable what was written."""
+        """Makes durable what was written, and visible to other hosts (NFS holds writes back until then)."""
         with _explained(self.directory):
             for shard in self._shards.values():
                 shard.flush()

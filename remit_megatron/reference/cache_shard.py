@@ -9,7 +9,7 @@ Completeness takes a byte and not a bit because a byte is the least that can be 
 of one byte would lose one of them.
 
 Bytes are read and written with ``pread`` and ``pwrite``, not through memory maps. A page of a writable map is written
-back whole, with what this host believes that the neighbors' bytes are. A read-only map counts every page that was
+back whole, with what this host believes its neighbors' bytes to be. A read-only map counts every page that was
 touched as this process's memory until it is given back, and then a page fault brings it in again, which costs more than
 the copy; a page over NFS stays what it was when it was mapped, whatever other hosts have written since; and a file that
 is shortened under a map kills the process. (Entries have one size and begin at a page boundary, so a tool that wants a
@@ -19,9 +19,11 @@ map of them can have it.)
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,7 +169,7 @@ class Shard:
         entry = tokens + checksum(self._dataset, sample, tokens, scores) + scores
         assert len(entry) == self.key.entry_bytes, (len(entry), self.key.entry_bytes)
         if self._writer is None:
-            self._writer = os.open(self.path, os.O_RDWR)
+            self._writer = self._open_writer()
         complete = self.key.complete_at(sample)
         if os.pread(self._writer, 1, complete) != b"\0":
             write_all(self._writer, b"\0", complete)  # between old and new a reader finds nothing, not damage
@@ -188,6 +190,14 @@ class Shard:
         os.close(self._reader)
         if self._writer is not None:
             os.close(self._writer)
+
+    def _open_writer(self) -> int:
+        writer = os.open(self.path, os.O_RDWR)
+        # An NFS client that knows a whole page writes back the whole page when a byte of it changes, and with it old
+        # bytes over what other hosts have written there; unless the file is locked, but not for this client alone.
+        with suppress(OSError):  # a file system without locks has no such client either
+            fcntl.flock(writer, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return writer
 
     def _fetch(self, offset: int, size: int) -> bytes:
         data = os.pread(self._reader, size, offset)
