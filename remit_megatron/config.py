@@ -58,6 +58,17 @@ class ObjectiveConfig:
 
 
 @dataclass
+class LossConfig:
+    """How the loss is computed; what it is, `objective` says."""
+
+    linear: bool = False
+    """Whether output layer and loss are computed together, a few sequences at a time, so that a microbatch's logits
+    never exist (docs/kernels.md). The same loss and gradients up to rounding; less memory, and often a little slower.
+    Not with objectives that need the logits (``kd``) or rank whole microbatches (``rho1`` with ``scope:
+    micro_batch``)."""
+
+
+@dataclass
 class ReferenceConfig:
     """The frozen model that scores every token."""
 
@@ -65,7 +76,8 @@ class ReferenceConfig:
     """Directory: an output of ``remit import``, of a run, or a Hugging Face model. Required."""
 
     source: str = "live"
-    """Where scores come from: ``live`` runs the reference in every step; ``cache`` reads what was scored before."""
+    """Where scores come from: ``live`` runs the reference in every step; ``cache`` reads what ``remit score`` or a live
+    run with ``write_cache`` wrote to ``cache_dir``."""
 
     placement: str = "pipeline"
     """Where a live reference lives: ``pipeline`` shards it like the student, ``replicated`` keeps all layers on every
@@ -75,18 +87,18 @@ class ReferenceConfig:
     """Samples per forward pass of the reference; null uses the student's. No effect with ``source: cache``."""
 
     cache_dir: str | None = None
-    """Directory of the score cache. No effect with ``source: live`` unless ``write_cache`` is on."""
+    """Directory of the score cache. Required with ``source: cache``, ``write_cache`` and by ``remit score``."""
 
     on_missing: str = "score"
-    """What happens to a sample that the cache lacks: ``score`` it live or ``refuse`` to go on. No effect with ``source:
-    live``."""
+    """What happens to a sample that the cache lacks: ``score`` it live and add it, ``refuse`` to go on, or ``wait``
+    until another job has written it (``remit score --follow``). No effect with ``source: live``."""
 
     dtype: str = "uint16"
-    """How a score is stored: ``uint16`` (fixed point, 2 bytes a token) or ``float32``. No effect unless a cache is
-    written."""
+    """How scores are stored in a cache that is made: ``uint16`` (fixed point, 2 bytes a token) or ``float32``. A cache
+    that exists is read and written as it is."""
 
     write_cache: bool = False
-    """Whether live scores are also written to ``cache_dir``. No effect with ``source: cache``."""
+    """Whether the scores of ``source: live`` are also written to ``cache_dir``. No effect with ``source: cache``."""
 
 
 @dataclass
@@ -179,6 +191,9 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is minimised."""
 
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the loss is computed."""
+
     reference: ReferenceConfig | None = None
     """The frozen model that scores tokens; null for objectives that need none."""
 
@@ -220,16 +235,14 @@ CHOICES = {
     "objective.scope": ("micro_batch", "sequence", "global_batch"),
     "reference.source": ("live", "cache"),
     "reference.placement": ("pipeline", "replicated", "auto"),
-    "reference.on_missing": ("score", "refuse"),
+    "reference.on_missing": ("score", "refuse", "wait"),
     "reference.dtype": ("uint16", "float32"),
     "checkpoint.resume": ("auto", "never"),
     "logging.wandb.mode": ("online", "offline", "disabled"),
 }
 # Values that the schema knows and this version cannot carry out: (value, what to write instead).
 NOT_BUILT = {
-    "reference.source": ("cache", "live: the score cache is not part of this version"),
     "reference.placement": ("replicated", "pipeline: replicated placement is not part of this version"),
-    "reference.write_cache": (True, "false: the score cache is not part of this version"),
 }
 
 
@@ -379,6 +392,13 @@ def _validate(config: RunConfig) -> None:
     if config.reference is not None and not config.reference.checkpoint:
         found = show(config.reference.checkpoint)
         raise UserError("reference.checkpoint", found, "the directory of the reference model")
+    if config.reference is not None and not config.reference.cache_dir:
+        for key, value in (
+            ("source: cache", config.reference.source == "cache"),
+            ("write_cache: true", config.reference.write_cache),
+        ):
+            if value:
+                raise UserError("reference.cache_dir", "nothing", f"the directory of the scores, for reference.{key}")
     config.data.train = read_blend("data.train", config.data.train)
     config.data.valid = read_blend("data.valid", config.data.valid or [])
     if not config.data.train:
