@@ -65,7 +65,8 @@ class ReferenceConfig:
     """Directory: an output of ``remit import``, of a run, or a Hugging Face model. Required."""
 
     source: str = "live"
-    """Where scores come from: ``live`` runs the reference in every step; ``cache`` reads what was scored before."""
+    """Where scores come from: ``live`` runs the reference in every step; ``cache`` reads what ``remit score`` or a live
+    run with ``write_cache`` wrote to ``cache_dir``."""
 
     placement: str = "pipeline"
     """Where a live reference lives: ``pipeline`` shards it like the student, ``replicated`` keeps all layers on every
@@ -75,18 +76,18 @@ class ReferenceConfig:
     """Samples per forward pass of the reference; null uses the student's. No effect with ``source: cache``."""
 
     cache_dir: str | None = None
-    """Directory of the score cache. No effect with ``source: live`` unless ``write_cache`` is on."""
+    """Directory of the score cache. Required with ``source: cache``, ``write_cache`` and by ``remit score``."""
 
     on_missing: str = "score"
-    """What happens to a sample that the cache lacks: ``score`` it live or ``refuse`` to go on. No effect with ``source:
-    live``."""
+    """What happens to a sample that the cache lacks: ``score`` it live and add it, ``refuse`` to go on, or ``wait``
+    until another job has written it (``remit score --follow``). No effect with ``source: live``."""
 
     dtype: str = "uint16"
-    """How a score is stored: ``uint16`` (fixed point, 2 bytes a token) or ``float32``. No effect unless a cache is
-    written."""
+    """How scores are stored in a cache that is made: ``uint16`` (fixed point, 2 bytes a token) or ``float32``. A cache
+    that exists is read and written as it is."""
 
     write_cache: bool = False
-    """Whether live scores are also written to ``cache_dir``. No effect with ``source: cache``."""
+    """Whether the scores of ``source: live`` are also written to ``cache_dir``. No effect with ``source: cache``."""
 
     fp8: str | None = None
     """``e4m3`` or ``hybrid``: the live reference's linear weights in FP8, in all layers but the first and the last, if
@@ -236,7 +237,7 @@ CHOICES = {
     "objective.scope": ("micro_batch", "sequence", "global_batch"),
     "reference.source": ("live", "cache"),
     "reference.placement": ("pipeline", "replicated", "auto"),
-    "reference.on_missing": ("score", "refuse"),
+    "reference.on_missing": ("score", "refuse", "wait"),
     "reference.dtype": ("uint16", "float32"),
     "reference.fp8": ("e4m3", "hybrid"),
     "reference.fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
@@ -245,9 +246,7 @@ CHOICES = {
 }
 # Values that the schema knows and this version cannot carry out: (value, what to write instead).
 NOT_BUILT = {
-    "reference.source": ("cache", "live: the score cache is not part of this version"),
     "reference.placement": ("replicated", "pipeline: replicated placement is not part of this version"),
-    "reference.write_cache": (True, "false: the score cache is not part of this version"),
 }
 
 
@@ -400,6 +399,13 @@ def _validate(config: RunConfig) -> None:
         raise UserError("reference.checkpoint", found, "the directory of the reference model")
     if config.reference is not None:
         _validate_fp8(config.reference)
+    if config.reference is not None and not config.reference.cache_dir:
+        for key, value in (
+            ("source: cache", config.reference.source == "cache"),
+            ("write_cache: true", config.reference.write_cache),
+        ):
+            if value:
+                raise UserError("reference.cache_dir", "nothing", f"the directory of the scores, for reference.{key}")
     config.data.train = read_blend("data.train", config.data.train)
     config.data.valid = read_blend("data.valid", config.data.valid or [])
     if not config.data.train:

@@ -19,14 +19,16 @@ from remit_megatron.forward import ModelForward
 from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
 from remit_megatron.objectives import build_objective, weight_error_bound
 from remit_megatron.parallel import RankEnvironment
+from remit_megatron.reference.cached import CachedScores, RecordedScores
 from remit_megatron.reference.gate import PrecisionGate, Verdict, verdict_line
 from remit_megatron.reference.live import LiveReference
+from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
+from remit_megatron.run_cache import RunScores
 from remit_megatron.step import TrainingStep
 
 if TYPE_CHECKING:
     from remit_megatron.config import ReferenceConfig
-    from remit_megatron.models.source import ModelSource
     from remit_megatron.train import Prepared
 
 logger = logging.getLogger(__name__)
@@ -35,14 +37,16 @@ logger = logging.getLogger(__name__)
 class Engine:
     """The parts of one run; those that need process groups are made when Megatron has them."""
 
-    def __init__(self, prepared: Prepared, environment: RankEnvironment):
+    def __init__(self, prepared: Prepared, environment: RankEnvironment, scores: RunScores):
         self._prepared = prepared
+        self._run_scores = scores
         self._environment = environment
         self._arguments = prepared.arguments
         self._root = Path(prepared.arguments.save)
         self._groups: Any = None
         self._scores: ScoreSource | None = None
         self._gate: PrecisionGate | None = None
+        self._writer: ScoreWriter | None = None
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
@@ -74,17 +78,37 @@ class Engine:
         return self._scores
 
     def build_reference(self) -> None:
-        """Builds the frozen model on the student's groups and loads its weights; nothing where the run needs none."""
-        source, settings = self._prepared.reference, self._prepared.config.reference
-        if source is None or settings is None:
+        """Makes the source of the run's scores: the reference itself, a cache, or both; nothing where none is needed.
+
+        Collective over all ranks.
+        """
+        settings, scores = self._prepared.config.reference, self._run_scores
+        if self._prepared.reference is None or settings is None:
             return
-        trusted = self._live_reference(source, settings)
-        if settings.fp8 is None:
-            self._scores = trusted
+        live = self._live_reference() if scores.live else None
+        if scores.cache is None:
+            self._scores = live if live is None or settings.fp8 is None else self._gated(live, settings)
             return
+        if live is not None:
+            self._writer = ScoreWriter(scores.cache, scores.names)
+        if settings.source == "cache":
+            self._scores = CachedScores(
+                scores.cache,
+                names=scores.names,
+                forward=self.forward,
+                on_missing=settings.on_missing,
+                live=live,
+                writer=self._writer,
+                replica=None if live is None else parallel.replica_group(self.groups().dp.rank()),
+            )
+        elif live is not None and self._writer is not None:
+            self._scores = RecordedScores(live, self._writer, forward=self.forward)
+
+    def _gated(self, trusted: LiveReference, settings: ReferenceConfig) -> PrecisionGate:
+        """The reference in FP8, behind the measurement of what that does to the weights."""
         objective = self._prepared.objective_settings
-        self._scores = self._gate = PrecisionGate(
-            self._live_reference(source, settings, fp8=settings.fp8),
+        self._gate = PrecisionGate(
+            self._live_reference(fp8=settings.fp8),
             trusted,
             forward=self.forward,
             # Objectives without weights of their own (rho1) compare losses as they are: neither centered nor clipped.
@@ -95,24 +119,19 @@ class Engine:
             tolerance=settings.fp8_tolerance,
             report=self._report_verdict,
         )
+        return self._gate
 
-    def _live_reference(
-        self, source: ModelSource, settings: ReferenceConfig, *, fp8: str | None = None
-    ) -> LiveReference:
+    def _live_reference(self, *, fp8: str | None = None) -> LiveReference:
         """The frozen model on the student's groups, with its weights, in the run's precision or in FP8."""
-        from remit_megatron.models.build import build_chunks, model_config
-        from remit_megatron.models.convert import load_weights
-        from remit_megatron.models.fp8 import frozen_arguments
-
-        arguments = frozen_arguments(self._arguments, fp8=fp8, recipe=settings.fp8_recipe)
-        chunks = build_chunks(model_config(source.hf_config, arguments), self.groups())
-        load_weights(chunks, source)
-        hidden = self.step.objective.reference_signal == "hidden"
-        return LiveReference(
-            chunks,
-            vocab_size=source.hf_config["vocab_size"],
+        source, settings = self._prepared.reference, self._prepared.config.reference
+        assert source is not None and settings is not None
+        return LiveReference.load(
+            source,
+            self._arguments,
+            fp8=fp8,
+            fp8_recipe=settings.fp8_recipe,
             forward=self.forward,
-            signal="hidden" if hidden else "loss",
+            signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
             micro_batch_size=settings.micro_batch_size,
         )
 
@@ -123,6 +142,11 @@ class Engine:
         logger.log(logging.INFO if verdict.accepted else logging.WARNING, "%s", text)
         if self._recorder is not None:
             self._recorder.message(text)
+
+    def close(self) -> None:
+        """Ends what runs beside the training."""
+        if self._writer is not None:
+            self._writer.close()
 
     def connect(self, recorder: RunRecorder | None) -> None:
         """Takes the places that ``patches/`` opens in Megatron's loop.
@@ -203,6 +227,8 @@ class Engine:
 
     def before_save(self, iteration: int) -> None:
         """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
+        if self._writer is not None:
+            self._writer.flush()  # what a resumed run will not compute again is on disk before its checkpoint
         with parallel.same_fate("saving a checkpoint"):
             if self._environment.rank == 0:
                 if checkpoints.iteration_directory(self._root, iteration).exists():

@@ -223,6 +223,17 @@ class ReferenceCache:
                 complete[first : first + shard.count] = shard.completeness()
         return complete
 
+    def intact(self, dataset: str) -> np.ndarray:
+        """As `completeness`, and with a right checksum: bool [samples]. Reads all scores.
+
+        Raises:
+            UserError: as `completeness`.
+        """
+        intact = self.completeness(dataset)
+        for sample in np.flatnonzero(intact).tolist():
+            intact[sample] = self._stored(dataset, sample) is not None
+        return intact
+
     @property
     def damaged(self) -> int:
         """Samples found damaged so far."""
