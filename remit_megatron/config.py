@@ -58,6 +58,17 @@ class ObjectiveConfig:
 
 
 @dataclass
+class LossConfig:
+    """How the loss is computed; what it is, `objective` says."""
+
+    linear: bool = False
+    """Whether output layer and loss are computed together, a few sequences at a time, so that a microbatch's logits
+    never exist (docs/kernels.md). The same loss and gradients up to rounding; less memory, and often a little slower.
+    Not with objectives that need the logits (``kd``) or rank whole microbatches (``rho1`` with ``scope:
+    micro_batch``)."""
+
+
+@dataclass
 class ReferenceConfig:
     """The frozen model that scores every token."""
 
@@ -195,6 +206,9 @@ class RunConfig:
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is minimised."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the loss is computed."""
 
     reference: ReferenceConfig | None = None
     """The frozen model that scores tokens; null for objectives that need none."""

@@ -62,6 +62,7 @@ class Engine:
             vocab_size=prepared.hf_config["vocab_size"],
             forward=self.forward,
             scores=None if prepared.reference is None else self.scores,
+            linear=config.loss.linear,
         )
 
     def groups(self) -> Any:

@@ -22,6 +22,7 @@ from remit_megatron.run_cache import RunScores, open_run_scores
 
 if TYPE_CHECKING:
     from remit_megatron.models.source import ModelSource
+    from remit_megatron.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     check_document_mask(config, arguments)
     if objective.needs_global_batch:
         check_dropout(config, arguments)
+    if config.loss.linear:
+        check_linear_loss(config, arguments, objective)
     reference = None
     if objective.reference_signal != "none":
         if config.reference is None or config.reference.checkpoint is None:
@@ -171,6 +174,22 @@ def check_dropout(config: RunConfig, arguments: argparse.Namespace) -> None:
         if value := getattr(arguments, name):
             expected = f"0 with objective.scope {config.objective.scope}, which runs the student twice in a step"
             raise UserError(f"megatron.{name}", value, expected)
+
+
+def check_linear_loss(config: RunConfig, arguments: argparse.Namespace, objective: Objective) -> None:
+    """Refuses what cannot be computed without a microbatch's logits.
+
+    Raises:
+        UserError: the objective needs more than whole sequences one after the other, the dtype needs a loss scale
+            before backward, or Megatron would compute the output weight's gradient itself, later.
+    """
+    if not objective.by_sequence:
+        name = config.objective.name
+        raise UserError("loss.linear", "true", f"false with objective {name}, which needs more than single sequences")
+    if arguments.fp16:
+        raise UserError("loss.linear", "true", "false with megatron.fp16, whose gradients need the loss scale")
+    if arguments.defer_embedding_wgrad_compute:
+        raise UserError("megatron.defer_embedding_wgrad_compute", "true", "false with loss.linear")
 
 
 def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 from remit_megatron.errors import UserError
+from remit_megatron.objectives.chunks import ChunkedObjective
 from remit_megatron.objectives.contract import (
     DistributionObjective,
     Objective,
@@ -28,6 +29,7 @@ from remit_megatron.objectives.weights import token_weights, weight_error_bound
 
 __all__ = [
     "REGISTRY",
+    "ChunkedObjective",
     "DistributionObjective",
     "Objective",
     "ObjectiveResult",
