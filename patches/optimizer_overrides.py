@@ -28,7 +28,8 @@ def _install() -> None:
 
     @functools.wraps(original)
     def get_megatron_optimizer_config(*args, **kwargs):
-        config, overrides = original(*args, **kwargs)
+        answer: Any = original(*args, **kwargs)  # a pair, whatever its annotation says
+        config, overrides = answer
         return config, overrides if hook is None else hook(overrides)
 
     training.get_megatron_optimizer_config = get_megatron_optimizer_config
