@@ -29,6 +29,8 @@ MODULES = (
     "evaluation_log",
     "optimizer_overrides",
     "distributed_optimizer_resume",
+    "mla_rope_key_gradient",
+    "mla_query_norm_gradient",
 )
 
 

@@ -110,6 +110,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
         reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
         check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
         check_reference_settings(config, arguments, signal=objective.reference_signal)
+        check_reference_precision(config, reference.hf_config, arguments, signal=objective.reference_signal)
     return Prepared(config, hf_config, init, reference, tokenizer, settings, arguments)
 
 
@@ -273,6 +274,26 @@ def check_reference(
             f"max_position_embeddings {reference['max_position_embeddings']}",
             f"at least megatron.seq_length {arguments.seq_length}",
         )
+
+
+def check_reference_precision(
+    config: RunConfig, reference: dict[str, Any], arguments: argparse.Namespace, *, signal: str
+) -> None:
+    """Refuses an FP8 reference that cannot run here, or whose effect the gate could not measure.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.fp8 import check_frozen
+
+    assert config.reference is not None
+    if config.reference.fp8 is None:
+        return
+    if signal == "hidden":
+        expected = f"null with objective {config.objective.name}: it has no weights whose error could be measured"
+        raise UserError("reference.fp8", config.reference.fp8, expected)
+    check_frozen(config.reference.fp8, config.reference.fp8_recipe, megatron_arguments(reference), arguments)
 
 
 def dry_run(config: RunConfig, *, world_size: int) -> str:

@@ -20,6 +20,15 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 26,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "rms_norm_eps": 1e-6,
+}
+
 # What every model has: odd sizes, four layers (two pipeline stages of two virtual ones), large initial weights.
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -75,8 +84,19 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "own_list_untied": {"no_rope_layers": [1, 0, 0, 1], "tie_word_embeddings": False},
         "every_second": {"no_rope_layer_interval": 2, "num_key_value_heads": 4, "tie_word_embeddings": True},
     },
+    # Heads of queries and keys have 16 channels here, and those of values fewer or more.
+    "youtu": {
+        "narrow_values_tied": _LATENT
+        | {
+            "v_head_dim": 12,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1600000.0},
+        },
+        "wide_values_untied": _LATENT | {"v_head_dim": 22, "tie_word_embeddings": False},
+        "whole_queries": _LATENT | {"v_head_dim": 10, "q_lora_rank": None, "tie_word_embeddings": True},
+    },
 }
-MODEL_TYPES = {"llama": "llama", "olmo2": "olmo2", "smollm3": "smollm3"}
+MODEL_TYPES = {"llama": "llama", "olmo2": "olmo2", "smollm3": "smollm3", "youtu": "youtu"}
 
 CASES = [f"{family}-{case}" for family, cases in FAMILIES.items() for case in cases]
 # One case of each family, for tests that are long.
