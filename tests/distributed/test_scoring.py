@@ -180,3 +180,28 @@ def test_stopped_killed_resumed_and_shared(material, single):
     assert before + sum(count for count, _ in results) == len(found), "none twice"
     for sample, scores in single.items():
         np.testing.assert_allclose(found[sample], scores, atol=2e-5)
+
+
+def test_a_run_waits_for_the_job_that_scores_ahead_of_it(material, single):
+    """The trainer starts on an empty cache; a job that follows it fills what it needs, in its order."""
+    config = scoring(material, "score_follow")
+    config["reference"] |= {"on_missing": "wait"}
+    path = write(config)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "remit_megatron", "train", path]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 300
+        log = Path(config["run_dir"]) / "logs" / "rank_0.log"
+        while not (log.exists() and "waiting for the scores of 4 of 4 microbatches" in log.read_text()):
+            assert trainer.poll() is None and time.monotonic() < deadline, trainer.communicate()
+            time.sleep(0.1)
+        count, code = scored(start(path, "--follow", config["run_dir"]))
+        assert (count, code) == (SAMPLES, EXIT_DONE)
+        _, errors = trainer.communicate(timeout=300)
+    finally:
+        trainer.kill()
+    assert trainer.returncode == EXIT_DONE, errors
+    assert "waiting for the scores" in errors and "the scores are there" in errors
+    assert len((Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert scores_of(config).keys() == single.keys()
