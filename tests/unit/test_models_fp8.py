@@ -236,6 +236,16 @@ def test_configuration_says_what_it_takes(override):
     assert str(caught.value).startswith(REFUSED[override])
 
 
+def test_the_fp8_head_is_refused_where_the_loss_takes_its_weight():
+    from remit_megatron.objectives import build_objective
+    from remit_megatron.train import check_linear_loss
+
+    config = load_config(ROOT / "configs/runs/example_remit.yaml", ["loss.linear=true"])
+    check_linear_loss(config, default_arguments(), build_objective("remit"))
+    with pytest.raises(UserError, match=r"megatron\.fp8_output_proj: found true; expected false with loss\.linear"):
+        check_linear_loss(config, student(), build_objective("remit"))
+
+
 def test_weights_are_loaded_into_fp8_parameters(tmp_path):
     """Also into what an optimizer makes its master weights from."""
     from remit_megatron.models import build
