@@ -150,6 +150,19 @@ class DataConfig:
 
 
 @dataclass
+class OptimizerConfig:
+    """Which parameters ``megatron.weight_decay`` applies to. Everything else of the optimizer is an argument of
+    Megatron."""
+
+    decay_norms: bool | None = None
+    """Whether parameters of one axis decay: norms and biases; null is Megatron's rule, which leaves them out."""
+
+    decay_embeddings: bool | None = None
+    """Whether the input embedding decays, which is the head too in a model that ties the two; null is Megatron's rule,
+    by which it does. A head of its own always decays."""
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept of a run, and whether it goes on from there."""
 
@@ -219,6 +232,9 @@ class RunConfig:
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any Megatron argument by its own name (docs/configuration.md). The length of training is ``train_iters`` or
     ``train_samples``."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """What weight decay applies to."""
 
     run_dir: str | None = None
     """Directory that receives everything the run writes. Required."""
@@ -411,8 +427,6 @@ def _validate(config: RunConfig) -> None:
     if config.reference is not None and not config.reference.checkpoint:
         found = show(config.reference.checkpoint)
         raise UserError("reference.checkpoint", found, "the directory of the reference model")
-    if config.reference is not None:
-        _validate_fp8(config.reference)
     if config.reference is not None and not config.reference.cache_dir:
         for key, value in (
             ("source: cache", config.reference.source == "cache"),
@@ -420,6 +434,8 @@ def _validate(config: RunConfig) -> None:
         ):
             if value:
                 raise UserError("reference.cache_dir", "nothing", f"the directory of the scores, for reference.{key}")
+    if config.reference is not None:
+        _validate_fp8(config.reference)
     config.data.train = read_blend("data.train", config.data.train)
     config.data.valid = read_blend("data.valid", config.data.valid or [])
     if not config.data.train:

@@ -5,10 +5,10 @@ The places in the loop are opened by ``patches/``; :meth:`Engine.connect` says w
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
-import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +17,16 @@ import torch
 from remit_megatron import checkpoints, parallel, run_directory
 from remit_megatron.forward import ModelForward
 from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
-from remit_megatron.objectives import build_objective, weight_error_bound
+from remit_megatron.objectives import build_objective
 from remit_megatron.parallel import RankEnvironment
-from remit_megatron.reference.cached import CachedScores, RecordedScores
-from remit_megatron.reference.gate import PrecisionGate, Verdict, verdict_line
-from remit_megatron.reference.live import LiveReference
-from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run_cache import RunScores
+from remit_megatron.run_scores import ScoreParts, build_score_source
 from remit_megatron.step import TrainingStep
+from remit_megatron.weight_decay import weight_decay_overrides
 
 if TYPE_CHECKING:
-    from remit_megatron.config import ReferenceConfig
     from remit_megatron.train import Prepared
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -44,9 +39,7 @@ class Engine:
         self._arguments = prepared.arguments
         self._root = Path(prepared.arguments.save)
         self._groups: Any = None
-        self._scores: ScoreSource | None = None
-        self._gate: PrecisionGate | None = None
-        self._writer: ScoreWriter | None = None
+        self._score_parts = ScoreParts()
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
@@ -75,79 +68,27 @@ class Engine:
 
     def scores(self) -> ScoreSource:
         """Where the run's reference scores come from."""
-        assert self._scores is not None, "build_reference comes first"
-        return self._scores
+        assert self._score_parts.source is not None, "build_reference comes first"
+        return self._score_parts.source
 
     def build_reference(self) -> None:
-        """Makes the source of the run's scores: the reference itself, a cache, or both; nothing where none is needed.
-
-        Collective over all ranks.
-        """
-        settings, scores = self._prepared.config.reference, self._run_scores
-        if self._prepared.reference is None or settings is None:
-            return
-        live = self._live_reference() if scores.live else None
-        if scores.cache is None:
-            self._scores = live if live is None or settings.fp8 is None else self._gated(live, settings)
-            return
-        if live is not None:
-            self._writer = ScoreWriter(scores.cache, scores.names)
-        if settings.source == "cache":
-            self._scores = CachedScores(
-                scores.cache,
-                names=scores.names,
-                forward=self.forward,
-                on_missing=settings.on_missing,
-                live=live,
-                writer=self._writer,
-                replica=None if live is None else parallel.replica_group(self.groups().dp.rank()),
-            )
-        elif live is not None and self._writer is not None:
-            self._scores = RecordedScores(live, self._writer, forward=self.forward)
-
-    def _gated(self, trusted: LiveReference, settings: ReferenceConfig) -> PrecisionGate:
-        """The reference in FP8, behind the measurement of what that does to the weights."""
-        objective = self._prepared.objective_settings
-        self._gate = PrecisionGate(
-            self._live_reference(fp8=settings.fp8),
-            trusted,
-            forward=self.forward,
-            # Objectives without weights of their own (rho1) compare losses as they are: neither centered nor clipped.
-            error=functools.partial(
-                weight_error_bound, epsilon=objective.get("epsilon"), centering=objective.get("centering", "none")
-            ),
-            batches=settings.fp8_gate_batches,
-            tolerance=settings.fp8_tolerance,
-            report=self._report_verdict,
-        )
-        return self._gate
-
-    def _live_reference(self, *, fp8: str | None = None) -> LiveReference:
-        """The frozen model on the student's groups, with its weights, in the run's precision or in FP8."""
-        source, settings = self._prepared.reference, self._prepared.config.reference
-        assert source is not None and settings is not None
-        return LiveReference.load(
-            source,
-            self._arguments,
-            fp8=fp8,
-            fp8_recipe=settings.fp8_recipe,
+        """Makes the source of the run's scores; nothing where none is needed. Collective over all ranks."""
+        self._score_parts = build_score_source(
+            self._prepared,
+            self._run_scores,
             forward=self.forward,
             signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
-            micro_batch_size=settings.micro_batch_size,
+            say=self._say,
         )
 
-    def _report_verdict(self, verdict: Verdict) -> None:
-        settings = self._prepared.config.reference
-        assert settings is not None
-        text = verdict_line(verdict, f"{settings.fp8} ({settings.fp8_recipe})")
-        logger.log(logging.INFO if verdict.accepted else logging.WARNING, "%s", text)
+    def _say(self, text: str) -> None:
         if self._recorder is not None:
             self._recorder.message(text)
 
     def close(self) -> None:
         """Ends what runs beside the training."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._score_parts.writer is not None:
+            self._score_parts.writer.close()
 
     def connect(self, recorder: RunRecorder | None) -> None:
         """Takes the places that ``patches/`` opens in Megatron's loop.
@@ -155,7 +96,7 @@ class Engine:
         Args:
             recorder: writes the run's files; given on one rank, a last pipeline stage.
         """
-        from patches import checkpoint_commit, evaluation_log, schedule, training_log
+        from patches import checkpoint_commit, evaluation_log, optimizer_overrides, schedule, training_log
 
         self._recorder = recorder
         schedule.wrapper = self.step.wrap_schedule
@@ -163,6 +104,9 @@ class Engine:
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save
         checkpoint_commit.after = self.after_save
+        optimizer_overrides.hook = partial(
+            weight_decay_overrides, **dataclasses.asdict(self._prepared.config.optimizer)
+        )
 
     # -- after a step ------------------------------------------------------------------------------------------------
 
@@ -215,7 +159,7 @@ class Engine:
             "step_seconds": seconds,
             "reference_seconds": clock.reference_seconds(),
             **{name: value for name, value in figures.items() if name not in losses},
-            **({} if self._gate is None else self._gate.figures()),
+            **({} if self._score_parts.gate is None else self._score_parts.gate.figures()),
         }
 
     def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
@@ -228,8 +172,9 @@ class Engine:
 
     def before_save(self, iteration: int) -> None:
         """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
-        if self._writer is not None:
-            self._writer.flush()  # what a resumed run will not compute again is on disk before its checkpoint
+        if self._score_parts.writer is not None:
+            # What a resumed run will not compute again is on disk before its checkpoint.
+            self._score_parts.writer.flush()
         with parallel.same_fate("saving a checkpoint"):
             if self._environment.rank == 0:
                 if checkpoints.iteration_directory(self._root, iteration).exists():

@@ -33,6 +33,7 @@ import torch
 from remit_megatron.config import RunConfig, did_you_mean, show
 from remit_megatron.errors import UserError
 from remit_megatron.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
+from remit_megatron.models.family import down_projections
 
 logger = logging.getLogger(__name__)
 
@@ -337,6 +338,9 @@ def _check_layout(values: dict[str, Any], world_size: int) -> None:
         grouped = key != "num_query_groups" or values["group_query_attention"]
         if grouped and values[key] is not None and values[key] % tp:
             raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {values[key]} {what}")
+    for what, rows in down_projections(values):
+        if rows % tp:
+            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {what}, {rows}")
     _check_pipeline(values, pp)
     length, limit = values["seq_length"], values["max_position_embeddings"]
     if limit is not None and length > limit:

@@ -300,10 +300,12 @@ def check_reference_precision(
 
 def dry_run(config: RunConfig, *, world_size: int) -> str:
     """What ``--dry-run`` prints: the resolved configuration and the numbers that follow from it."""
+    from remit_megatron.models.family import family_of
     from remit_megatron.plan_numbers import describe
 
     prepared = prepare(config, world_size=world_size)
-    return config.to_yaml() + "\n" + describe(config, prepared.arguments)
+    unlisted = family_of(prepared.hf_config).unlisted_parameters(prepared.hf_config)
+    return config.to_yaml() + "\n" + describe(config, prepared.arguments, unlisted=unlisted)
 
 
 def train(config: RunConfig) -> int:

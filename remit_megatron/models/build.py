@@ -17,7 +17,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from remit_megatron.errors import UserError
-from remit_megatron.models.family import Family, family_of
+from remit_megatron.models.family import Family, down_projections, family_of
 from remit_megatron.models.mapping import Shape
 from remit_megatron.models.spec import transformer_impl
 
@@ -98,6 +98,11 @@ def check_layout(values: dict[str, Any], args: argparse.Namespace) -> None:
         raise UserError("tensor_model_parallel_size", tp, f"a divisor or a multiple of the {groups} key/value heads")
     if values["ffn_hidden_size"] % tp:
         raise UserError("tensor_model_parallel_size", tp, f"a divisor of ffn_hidden_size ({values['ffn_hidden_size']})")
+    for what, size in down_projections(
+        _NEUTRAL | values | {"transformer_impl": transformer_impl(args.transformer_impl)}
+    ):
+        if size % tp:
+            raise UserError("tensor_model_parallel_size", tp, f"a divisor of {what} ({size})")
     uneven = (
         "pipeline_model_parallel_layout",
         "decoder_first_pipeline_num_layers",

@@ -16,7 +16,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.models.build import shape_of, unwrap
 from remit_megatron.models.checkpoint_files import CheckpointFiles
 from remit_megatron.models.family import family_of
-from remit_megatron.models.mapping import NameMap, Shape, TensorRank, Vocabulary, Weight
+from remit_megatron.models.mapping import NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
 from remit_megatron.models.source import ModelSource, tensor_files
 
 logger = logging.getLogger(__name__)
@@ -119,8 +119,9 @@ def _load_huggingface(
     done = 0
     filled: set[tuple[int | None, str]] = set()
     for model in models:
-        place = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
+        rank = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
         for _, layer, weight, parameter in weights_of(model, names):
+            place = place_of(weight, rank, model.config.transformer_impl)
             full = weight.full_shape(parameter.shape, place.size)
             tensors = [files[name] for name in names.hf_names(layer, weight)]
             expected = weight.hf_shapes(full, shape)

@@ -16,6 +16,9 @@ from remit_megatron.models.source import ModelSource
 from remit_megatron.reference.source import Schedule, merge_factor, merge_items
 
 
+Signal = Literal["loss", "hidden"]  # of every token, or the final hidden states
+
+
 class LiveReference:
     """A frozen model on the student's tensor, pipeline and context parallel groups.
 
@@ -38,7 +41,7 @@ class LiveReference:
         *,
         vocab_size: int,
         forward: ModelForward,
-        signal: Literal["loss", "hidden"] = "loss",
+        signal: Signal = "loss",
         micro_batch_size: int | None = None,
     ):
         for chunk in chunks:
