@@ -97,8 +97,10 @@ def values(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", fp8.RECIPES)
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 8, "sequence_parallel": True}])
-def test_a_real_model_fits_every_recipe(runs_here, recipe, layout):
-    fp8.check_run(values(fp8_recipe=recipe, **layout))
+def test_real_models_fit_every_recipe(runs_here, recipe, layout):
+    for name in ("llama3_1b", "olmo2_1b", "smollm3_3b", "youtu_2b"):
+        model = megatron_arguments(load_model_description(name))
+        fp8.check_run(values(fp8_recipe=recipe, **layout) | model)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
