@@ -181,7 +181,7 @@ def check_linear_loss(config: RunConfig, arguments: argparse.Namespace, objectiv
 
     Raises:
         UserError: the objective needs more than whole sequences one after the other, the dtype needs a loss scale
-            before backward, or Megatron would compute the output weight's gradient itself, later.
+            before backward, or Megatron would compute the output weight's gradient or its FP8 product itself.
     """
     if not objective.by_sequence:
         name = config.objective.name
@@ -190,6 +190,8 @@ def check_linear_loss(config: RunConfig, arguments: argparse.Namespace, objectiv
         raise UserError("loss.linear", "true", "false with megatron.fp16, whose gradients need the loss scale")
     if arguments.defer_embedding_wgrad_compute:
         raise UserError("megatron.defer_embedding_wgrad_compute", "true", "false with loss.linear")
+    if arguments.fp8_output_proj:
+        raise UserError("megatron.fp8_output_proj", "true", "false with loss.linear, which reads the weight itself")
 
 
 def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from remit_megatron.kernels.token_logprob import token_logprob
 from remit_megatron.models.source import ModelSource
 from remit_megatron.reference.source import Schedule, merge_factor, merge_items
 
-
 Signal = Literal["loss", "hidden"]  # of every token, or the final hidden states
 
 
