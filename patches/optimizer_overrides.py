@@ -13,6 +13,7 @@ Drop when megatron.training takes overrides of parameter groups from its caller
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def _install() -> None:
 
     @functools.wraps(original)
     def get_megatron_optimizer_config(*args, **kwargs):
-        config, overrides = original(*args, **kwargs)
+        # Megatron annotates the configuration alone and returns its overrides beside it.
+        config, overrides = typing.cast("tuple[Any, Any]", original(*args, **kwargs))
         return config, overrides if hook is None else hook(overrides)
 
     training.get_megatron_optimizer_config = get_megatron_optimizer_config

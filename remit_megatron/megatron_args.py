@@ -85,6 +85,8 @@ def build_arguments(
     Raises:
         UserError: an unknown key, a wrong type, a key that belongs elsewhere, or a combination that cannot run.
     """
+    from remit_megatron.models import fp8
+
     gpu = torch.cuda.is_available() if gpu is None else gpu
     chosen = read_overrides(config.megatron)
     _refuse_contradictions(chosen, architecture)
@@ -94,6 +96,7 @@ def build_arguments(
     values["pretrained_checkpoint"] = str(pretrained_checkpoint) if pretrained_checkpoint else None
     _check_required(values)
     _check_layout(values, world_size)
+    fp8.check_run(values)
     _check_schedule(values)
     multiple = values["make_vocab_size_divisible_by"] * values["tensor_model_parallel_size"]
     values["padded_vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple

@@ -99,6 +99,8 @@ def describe(config: RunConfig, args: argparse.Namespace, *, unlisted: Unlisted 
         " by pipeline stage" if len(by_stage) > 1 else ""
     )
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if args.fp8:
+        precision += f" with fp8 ({args.fp8}, {getattr(args.fp8_recipe, 'value', args.fp8_recipe)})"
     evaluation = f"every {args.eval_interval} steps, {args.eval_iters} batches" if args.eval_iters else "none"
     kept = "all" if config.checkpoint.keep is None else f"newest {config.checkpoint.keep}"
     batch = f"{plan.samples_per_step:,} samples = {plan.tokens_per_step:,} tokens"

@@ -98,15 +98,13 @@ class BranchNormMLP(MLP):
         return self.post_norm(output), None
 
     def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """As the base class, which would have every tensor-parallel rank claim the norm for itself."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
+        tp_group: Any = self.tp_group
         norm = sharded_state_dict_default(
-            self.post_norm, f"{prefix}post_norm.", sharded_offsets, metadata, tp_group=self.tp_group
+            self.post_norm, f"{prefix}post_norm.", sharded_offsets, metadata, tp_group=tp_group
         )
         return super().sharded_state_dict(prefix, sharded_offsets, metadata) | norm
 
