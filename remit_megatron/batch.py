@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,12 @@ def sequence_slice(tensor: Tensor, cp_rank: int, cp_size: int, *, dim: int = 1) 
         )
     chunks = tensor.chunk(2 * cp_size, dim=dim)
     return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=dim)
+
+
+def whole_sequence(parts: Sequence[Tensor], *, dim: int = 1) -> Tensor:
+    """The inverse of :func:`sequence_slice`: the parts of all context parallel ranks, in rank order, to sequences."""
+    halves = [part.chunk(2, dim=dim) for part in parts]
+    return torch.cat([half[0] for half in halves] + [half[1] for half in reversed(halves)], dim=dim)
 
 
 def document_ids_of(tokens: Tensor, eod_id: int) -> Tensor:

@@ -76,7 +76,8 @@ class ReferenceConfig:
     """Directory: an output of ``remit import``, of a run, or a Hugging Face model. Required."""
 
     source: str = "live"
-    """Where scores come from: ``live`` runs the reference in every step; ``cache`` reads what was scored before."""
+    """Where scores come from: ``live`` runs the reference in every step; ``cache`` reads what ``remit score`` or a live
+    run with ``write_cache`` wrote to ``cache_dir``."""
 
     placement: str = "pipeline"
     """Where a live reference lives: ``pipeline`` shards it like the student, ``replicated`` keeps all layers on every
@@ -86,18 +87,34 @@ class ReferenceConfig:
     """Samples per forward pass of the reference; null uses the student's. No effect with ``source: cache``."""
 
     cache_dir: str | None = None
-    """Directory of the score cache. No effect with ``source: live`` unless ``write_cache`` is on."""
+    """Directory of the score cache. Required with ``source: cache``, ``write_cache`` and by ``remit score``."""
 
     on_missing: str = "score"
-    """What happens to a sample that the cache lacks: ``score`` it live or ``refuse`` to go on. No effect with ``source:
-    live``."""
+    """What happens to a sample that the cache lacks: ``score`` it live and add it, ``refuse`` to go on, or ``wait``
+    until another job has written it (``remit score --follow``). No effect with ``source: live``."""
 
     dtype: str = "uint16"
-    """How a score is stored: ``uint16`` (fixed point, 2 bytes a token) or ``float32``. No effect unless a cache is
-    written."""
+    """How scores are stored in a cache that is made: ``uint16`` (fixed point, 2 bytes a token) or ``float32``. A cache
+    that exists is read and written as it is."""
 
     write_cache: bool = False
-    """Whether live scores are also written to ``cache_dir``. No effect with ``source: cache``."""
+    """Whether the scores of ``source: live`` are also written to ``cache_dir``. No effect with ``source: cache``."""
+
+    fp8: str | None = None
+    """``e4m3`` or ``hybrid``: the live reference's linear weights in FP8, in all layers but the first and the last, if
+    the gate lets it pass; null keeps the run's own type. Needs Transformer Engine and a GPU that has FP8. The student's
+    precision is ``megatron.fp8``."""
+
+    fp8_recipe: str = "tensorwise"
+    """How the FP8 reference scales: ``tensorwise``, ``blockwise`` or ``mxfp8``. No effect without ``fp8``."""
+
+    fp8_gate_batches: int = 4
+    """Steps in which the reference runs in both precisions and trains by the higher one, before FP8 may take its place;
+    counted from every start. No effect without ``fp8``."""
+
+    fp8_tolerance: float = 0.005
+    """Largest mean |dw| that FP8 may cause, 0 to 2; above it the reference keeps its type. No effect without
+    ``fp8``."""
 
 
 @dataclass
@@ -130,6 +147,19 @@ class DataConfig:
 
     num_workers: int = 2
     """Data loader processes per rank; 0 loads in the training process."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Which parameters ``megatron.weight_decay`` applies to. Everything else of the optimizer is an argument of
+    Megatron."""
+
+    decay_norms: bool | None = None
+    """Whether parameters of one axis decay: norms and biases; null is Megatron's rule, which leaves them out."""
+
+    decay_embeddings: bool | None = None
+    """Whether the input embedding decays, which is the head too in a model that ties the two; null is Megatron's rule,
+    by which it does. A head of its own always decays."""
 
 
 @dataclass
@@ -203,6 +233,9 @@ class RunConfig:
     """Any Megatron argument by its own name (docs/configuration.md). The length of training is ``train_iters`` or
     ``train_samples``."""
 
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """What weight decay applies to."""
+
     run_dir: str | None = None
     """Directory that receives everything the run writes. Required."""
 
@@ -234,16 +267,16 @@ CHOICES = {
     "objective.scope": ("micro_batch", "sequence", "global_batch"),
     "reference.source": ("live", "cache"),
     "reference.placement": ("pipeline", "replicated", "auto"),
-    "reference.on_missing": ("score", "refuse"),
+    "reference.on_missing": ("score", "refuse", "wait"),
     "reference.dtype": ("uint16", "float32"),
+    "reference.fp8": ("e4m3", "hybrid"),
+    "reference.fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
     "checkpoint.resume": ("auto", "never"),
     "logging.wandb.mode": ("online", "offline", "disabled"),
 }
 # Values that the schema knows and this version cannot carry out: (value, what to write instead).
 NOT_BUILT = {
-    "reference.source": ("cache", "live: the score cache is not part of this version"),
     "reference.placement": ("replicated", "pipeline: replicated placement is not part of this version"),
-    "reference.write_cache": (True, "false: the score cache is not part of this version"),
 }
 
 
@@ -373,6 +406,7 @@ def _validate(config: RunConfig) -> None:
         raise UserError("objective.ntp_weight", objective.ntp_weight, "a number from 0 to 1")
     minima = {
         "reference.micro_batch_size": 1,
+        "reference.fp8_gate_batches": 1,
         "checkpoint.keep": 1,
         "logging.interval": 1,
         "data.num_workers": 0,
@@ -393,10 +427,27 @@ def _validate(config: RunConfig) -> None:
     if config.reference is not None and not config.reference.checkpoint:
         found = show(config.reference.checkpoint)
         raise UserError("reference.checkpoint", found, "the directory of the reference model")
+    if config.reference is not None and not config.reference.cache_dir:
+        for key, value in (
+            ("source: cache", config.reference.source == "cache"),
+            ("write_cache: true", config.reference.write_cache),
+        ):
+            if value:
+                raise UserError("reference.cache_dir", "nothing", f"the directory of the scores, for reference.{key}")
+    if config.reference is not None:
+        _validate_fp8(config.reference)
     config.data.train = read_blend("data.train", config.data.train)
     config.data.valid = read_blend("data.valid", config.data.valid or [])
     if not config.data.train:
         raise UserError("data.train", "an empty blend", "at least one data set")
+
+
+def _validate_fp8(reference: ReferenceConfig) -> None:
+    if not 0 <= reference.fp8_tolerance <= 2:
+        raise UserError("reference.fp8_tolerance", reference.fp8_tolerance, "a number from 0 to 2")
+    if reference.fp8 is not None and (reference.source == "cache" or reference.write_cache):
+        expected = "null: what a cache holds outlives the run, and no gate has measured it"
+        raise UserError("reference.fp8", f"{reference.fp8} with a score cache", expected)
 
 
 def _get(config: RunConfig, key: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,6 +99,25 @@ def gather_objects(value) -> list:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def replica_group(data_parallel_rank: int) -> dist.ProcessGroup | None:
+    """The ranks that hold one replica of the model (those with the same data-parallel rank), over Gloo.
+
+    For a few bytes on the host that must not wait for a GPU. All ranks of the job call it together.
+
+    Returns:
+        The group of this rank, or None where it is alone in it.
+    """
+    replicas = gather_objects(data_parallel_rank)
+    own: dist.ProcessGroup | None = None
+    for replica in sorted(set(replicas)):
+        ranks = [rank for rank, found in enumerate(replicas) if found == replica]
+        if len(ranks) > 1:
+            group = dist.new_group(ranks, backend="gloo")
+            if replica == data_parallel_rank:
+                own = typing.cast("dist.ProcessGroup", group)
+    return own
 
 
 @contextlib.contextmanager

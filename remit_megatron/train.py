@@ -17,6 +17,8 @@ from remit_megatron import checkpoints, launch, parallel, run_directory
 from remit_megatron.config import RunConfig, load_config, load_model_description
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+from remit_megatron.reference.cached import ScoredSamples
+from remit_megatron.run_cache import RunScores, open_run_scores
 
 if TYPE_CHECKING:
     from remit_megatron.models.source import ModelSource
@@ -107,11 +109,8 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
         reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
         check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
-        size, student_size = config.reference.micro_batch_size, arguments.micro_batch_size
-        if size is not None and size % student_size:
-            raise UserError(
-                "reference.micro_batch_size", size, f"a multiple of megatron.micro_batch_size {student_size}"
-            )
+        check_reference_settings(config, arguments, signal=objective.reference_signal)
+        check_reference_precision(config, reference.hf_config, arguments, signal=objective.reference_signal)
     return Prepared(config, hf_config, init, reference, tokenizer, settings, arguments)
 
 
@@ -215,6 +214,29 @@ def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> Non
             raise UserError(name, found, "1, or megatron.transformer_impl=local")
 
 
+def check_reference_settings(config: RunConfig, arguments: argparse.Namespace, *, signal: str) -> None:
+    """Refuses settings of the reference that the objective or the layout cannot use.
+
+    Args:
+        signal: what the objective wants to know of the reference.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    settings = config.reference
+    assert settings is not None
+    size, student_size = settings.micro_batch_size, arguments.micro_batch_size
+    if size is not None and size % student_size:
+        expected = f"a multiple of megatron.micro_batch_size {student_size}"
+        raise UserError("reference.micro_batch_size", size, expected)
+    if signal != "loss":
+        expected = f"{{}}: {config.objective.name} needs whole distributions, which no cache holds"
+        if settings.source == "cache":
+            raise UserError("reference.source", "cache", expected.format("live"))
+        if settings.write_cache:
+            raise UserError("reference.write_cache", "true", expected.format("false"))
+
+
 def check_reference(
     student: dict[str, Any],
     reference: dict[str, Any],
@@ -254,12 +276,34 @@ def check_reference(
         )
 
 
+def check_reference_precision(
+    config: RunConfig, reference: dict[str, Any], arguments: argparse.Namespace, *, signal: str
+) -> None:
+    """Refuses an FP8 reference that cannot run here, or whose effect the gate could not measure.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.fp8 import check_frozen
+
+    assert config.reference is not None
+    if config.reference.fp8 is None:
+        return
+    if signal == "hidden":
+        expected = f"null with objective {config.objective.name}: it has no weights whose error could be measured"
+        raise UserError("reference.fp8", config.reference.fp8, expected)
+    check_frozen(config.reference.fp8, config.reference.fp8_recipe, megatron_arguments(reference), arguments)
+
+
 def dry_run(config: RunConfig, *, world_size: int) -> str:
     """What ``--dry-run`` prints: the resolved configuration and the numbers that follow from it."""
+    from remit_megatron.models.family import family_of
     from remit_megatron.plan_numbers import describe
 
     prepared = prepare(config, world_size=world_size)
-    return config.to_yaml() + "\n" + describe(config, prepared.arguments)
+    unlisted = family_of(prepared.hf_config).unlisted_parameters(prepared.hf_config)
+    return config.to_yaml() + "\n" + describe(config, prepared.arguments, unlisted=unlisted)
 
 
 def train(config: RunConfig) -> int:
@@ -287,8 +331,12 @@ def train(config: RunConfig) -> int:
             if environment.rank == 0:
                 sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done\n")
             return EXIT_DONE
-        datasets = _open_data(prepared, environment)
-        return _train(prepared, environment, resumed_at, datasets)
+        train_samples, valid_samples = _open_data(prepared, environment)
+        consumed = consumed_samples(arguments, resumed_at)
+        scores = open_run_scores(prepared, train_samples, rank=environment.rank, consumed=consumed)
+        if scores.cache is not None and scores.reads:
+            train_samples = ScoredSamples(train_samples, scores.cache)
+        return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores)
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
@@ -321,6 +369,12 @@ def _resume(config: RunConfig, arguments: argparse.Namespace, environment: paral
 def total_steps(arguments: argparse.Namespace) -> int:
     """Iterations of the whole run; its length is given in iterations or in samples."""
     return arguments.train_iters or arguments.train_samples // arguments.global_batch_size
+
+
+def consumed_samples(arguments: argparse.Namespace, iteration: int) -> int:
+    """A lower bound of the samples that a run has trained on after ``iteration`` steps (exact without a ramp-up)."""
+    start = arguments.global_batch_size if arguments.rampup_batch_size is None else int(arguments.rampup_batch_size[0])
+    return iteration * start
 
 
 def _open_data(prepared: Prepared, environment: parallel.RankEnvironment) -> tuple[Any, Any]:
@@ -380,7 +434,11 @@ class RepeatedSamples:
 
 
 def _train(
-    prepared: Prepared, environment: parallel.RankEnvironment, resumed_at: int, datasets: tuple[Any, Any]
+    prepared: Prepared,
+    environment: parallel.RankEnvironment,
+    resumed_at: int,
+    datasets: tuple[Any, Any],
+    scores: RunScores,
 ) -> int:
     from megatron.core.enums import ModelType
     from megatron.training import global_vars, pretrain
@@ -395,7 +453,7 @@ def _train(
     arguments, config = prepared.arguments, prepared.config
     global_vars.set_global_variables(arguments, build_tokenizer=False)
     student = model_config(prepared.hf_config, arguments)
-    engine = Engine(prepared, environment)
+    engine = Engine(prepared, environment, scores)
 
     def before_wrapping(chunks: list) -> list:
         # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
@@ -432,6 +490,7 @@ def _train(
         if stop.code not in (0, None):
             raise
     finally:
+        engine.close()
         if recorder is not None:
             recorder.close()
     return _exit_code(arguments)

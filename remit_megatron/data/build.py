@@ -6,19 +6,16 @@ import argparse
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chunks
 from remit_megatron.data.indexed import token_dtype
 from remit_megatron.data.manifest import Manifest
 from remit_megatron.data.readers import TextFormat, expand_inputs, iter_chunks, total_bytes
+from remit_megatron.data.stoppable import stoppable
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.data.writer import DatasetWriter
 from remit_megatron.errors import EXIT_DONE, UserError
@@ -72,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         escapes = {"n": "\n", "t": "\t", "\\": "\\"}
         template = re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], template)
     started = time.monotonic()
-    with _stoppable():
+    with stoppable("remit data build"):
         manifest = build_dataset(
             args.input,
             tokenizer=args.tokenizer,
@@ -205,32 +202,3 @@ def _refuse_own_input(files: Sequence[str], output: str) -> None:
     for file in files:
         if Path(file).resolve() in outputs:
             raise UserError("--output", f"{output}, which would replace the input {file}", "another prefix")
-
-
-class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM; passes through ``except Exception`` on its way out."""
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into a `UserError` after everything in between has been cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for known in before:  # cleaning up is quick, and a second signal would cut it short
-            signal.signal(known, signal.SIG_IGN)
-        raise _Stopped(signal.Signals(number).name)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    except _Stopped as stopped:
-        found = f"{stopped} before the end"
-        raise UserError("remit data build", found, "to run to the end; nothing was left behind") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -35,6 +35,8 @@ class Manifest:
         skipped: bad lines that were counted and left out.
         bin, idx: the two files beside the manifest.
         inputs: file names that the text came from, in order, without folders.
+        sample_length: None for text. L where every document is one sample of sequence length L, that is L + 1 tokens
+            (`remit data select`): packing with this sequence length gives the documents, untouched and in their order.
     """
 
     tokenizer_digest: str
@@ -47,10 +49,14 @@ class Manifest:
     bin: FileRecord
     idx: FileRecord
     inputs: tuple[str, ...]
+    sample_length: int | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        if self.sample_length is None:
+            del content["sample_length"]
+        return json.dumps(content, indent=1) + "\n"
 
 
 def manifest_path(prefix: str | os.PathLike) -> str:
@@ -104,6 +110,7 @@ def _parse(path: str, content: Any) -> Manifest:
             bin=FileRecord(size=int(content["bin"]["size"]), sha256=str(content["bin"]["sha256"])),
             idx=FileRecord(size=int(content["idx"]["size"]), sha256=str(content["idx"]["sha256"])),
             inputs=tuple(map(str, content["inputs"])),
+            sample_length=None if content.get("sample_length") is None else int(content["sample_length"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(path, f"a damaged manifest ({type(error).__name__}: {error})", "all fields") from None

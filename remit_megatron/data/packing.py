@@ -7,6 +7,9 @@ and every token but the first is predicted once. The rest that fills no sample i
 What Megatron's GPT data set does differently: there, the order of documents follows the run's seed, several passes are
 packed as one stream, and samples straddle their ends. Here sample i holds the same tokens whatever the run's seed,
 length, parallel layout and blend are, so a score computed for it once is good for every run.
+
+A data set of selected samples (`Manifest.sample_length`) is not laid end to end when it is read with the sequence
+length that it was selected with: sample i is document i, L + 1 tokens.
 """
 
 from __future__ import annotations
@@ -82,17 +85,26 @@ class PackedDataset:
             found = f"{len(self._documents)} documents in the index"
             raise UserError(self.prefix, found, f"{self.manifest.documents}, as the manifest says")
         corpus = ("packing", _PACKING_VERSION, self.manifest.bin.sha256, self.manifest.idx.sha256, packing_seed)
-        self.identity = _digest(*corpus, sequence_length)
-        self._order, self._starts = self._index(_digest(*corpus)[:24], verify=verify)
+        self._whole_samples = self.manifest.sample_length == sequence_length
+        if self._whole_samples:
+            self.identity = _digest(*corpus, sequence_length, "whole samples")
+            self._check_whole_samples(verify=verify)
+        else:
+            self.identity = _digest(*corpus, sequence_length)
+            self._order, self._starts = self._index(_digest(*corpus)[:24], verify=verify)
 
     def __len__(self) -> int:
         """Samples in one pass over the corpus."""
+        if self._whole_samples:
+            return self.manifest.documents
         return (self.manifest.tokens - 1) // self.sequence_length
 
     def __getitem__(self, sample: int) -> np.ndarray:
         """Tokens of one sample, int64 [sequence_length + 1]: a new array."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
+        if self._whole_samples:
+            return self._documents.read(sample).astype(np.int64)
         begin = sample * self.sequence_length
         tokens = np.empty(self.sequence_length + 1, dtype=np.int64)
         place = int(np.searchsorted(self._starts, np.int64(begin), side="right")) - 1
@@ -109,6 +121,8 @@ class PackedDataset:
     @property
     def dropped_tokens(self) -> int:
         """Tokens at the end of the stream that no sample covers."""
+        if self._whole_samples:
+            return 0
         return self.manifest.tokens - 1 - len(self) * self.sequence_length
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,6 +136,13 @@ class PackedDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state.pop("prefix"), **state)
+
+    def _check_whole_samples(self, *, verify: bool) -> None:
+        """Every document has L + 1 tokens, as the manifest says; each length is looked at with ``verify`` only."""
+        tokens, length = self.manifest.tokens, self.sequence_length + 1
+        if tokens != self.manifest.documents * length or (verify and (self._documents.lengths != length).any()):
+            found = f"{self.manifest.documents} documents of {tokens} tokens in all"
+            raise UserError(self.prefix, found, f"documents of {length} tokens each, as sample_length says")
 
     def _index(self, key: str, *, verify: bool) -> tuple[np.ndarray, np.ndarray]:
         """Document numbers in their order [documents], and where each begins in the stream, int64 [documents + 1]."""

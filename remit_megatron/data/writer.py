@@ -95,7 +95,14 @@ class DatasetWriter:
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
 
     def commit(
-        self, *, tokenizer_digest: str, vocab_size: int, eod_id: int | None, skipped: int, inputs: tuple[str, ...]
+        self,
+        *,
+        tokenizer_digest: str,
+        vocab_size: int,
+        eod_id: int | None,
+        skipped: int,
+        inputs: tuple[str, ...],
+        sample_length: int | None = None,
     ) -> Manifest:
         """Completes the data set; the arguments are fields of `Manifest`."""
         with self._explained():
@@ -116,6 +123,7 @@ class DatasetWriter:
                 bin=FileRecord(self._size, self._digest.hexdigest()),
                 idx=FileRecord(index_size, index_digest),
                 inputs=inputs,
+                sample_length=sample_length,
             )
             with open(self._temporary["json"], "wb") as file:
                 file.write(manifest.to_json().encode())

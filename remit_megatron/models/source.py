@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -19,6 +20,7 @@ from remit_megatron.checkpoints import (
     verify,
 )
 from remit_megatron.errors import UserError
+from remit_megatron.files import sha256_file
 
 HF_SUBFOLDER = "hf"
 TOKENIZER_FILES = (
@@ -209,3 +211,22 @@ def _tensor_names(file: Path) -> set[str]:
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(str(file), f"{error}", "a whole safetensors file") from None
     return set(header)
+
+
+def weights_digest(source: ModelSource) -> str:
+    """Hex digest of what decides a model's outputs: its weights as they are stored, and its architecture.
+
+    From a checkpoint's manifest it costs nothing; a Hugging Face directory's safetensors are read whole.
+    """
+    if source.kind == "checkpoint":
+        files = read_manifest(source.path).files
+        digests = [entry["sha256"] for name, entry in files.items() if not name.startswith(f"{HF_SUBFOLDER}/")]
+    else:
+        digests = [sha256_file(path) for path in set(tensor_files(source.path).values())]
+    described = {
+        name: value
+        for name, value in source.hf_config.items()
+        if name not in ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache")
+    }
+    content = json.dumps([sorted(digests), described], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()

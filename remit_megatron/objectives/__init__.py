@@ -25,7 +25,7 @@ from remit_megatron.objectives.kd import Distillation
 from remit_megatron.objectives.ntp import NextTokenPrediction
 from remit_megatron.objectives.remit import ReMiT
 from remit_megatron.objectives.rho1 import Rho1
-from remit_megatron.objectives.weights import token_weights
+from remit_megatron.objectives.weights import token_weights, weight_error_bound
 
 __all__ = [
     "REGISTRY",
@@ -38,6 +38,7 @@ __all__ = [
     "build_objective",
     "settings_of",
     "token_weights",
+    "weight_error_bound",
 ]
 
 REGISTRY: dict[str, type[Objective]] = {

@@ -105,7 +105,7 @@ def token_hash(tokens: np.ndarray) -> bytes:
 def checksum(dataset: bytes, sample: int, tokens: bytes, scores: bytes) -> bytes:
     """8 bytes of BLAKE2b over data set identity, number of the sample, hash of its tokens, and its scores."""
     digest = hashlib.blake2b(dataset, digest_size=8)
-    digest.update(sample.to_bytes(8, "little"))
+    digest.update(int(sample).to_bytes(8, "little"))
     digest.update(tokens)
     digest.update(scores)
     return digest.digest()
@@ -201,7 +201,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(str(path), f"a damaged file ({error})", "a file in JSON") from None
+        expected = "a file in JSON; remove it, and filling the cache makes it again"
+        raise UserError(str(path), f"a damaged file ({error})", expected) from None
     if not isinstance(content, dict):
         raise UserError(str(path), "a damaged file (no JSON object)", "an object in JSON")
     return content
@@ -211,4 +212,5 @@ def _check_digest(path: Path, content: dict[str, Any]) -> None:
     digest = _digest(content)
     if content.get("digest") != digest:
         found = f"a damaged file (its contents have the digest {digest})"
-        raise UserError(str(path), found, f"{content.get('digest')}, as it says itself")
+        expected = f"{content.get('digest')}, as it says itself; remove the file, and filling the cache makes it again"
+        raise UserError(str(path), found, expected)

@@ -21,7 +21,8 @@ MODULES = sorted(REPOSITORY.glob("remit_megatron/**/*.py"))
 PATCH_FILES = sorted(path for path in REPOSITORY.glob("patches/*.py") if path.name != "__init__.py")
 MAXIMUM_LINES = 600
 
-# layer -> what it may import of remit_megatron. A layer is a folder, or a file beside them.
+# layer -> what it may import of remit_megatron. A layer is a folder, or a file beside them; "reference.cache" is one
+# file of a folder (plain numpy, which the selection of data reads).
 BASE = {"errors", "files", "progress"}
 ALLOWED = {
     "errors": set(),
@@ -31,7 +32,7 @@ ALLOWED = {
     "objectives": BASE | {"kernels", "objectives"},
     "parallel": BASE,
     "checkpoints": BASE,
-    "data": BASE | {"data"},
+    "data": BASE | {"data", "reference.cache"},
     "models": BASE | {"parallel", "checkpoints", "kernels", "models"},
     "batch": BASE,
     "forward": BASE | {"batch", "models", "parallel"},
@@ -80,7 +81,7 @@ def test_import_direction() -> None:
         for line, name in imported(path)
         if name.startswith("remit_megatron.")
         and name != "remit_megatron.__version__"
-        and name.split(".")[1] not in ALLOWED[layer(path)]
+        and not any(within(name, f"remit_megatron.{allowed}") for allowed in ALLOWED[layer(path)])
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -30,7 +30,16 @@ def test_unknown_options_are_refused(capsys):
 
 
 def test_every_command_has_help(capsys):
-    for words in (["doctor"], ["quickstart"], ["import"], ["export"], ["logprobs"], ["train"], ["data", "build"]):
+    for words in (
+        ["doctor"],
+        ["quickstart"],
+        ["import"],
+        ["export"],
+        ["logprobs"],
+        ["train"],
+        ["data", "build"],
+        ["data", "select"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main([*words, "--help"])
         assert stop.value.code == 0

@@ -1,0 +1,189 @@
+"""Training from a score cache: the same numbers as live, on every layout, and what happens when scores are missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from remit_megatron.config import load_config
+from remit_megatron.errors import UserError
+from remit_megatron.reference.cache import ReferenceCache
+from remit_megatron.run_cache import open_run_scores
+from remit_megatron.train import open_datasets, prepare, total_steps
+from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train
+from tests.distributed.test_training import material as material  # a fixture
+
+COMPARED = ("lm_loss", "objective_loss", "grad_norm", "weight_mean", "weight_std", "delta_mean", "delta_std")
+
+
+def cached(material, name: str, cache: Path, *, objective=REMIT, reference=None, **megatron: Any) -> dict[str, Any]:
+    """A run that reads a cache."""
+    config = configuration(material, material["root"] / f"cached_{name}", objective, **megatron)
+    config["reference"] |= {"source": "cache", "cache_dir": str(cache)} | (reference or {})
+    return config
+
+
+def final_weights(run_dir: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the last checkpoint."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    (directory,) = (run_dir / "checkpoints").glob("iter_*")
+    state = _load_state_dict_from_keys(storage_reader=FileSystemReader(str(directory)), checkpoint_id=str(directory))
+    found: dict[str, np.ndarray] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}", inner)
+        elif hasattr(value, "numpy"):
+            found[prefix] = value.numpy()
+
+    walk("", state)
+    return found
+
+
+@pytest.fixture(scope="module")
+def live(pool, material) -> dict[str, Any]:
+    """A live run that fills a cache of float32 and one of 16 bits on its way."""
+    runs: dict[str, Any] = {}
+    for dtype in ("float32", "uint16"):
+        cache = material["root"] / f"cache_{dtype}"
+        config = configuration(material, material["root"] / f"live_{dtype}", REMIT)
+        config["reference"] |= {"write_cache": True, "cache_dir": str(cache), "dtype": dtype}
+        runs[dtype] = {"metrics": train(pool, config, world_size=1), "cache": cache, "run_dir": Path(config["run_dir"])}
+    return runs
+
+
+def agree(expected: list[dict[str, Any]], found: list[dict[str, Any]], *, tolerance: float = 1e-4) -> None:
+    assert len(expected) == len(found) == STEPS
+    for one, other in zip(expected, found, strict=True):
+        for name in COMPARED:
+            assert math.isclose(one[name], other[name], rel_tol=tolerance, abs_tol=1e-5), (
+                f"step {one['iteration']}, {name}: found {other[name]}; expected {one[name]}"
+            )
+
+
+def test_the_same_checkpoint_bit_for_bit(pool, material, live):
+    config = cached(material, "exact", live["float32"]["cache"], reference={"on_missing": "refuse"})
+    metrics = train(pool, config, world_size=1)
+    for one, other in zip(live["float32"]["metrics"], metrics, strict=True):
+        assert {name: one[name] for name in COMPARED} == {name: other[name] for name in COMPARED}
+    expected, found = final_weights(live["float32"]["run_dir"]), final_weights(Path(config["run_dir"]))
+    assert expected.keys() == found.keys() and len(expected) > 10
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2_pp2", "cp2", "pp2_virtual2"])
+def test_every_layout_reads_the_same_scores(pool, material, live, layout):
+    world_size, megatron = LAYOUTS[layout]
+    config = cached(material, layout, live["float32"]["cache"], reference={"on_missing": "refuse"}, **megatron)
+    agree(live["float32"]["metrics"], train(pool, config, world_size=world_size))
+
+
+def test_another_micro_batch_and_sixteen_bits(pool, material, live):
+    config = cached(material, "bits", live["uint16"]["cache"], reference={"on_missing": "refuse"}, micro_batch_size=4)
+    metrics = train(pool, config, world_size=1)
+    for one, other in zip(live["uint16"]["metrics"], metrics, strict=True):
+        assert one["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
+        assert one["delta_mean"] == pytest.approx(other["delta_mean"], abs=2e-4)
+        assert one["weight_std"] == pytest.approx(other["weight_std"], abs=2e-4)
+        assert one["objective_loss"] == pytest.approx(other["objective_loss"], rel=2e-4)
+
+
+def test_another_objective_seedless(pool, material, live):
+    """A second run with another epsilon and one with another objective read the same scores."""
+    for number, objective in enumerate(({"name": "remit", "epsilon": None}, {"name": "rho1", "scope": "global_batch"})):
+        settings = {"on_missing": "refuse"}
+        config = cached(
+            material, f"objective{number}", live["float32"]["cache"], objective=objective, reference=settings
+        )
+        expected = configuration(material, material["root"] / f"live_objective{number}", objective)
+        agree(train(pool, expected, world_size=1), train(pool, config, world_size=1), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_pp2", "pp2_virtual2", "cp2"])
+def test_what_is_missing_is_scored_and_added(pool, material, live, layout):
+    world_size, megatron = LAYOUTS.get(layout, (1, {}))
+    cache = material["root"] / f"cache_partial_{layout}"
+    shutil.copytree(live["float32"]["cache"], cache)
+    whole, partial = ReferenceCache.open(live["float32"]["cache"]), ReferenceCache.open(cache)
+    ((dataset, _),) = whole.datasets().items()
+    (shard,) = (cache / dataset).glob("*.scores")
+    shard.unlink()
+    kept = whole.completeness(dataset).nonzero()[0]
+    from remit_megatron.data.blend import open_blend
+
+    blend = open_blend([(1.0, str(material["corpus"]))], sequence_length=64, num_samples=1, seed=1)
+    for sample in kept[::3].tolist():
+        scores = whole.read_scores(dataset, sample)
+        assert scores is not None
+        partial.write(dataset, sample, blend.datasets[0][sample], scores)
+    partial.close()
+    config = cached(material, f"partial_{layout}", cache, **megatron)
+    agree(live["float32"]["metrics"], train(pool, config, world_size=world_size))
+    completed = ReferenceCache.open(cache).completeness(dataset)
+    assert completed[kept].all(), "what was missing has been added"
+    for sample in kept.tolist():
+        np.testing.assert_allclose(partial.read_scores(dataset, sample), whole.read_scores(dataset, sample), atol=1e-4)
+
+
+def refused(config: dict[str, Any]) -> str:
+    """What the run says before it starts."""
+    run_dir = Path(config["run_dir"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "input.yaml").write_text(json.dumps(config))
+    with pytest.raises(UserError) as failure:
+        prepared = prepare(load_config(run_dir / "input.yaml"), world_size=1)
+        samples = total_steps(prepared.arguments) * prepared.arguments.global_batch_size
+        open_run_scores(prepared, open_datasets(prepared, samples)[0], rank=0, consumed=0)
+    return str(failure.value)
+
+
+def test_other_inputs_are_refused_with_both_values(material, live):
+    cache = live["float32"]["cache"]
+    record = json.loads((cache / "manifest.json").read_text())
+    known = {name: str(value) for name, value in record["identity"].items()}
+    config = cached(material, "refused", cache)
+    config["reference"]["checkpoint"] = str(material["student"])
+    assert known["reference"] in refused(config)
+    line = refused(cached(material, "refused", cache, seq_length=32))
+    assert "sequence_length" in line and "found 64" in line and "expected 32" in line
+    config = cached(material, "refused", cache)
+    config["data"]["packing_seed"] = 5
+    assert "packing_seed" in refused(config)
+    config = cached(material, "refused", cache)
+    config["data"]["document_mask"] = False
+    assert "document_mask" in refused(config)
+
+
+def test_a_changed_text_is_refused(material, live, tmp_path):
+    from remit_megatron.data.build import build_dataset
+    from tests.tiny import write_documents
+
+    documents = write_documents(tmp_path / "documents.jsonl", count=400, seed=4)
+    build_dataset([str(documents)], tokenizer=str(material["tokenizer"]), output=str(tmp_path / "corpus"))
+    for on_missing in ("score", "refuse"):
+        config = cached(material, "changed", live["float32"]["cache"], reference={"on_missing": on_missing})
+        config["data"]["train"] = [[1.0, str(tmp_path / "corpus")]]
+        line = refused(config)
+        assert "data set corpus" in line and "text changed" in line
+
+
+def test_refuse_says_what_is_missing_before_it_starts(material, live):
+    config = cached(
+        material, "too_long", live["float32"]["cache"], reference={"on_missing": "refuse"}, train_iters=STEPS + 2
+    )
+    assert "no scores of 16 samples" in refused(config)
+
+
+def test_kd_has_nothing_to_cache(material, live):
+    line = refused(cached(material, "kd", live["float32"]["cache"], objective={"name": "kd"}))
+    assert "reference.source" in line and "kd" in line
