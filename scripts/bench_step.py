@@ -1,4 +1,4 @@
-"""Time of one training step: Megatron's own GPT loss, our ntp, and remit with a live reference, interleaved.
+"""Time of one training step: Megatron's own GPT loss, our ntp (also with loss.linear), and remit with a live reference.
 
     python scripts/bench_step.py --rounds 15 --record docs/benchmarks
 
@@ -11,10 +11,7 @@ and backward of the student cost three forward passes, the reference a fourth.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from benchmarking import heading, interleave, median_ratio, quantile, record, versions
 
 
 def parse() -> argparse.Namespace:
@@ -152,15 +150,16 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
 
         return losses, loss
 
-    def step(objective: str, live: LiveReference | None) -> TrainingStep:
+    def step(objective: str, live: LiveReference | None, *, linear: bool = False) -> TrainingStep:
         return TrainingStep(
             objective=build_objective(objective),
             vocab_size=args.vocabulary,
             forward=forward,
             scores=None if live is None else lambda: live,
+            linear=linear,
         )
 
-    ntp, remit = step("ntp", None), step("remit", reference)
+    ntp, remit, linear = step("ntp", None), step("remit", reference), step("ntp", None, linear=True)
     schedule = get_forward_backward_func()
 
     def arm(forward_step, run_schedule) -> None:
@@ -179,6 +178,7 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
         "megatron": partial(arm, megatron_forward, schedule),
         "ntp": partial(arm, ntp.forward_step, ntp.wrap_schedule(schedule)),
         "remit": partial(arm, remit.forward_step, remit.wrap_schedule(schedule)),
+        "ntp, loss.linear": partial(arm, linear.forward_step, linear.wrap_schedule(schedule)),
     }
     return arms, sum(p.numel() for p in model[0].parameters())
 
@@ -187,67 +187,38 @@ def measure(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
     """Seconds per step of each arm, one per round, after a warm-up round."""
     import torch
 
-    from remit_megatron.progress import Progress
+    def run(name: str) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        arms[name]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    names = list(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    progress = Progress("bench", total=rounds + 1, unit="rounds")
-    for number in range(rounds + 1):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            arms[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-        progress.update(number + 1)
-    progress.finish()
-    return seconds
+    return interleave(list(arms), rounds, run, label="bench")
 
 
 def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters: int) -> str:
     """A table in Markdown."""
-    import importlib.metadata
-
     import torch
 
-    from remit_megatron.doctor_probes import cpu_model
-
-    def quantile(values: list[float], share: float) -> float:
-        return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
-
-    def ratio(name: str, base: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{cpu_model()}, {torch.get_num_threads()} threads"
-    )
     tokens = args.micro_batch * args.microbatches * args.sequence
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    command = " ".join(["python scripts/bench_step.py", *sys.argv[1:]])
     lines = [
-        f"## {datetime.date.today().isoformat()}: training step, {device}",
-        "",
-        f"`{command}`",
-        "",
+        heading("training step"),
         f"Llama with {parameters / 1e6:.1f}M parameters, vocabulary {args.vocabulary}, {tokens} tokens a step in "
         f"{args.microbatches} microbatches of {args.micro_batch} x {args.sequence}, {precision}, one process; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"megatron-core {importlib.metadata.version('megatron-core')}. "
-        f"Arms interleaved, {args.rounds} rounds after one warm-up round.",
+        f"{versions('megatron-core')}. Arms interleaved, {args.rounds} rounds after one warm-up round.",
         "",
         "| arm | median s | p20 | p80 | ratio (median over rounds) |",
         "|---|---|---|---|---|",
     ]
     ratios = {
         "megatron": "1",
-        "ntp": f"{ratio('ntp', 'megatron'):.3f} x Megatron's own step",
-        "remit": f"{ratio('remit', 'ntp'):.3f} x ntp",
+        "ntp": f"{median_ratio(seconds['ntp'], seconds['megatron']):.3f} x Megatron's own step",
+        "remit": f"{median_ratio(seconds['remit'], seconds['ntp']):.3f} x ntp",
+        "ntp, loss.linear": f"{median_ratio(seconds['ntp, loss.linear'], seconds['ntp']):.3f} x ntp",
     }
     for name, values in seconds.items():
         figures = (statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))
@@ -264,14 +235,8 @@ def main() -> int:
     text = report(args, seconds, parameters)
     sys.stdout.write(text)
     if args.record is not None:
-        args.record.mkdir(parents=True, exist_ok=True)
-        path = args.record / "step.md"
-        old = path.read_text() if path.exists() else "# Training step\n"
-        path.write_text(old.rstrip("\n") + "\n\n" + text)
-        raw = args.record / f"step-{datetime.date.today().isoformat()}-{'gpu' if 'NVIDIA' in text else 'cpu'}.json"
-        raw.write_text(
-            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}, indent=1) + "\n"
-        )
+        raw = {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}
+        record(args.record, "step", title="Training step", text=text, raw=raw)
     return 0
 
 

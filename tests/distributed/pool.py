@@ -130,7 +130,7 @@ def _clean_up() -> None:
         from megatron.core.tensor_parallel import random as megatron_random
         from megatron.training import training
 
-        from patches import checkpoint_commit, evaluation_log, schedule, training_log
+        from patches import checkpoint_commit, evaluation_log, optimizer_overrides, schedule, training_log
 
         training.destroy_global_state()
         for name in training._STARTUP_TIMESTAMPS:
@@ -139,6 +139,6 @@ def _clean_up() -> None:
         megatron_random._CUDA_RNG_STATE_TRACKER = None
         megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
         schedule.wrapper = training_log.hook = evaluation_log.hook = None
-        checkpoint_commit.before = checkpoint_commit.after = None
+        checkpoint_commit.before = checkpoint_commit.after = optimizer_overrides.hook = None
     if dist.is_initialized():
         dist.destroy_process_group()
