@@ -23,16 +23,22 @@ Norms on the branch output keep as much: the input of the norm and the input of 
 attention replaces the three rows of attention by the latents, their norms' output, and n heads of queries twice, keys
 once, and the keys and values that the latents are expanded to.
 
-Recomputation (``recompute_granularity``): ``full`` keeps the input of every unit of layers, t h e / P, and needs one
-unit's activations at a time while going back; ``selective`` drops what its modules name: ``mlp`` the last row,
-``layernorm`` the third, ``core_attn`` the scores' sums (with fused attention that is all there is to drop).
+Without Transformer Engine a document mask is an e-byte element for every pair of a query and a key, in every layer;
+context parallelism gathers keys and values of the whole sequence, and without a document mask keeps the context twice
+and a mask of its two causal pieces; and where there is a mask, a GPU's keys and values are copied to n heads.
+
+Recomputation (``recompute_granularity``): ``full`` keeps the input of every unit of layers, t h e / P, and the angles
+of the rotary embedding; ``selective`` drops what its modules name: ``mlp`` the last row, ``layernorm`` the norms'
+output, ``core_attn`` the scores' sums (with fused attention that is all there is to drop). While going back, what was
+dropped of one unit, or of one layer, exists again; on the last stage the logits are gone by then.
 
 Pipeline stage i of p holds min(m, p - i) microbatches at once; with v virtual stages,
 min(m v, 2 (p - 1 - i) + (v - 1) p + 1) microbatches of one chunk each (the warm-up of Megatron's schedules, plus the
 one that is being worked on).
 
-The last stage holds the logits of one microbatch, t V e / T; the loss overwrites them with their gradient and keeps four
-numbers a token.
+The last stage holds the logits of one microbatch, t V e / T; the loss overwrites them with their gradient and keeps
+four numbers a token. With ``loss.linear`` it holds in their place the gradients of the hidden states, t h e, and of the
+output weight, 4 V h / T.
 
 On a CPU torch composes RMSNorm of float32 operations and SwiGLU of single ones, which keep more; ``fused=False``.
 """
@@ -46,8 +52,12 @@ from remit_megatron.cluster.inventory import Inventory
 from remit_megatron.cluster.state import chunk_layers
 
 _FLOAT = 4
-# Of the loss, beside the logits: label (int64), whether it counts, loss, maximum and sum (float32).
-_LOSS_BYTES_PER_TOKEN = 8 + 1 + 3 * _FLOAT
+# Of the loss, beside the logits: label (int64), whether it counts, loss, maximum and sum (float32); of the objective,
+# whether the token counts and its weight.
+_LOSS_BYTES_PER_TOKEN = 8 + 1 + 3 * _FLOAT + 1 + _FLOAT
+# What remit_megatron.kernels.linear_token_loss holds at once on a GPU, of the logits and of a product.
+_LINEAR_CHUNK = 256 << 20
+_LINEAR_PRODUCT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -74,23 +84,27 @@ class ActivationBytes:
         microbatch: kept of one microbatch by all layers of the stage.
         in_flight: how many microbatches of the whole stage are held; a fraction with virtual stages.
         layers: kept by the layers, of all microbatches in flight.
+        recomputed: what comes back of one unit of layers while it is recomputed.
         logits: logits of one microbatch and what the loss keeps; the last stage's.
-        ends: embedding, last norm and the head's input.
+        ends: last norm and the head's input; the last stage's.
+        inputs: token ids; the first stage's.
         working: an estimate of what exists for moments: gradients of one layer, gathered inputs, a gradient of the
-            largest weight before it is added, a recomputed unit.
+            largest weight before it is added.
     """
 
     microbatch: float
     in_flight: float
     layers: float
+    recomputed: float
     logits: float
     ends: float
+    inputs: float
     working: float
 
     @property
     def kept(self) -> float:
         """Saved for backward: what a measurement of saved tensors finds."""
-        return self.layers + self.logits + self.ends
+        return self.layers + self.inputs + max(self.logits + self.ends, self.recomputed)
 
     @property
     def total(self) -> float:
@@ -102,11 +116,12 @@ def tokens_of_microbatch(args: argparse.Namespace) -> int:
     return args.micro_batch_size * args.seq_length // args.context_parallel_size
 
 
-def layer_bytes(args: argparse.Namespace, *, fused: bool = True) -> LayerBytes:
+def layer_bytes(args: argparse.Namespace, *, document_mask: bool = False, fused: bool = True) -> LayerBytes:
     """The table above for one layer.
 
     Args:
         args: a validated Megatron namespace, or a copy of one with other parallel sizes.
+        document_mask: attention stops at document boundaries.
         fused: norms and activation functions are single kernels, as on a GPU; False for a CPU's.
     """
     t, e, tensor = tokens_of_microbatch(args), args.params_dtype.itemsize, args.tensor_model_parallel_size
@@ -120,7 +135,12 @@ def layer_bytes(args: argparse.Namespace, *, fused: bool = True) -> LayerBytes:
         norm += copy + _FLOAT * t * args.hidden_size / part
         norm -= 0.0 if e == _FLOAT else residual  # the 16-bit input itself is not kept
         gate = 2 * t * args.ffn_hidden_size * e / tensor if args.swiglu and not args.bias_swiglu_fusion else 0.0
-    attention = (_latent_attention(args, t) if args.multi_latent_attention else _attention(args, t)) * e
+    masked = document_mask and args.transformer_impl == "local"
+    gathered = args.context_parallel_size > 1 and args.transformer_impl == "local"
+    attention = _latent_attention(args, t) if args.multi_latent_attention else _attention(args, t, gathered, masked)
+    attention = attention * e + _masks(args, e, masked, gathered)
+    if fused and (masked or gathered):
+        attention += _expanded(args) * e
     return LayerBytes(
         boundary=residual,
         norms=2 * norm,
@@ -131,23 +151,50 @@ def layer_bytes(args: argparse.Namespace, *, fused: bool = True) -> LayerBytes:
     )
 
 
-def _attention(args: argparse.Namespace, t: int) -> float:
+def _widths(args: argparse.Namespace) -> tuple[int, int, int, int]:
+    """(query heads, key/value heads, size of a query and key head, size of a value head)."""
+    heads = args.num_attention_heads
+    if args.multi_latent_attention:
+        return heads, heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+    return heads, args.num_query_groups if args.group_query_attention else heads, args.kv_channels, args.kv_channels
+
+
+def _attention(args: argparse.Namespace, t: int, gathered: bool, masked: bool) -> float:
     """Elements, without the scores' sums."""
-    heads, size = args.num_attention_heads, args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else heads
-    tables = 4 * args.seq_length / args.context_parallel_size * size
-    per_token = (heads + 2 * groups) * size + (heads + groups) * size + heads * size
+    heads, groups, size, _ = _widths(args)
+    tables = 4 * args.seq_length / args.context_parallel_size * _rotary_size(args)
+    if gathered:
+        contexts = 1 if masked else 2
+        per_token = heads * size + 2 * groups * size * args.context_parallel_size + contexts * heads * size
+    else:
+        per_token = (heads + 2 * groups) * size + (heads + groups) * size + heads * size
     return t * per_token / args.tensor_model_parallel_size + tables
 
 
 def _latent_attention(args: argparse.Namespace, t: int) -> float:
     """Elements, without the scores' sums."""
-    heads, rotary = args.num_attention_heads, args.qk_pos_emb_head_dim
-    key, value = args.qk_head_dim + rotary, args.v_head_dim
+    heads, _, key, value = _widths(args)
+    rotary = _rotary_size(args)
     latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + rotary
     expanded = heads * (2 * key + key + args.qk_head_dim + value + value)
     tables = 4 * args.seq_length / args.context_parallel_size * rotary
     return t * (latents + expanded / args.tensor_model_parallel_size) + tables
+
+
+def _masks(args: argparse.Namespace, e: int, masked: bool, gathered: bool) -> float:
+    """Bytes of a layer's masks."""
+    length, context = args.seq_length, args.context_parallel_size
+    if masked:
+        return args.micro_batch_size * length * length / context * e
+    # Of 2 c pieces a rank has two, of s / (2 c) queries each, that together see (2 c + 1) pieces of keys.
+    return length * length * (2 * context + 1) / (4 * context**2) * e if gathered else 0.0
+
+
+def _expanded(args: argparse.Namespace) -> float:
+    """Elements of keys and values of the whole sequence, copied to all query heads."""
+    heads, groups, key, value = _widths(args)
+    tokens = args.micro_batch_size * args.seq_length
+    return tokens * heads * (key + value) / args.tensor_model_parallel_size if groups < heads else 0.0
 
 
 def microbatches_in_flight(args: argparse.Namespace, stage: int, microbatches: int) -> float:
@@ -160,7 +207,14 @@ def microbatches_in_flight(args: argparse.Namespace, stage: int, microbatches: i
 
 
 def activation_bytes(
-    inventory: Inventory, args: argparse.Namespace, *, stage: int, microbatches: int, fused: bool = True
+    inventory: Inventory,
+    args: argparse.Namespace,
+    *,
+    stage: int,
+    microbatches: int,
+    document_mask: bool = False,
+    linear_loss: bool = False,
+    fused: bool = True,
 ) -> ActivationBytes:
     """Bytes of activations on a rank of a pipeline stage.
 
@@ -169,41 +223,50 @@ def activation_bytes(
         args: a validated Megatron namespace, or a copy of one with other parallel sizes.
         stage: pipeline stage.
         microbatches: of one step, on each data-parallel rank.
-        fused: see :func:`layer_bytes`.
+        document_mask, fused: see :func:`layer_bytes`.
+        linear_loss: output layer and loss are computed together.
     """
-    layer, layers = layer_bytes(args, fused=fused), sum(chunk_layers(args, stage))
-    kept, unit = _kept(args, layer, layers)
+    layer, layers = layer_bytes(args, document_mask=document_mask, fused=fused), sum(chunk_layers(args, stage))
+    kept, again = _kept(args, layer, layers)
     in_flight = microbatches_in_flight(args, stage, microbatches)
     last = stage == args.pipeline_model_parallel_size - 1
     t, e, tensor = tokens_of_microbatch(args), args.params_dtype.itemsize, args.tensor_model_parallel_size
+    table = inventory.head_elements // args.hidden_size
+    working = _working(inventory, args, t, e, tensor, table=last or stage == 0)
     logits = ends = 0.0
-    if last:
-        table = inventory.head_elements // args.hidden_size
+    if last and linear_loss:
+        logits = t * (args.hidden_size * e + _LOSS_BYTES_PER_TOKEN) + _FLOAT * inventory.head_elements
+        ends = layer.norms / 2
+        chunk = args.seq_length / args.context_parallel_size * table * e
+        working = max(working, max(chunk, _LINEAR_CHUNK) + _LINEAR_PRODUCT)
+    elif last:
         logits = t * (table * e + _LOSS_BYTES_PER_TOKEN)
-        ends += layer.norms / 2 + layer.boundary
-    if stage == 0:
-        ends += 8 * t * in_flight  # token ids
+        ends = layer.norms / 2 + layer.boundary
     return ActivationBytes(
         microbatch=kept,
         in_flight=in_flight,
         layers=kept * in_flight,
+        recomputed=again,
         logits=logits,
         ends=ends,
-        working=unit + _working(inventory, args, t, e, tensor, last=last or stage == 0),
+        inputs=8 * t * in_flight if stage == 0 else 0.0,
+        working=working,
     )
 
 
 def _kept(args: argparse.Namespace, layer: LayerBytes, layers: int) -> tuple[float, float]:
-    """(bytes that the layers of a stage keep of one microbatch, bytes of a unit while it is recomputed)."""
+    """(bytes that the layers of a stage keep of one microbatch, bytes that come back while a unit is recomputed)."""
     if args.recompute_granularity == "full":
-        unit = args.recompute_num_layers
-        boundary = layer.boundary
+        unit, boundary = min(args.recompute_num_layers, layers), layer.boundary
         if args.distribute_saved_activations and not args.sequence_parallel:
             boundary /= args.tensor_model_parallel_size
+        angles = _FLOAT * args.seq_length / args.context_parallel_size * _rotary_size(args)
         if args.recompute_method == "uniform":
-            return -(-layers // unit) * boundary, min(unit, layers) * layer.total
-        recomputed = min(unit, layers)
-        return recomputed * boundary + (layers - recomputed) * layer.total, layer.total
+            # A unit's own input is among what it keeps.
+            return -(-layers // unit) * boundary + angles, unit * layer.total - boundary
+        # The first layers are recomputed, one at a time; those behind them have gone back, and are freed, by then.
+        rest = (layers - unit) * layer.total
+        return unit * boundary + rest + angles, max(0.0, layer.total - boundary - rest)
     kept = layer.total
     if args.recompute_granularity == "selective":
         modules = args.recompute_modules
@@ -213,10 +276,14 @@ def _kept(args: argparse.Namespace, layer: LayerBytes, layers: int) -> tuple[flo
     return kept * layers, layer.total - kept
 
 
-def _working(inventory: Inventory, args: argparse.Namespace, t: int, e: int, tensor: int, *, last: bool) -> float:
+def _rotary_size(args: argparse.Namespace) -> int:
+    return args.qk_pos_emb_head_dim if args.multi_latent_attention else args.kv_channels
+
+
+def _working(inventory: Inventory, args: argparse.Namespace, t: int, e: int, tensor: int, *, table: bool) -> float:
     """Going back through fc2 and fc1: gradients of the two, of the stream and of its gathered copy; a weight's."""
     layer = t * e * (3 * args.ffn_hidden_size / tensor + 3 * args.hidden_size)
     weight = 0
     if not args.gradient_accumulation_fusion:
-        weight = inventory.head_elements if last else args.ffn_hidden_size // tensor * 2 * args.hidden_size
+        weight = inventory.head_elements if table else args.ffn_hidden_size // tensor * 2 * args.hidden_size
     return layer + weight * e

@@ -74,7 +74,7 @@ def take_inventory(hf_config: dict[str, Any], args: argparse.Namespace, *, tenso
         ValueError: layers of different shapes, for which there is no arithmetic here.
     """
     own = argparse.Namespace(**vars(args))
-    own.tensor_model_parallel_size = tensor_parallel
+    own.tensor_model_parallel_size = own.tensor_parallel_num_weight_shards = tensor_parallel
     own.pipeline_model_parallel_size = own.context_parallel_size = own.num_distributed_optimizer_instances = 1
     own.virtual_pipeline_model_parallel_size = own.pipeline_model_parallel_layout = None
     own.decoder_first_pipeline_num_layers = own.decoder_last_pipeline_num_layers = None

@@ -82,6 +82,8 @@ class Planner:
         machine: GPUs, and how much of their peak is reached.
         reference: the frozen model; None without one.
         student_passes: further forward passes of the student in each step.
+        document_mask: attention stops at document boundaries.
+        linear_loss: output layer and loss are computed together.
         fused: kernels of a GPU; False for those of a CPU (see :mod:`remit_megatron.cluster.activations`).
 
     Raises:
@@ -96,11 +98,14 @@ class Planner:
         machine: Machine,
         reference: ReferencePlan | None = None,
         student_passes: int = 0,
+        document_mask: bool = False,
+        linear_loss: bool = False,
         fused: bool = True,
     ):
         check_known(args)
         self.args, self.machine, self.reference = args, machine, reference
-        self._student, self._passes, self._fused = student, student_passes, fused
+        self._student, self._passes = student, student_passes
+        self._kernels = {"document_mask": document_mask, "linear_loss": linear_loss, "fused": fused}
         self._inventories: dict[tuple[str, int], Inventory] = {}
         if reference is not None:
             check_layout(self._reference_values, args)
@@ -146,7 +151,7 @@ class Planner:
             layers=sum(chunk_layers(args, stage)),
             state=state_bytes(inventory, args, Place(stage=stage, shard=shard)),
             activations=activation_bytes(
-                inventory, args, stage=stage, microbatches=self.microbatches(args), fused=self._fused
+                inventory, args, stage=stage, microbatches=self.microbatches(args), **self._kernels
             ),
             reference=self._reference_bytes(args, stage),
             placement="none" if self.reference is None else self.reference.placement,

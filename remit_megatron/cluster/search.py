@@ -2,14 +2,14 @@
 
 Every even layout is tried: tensor parallelism within a node, pipeline stages with and without virtual ones, context
 parallelism, micro-batch sizes, and three kinds of recomputation. Sequence parallelism goes with tensor parallelism.
-Among layouts of (nearly) one time, the one with more tokens in a microbatch up to 8,192 comes first, because products of
-small matrices run slower and the model of time does not know it; then the one with less memory.
+Among layouts of (nearly) one time, the one with more tokens in a microbatch up to 8,192 comes first, because products
+of small matrices run slower and the model of time does not know it; then the one with less memory.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +19,23 @@ from remit_megatron.cluster.planner import Planner
 from remit_megatron.cluster.timing import StudentTime
 from remit_megatron.errors import UserError
 
+# What a step's time goes to, by the names of StudentTime.
+CAUSES = {
+    "compute": "products of matrices",
+    "imbalance": "uneven stages",
+    "recompute": "recomputation",
+    "bubble": "pipeline bubble",
+    "tensor": "tensor-parallel communication",
+    "context": "context-parallel communication",
+    "pipeline": "hand-over between stages",
+    "data": "gradients and weights between data-parallel ranks",
+}
+
 _RECOMPUTE = ("none", "mlp", "full")
 _ENOUGH_TOKENS = 8192
 _MAX_CONTEXT = 16
 _SAME_TIME = 0.01
+_CHECKED = 6
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,11 @@ class Layout:
         recompute = {"none": "no recomputation", "mlp": "mlp recomputed", "full": "all recomputed"}
         axes = f"tensor {self.tensor} x pipeline {self.pipeline}{virtual}{context} x data {self.data}"
         return f"{axes}, micro-batch {self.micro_batch}, {recompute.get(self.recompute, 'own recomputation')}"
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """Tensor, pipeline and context parallel sizes."""
+        return self.tensor, self.pipeline, self.context
 
     def overrides(self) -> dict[str, Any]:
         """Keys under ``megatron`` that ask for this layout."""
@@ -127,20 +145,19 @@ def own_layout(args: argparse.Namespace) -> Layout:
     )
 
 
-def layouts(args: argparse.Namespace, *, gpus_per_node: int, context: bool = True) -> Iterator[Layout]:
+def layouts(args: argparse.Namespace, *, gpus_per_node: int) -> Iterator[Layout]:
     """Even layouts of ``args.world_size`` GPUs for the model, sequence length and global batch of ``args``.
 
     Args:
         args: a validated namespace; its own layout plays no part.
         gpus_per_node: tensor parallelism stays within that many.
-        context: whether context parallelism may be used.
     """
     world, batch, length = args.world_size, args.global_batch_size, args.seq_length
     for tensor in _divisors(gpus_per_node):
         if world % tensor or not _divides_model(args, tensor):
             continue
         for pipeline in _divisors(args.num_layers):
-            for part in (1, 2, 4, 8, _MAX_CONTEXT) if context else (1,):
+            for part in (1, 2, 4, 8, _MAX_CONTEXT):
                 model = tensor * pipeline * part
                 sliced = tensor * part if tensor > 1 else part
                 if world % model or (part > 1 and length % (2 * part)) or length % sliced:
@@ -183,29 +200,49 @@ def candidate(planner: Planner, layout: Layout, args: argparse.Namespace | None 
     """
     own = layout.arguments(planner.args) if args is None else args
     peak, time = planner.peak(own), planner.time(own)
-    return Candidate(
-        layout, tokens_of_microbatch(own), peak.total, peak.stage, planner.seconds(time), time.student
-    )
+    return Candidate(layout, tokens_of_microbatch(own), peak.total, peak.stage, planner.seconds(time), time.student)
 
 
-def search(planner: Planner, *, gpus_per_node: int, limit: float, context: bool = True) -> Search:
+def search(
+    planner: Planner,
+    *,
+    limit: float,
+    allowed: Callable[[Layout], bool] = lambda layout: True,
+    accepted: Callable[[Layout], bool] = lambda layout: True,
+) -> Search:
     """Tries all layouts.
 
     Args:
         planner: of the run.
-        gpus_per_node: tensor parallelism stays within that many.
         limit: bytes that a rank may use.
-        context: whether context parallelism may be used.
+        allowed: quick check of a layout, before its memory and time.
+        accepted: thorough check; asked of the best until ``_CHECKED`` different combinations of axes have passed.
     """
     fitting, too_large = [], []
-    for layout in layouts(planner.args, gpus_per_node=gpus_per_node, context=context):
+    for layout in layouts(planner.args, gpus_per_node=planner.machine.per_node):
+        if not allowed(layout):
+            continue
         try:
             found = candidate(planner, layout)
         except UserError:  # shards that the family's layers cannot be cut into
             continue
         (fitting if found.memory <= limit else too_large).append(found)
     too_large.sort(key=lambda found: found.seconds)
-    return Search(rank(fitting), too_large, limit)
+    return Search(_checked(rank(fitting), accepted), too_large, limit)
+
+
+def _checked(ranked: list[Candidate], accepted: Callable[[Layout], bool]) -> list[Candidate]:
+    """``ranked`` without those of its first ones that are not accepted."""
+    kept: list[Candidate] = []
+    axes: set[tuple[int, int, int]] = set()
+    for item in ranked:
+        key = item.layout.axes
+        if key in axes or len(axes) >= _CHECKED:
+            kept.append(item)
+        elif accepted(item.layout):
+            kept.append(item)
+            axes.add(key)
+    return kept
 
 
 def rank(found: list[Candidate]) -> list[Candidate]:
@@ -223,19 +260,11 @@ def rank(found: list[Candidate]) -> list[Candidate]:
 
 def reason(item: Candidate, best: Candidate) -> str:
     """One line on why a layout stands behind the best one."""
-    names = {
-        "recompute": "recomputation",
-        "bubble": "pipeline bubble",
-        "tensor": "tensor-parallel communication",
-        "context": "context-parallel communication",
-        "pipeline": "hand-over between stages",
-        "data": "gradients and weights between data-parallel ranks",
-    }
     mine, others = item.shares(), best.shares()
     worst = max(mine, key=lambda name: mine[name] - others[name])
     if item.seconds <= best.seconds * (1 + _SAME_TIME):
         return f"as fast; {item.memory / GIB:.1f} GiB"
     text = f"{item.seconds / best.seconds:.2f} x the time"
     if mine[worst] > others[worst]:
-        text += f": {names[worst]} {mine[worst]:.0%} of the step (best {others[worst]:.0%})"
+        text += f": {CAUSES[worst]} {mine[worst]:.0%} of the step (best {others[worst]:.0%})"
     return f"{text}; {item.memory / GIB:.1f} GiB"

@@ -48,6 +48,7 @@ class ForwardTime:
     """Seconds of one microbatch's forward pass through the slowest stage."""
 
     compute: float
+    mean: float  # of compute over the stages
     tensor: float
     context: float
     mlp: float  # of compute: products of the feed-forward part
@@ -60,9 +61,11 @@ class ForwardTime:
 
 @dataclass(frozen=True)
 class StudentTime:
-    """Seconds of a step with scores from a cache, by cause."""
+    """Seconds of a step with scores from a cache, by cause; ``compute`` is the mean over the stages, ``imbalance``
+    what the slowest one takes longer."""
 
     compute: float
+    imbalance: float
     recompute: float
     bubble: float
     tensor: float
@@ -117,6 +120,7 @@ def forward_time(inventory: Inventory, args: argparse.Namespace, machine: Machin
     compute = (layers * flops + (head if with_head else 0.0)) / machine.flops
     return ForwardTime(
         compute=compute,
+        mean=(sum(counts) * flops + head) / len(counts) / machine.flops,
         tensor=layers * _tensor_seconds(args, machine),
         context=layers * _context_seconds(args, machine),
         mlp=layers * mlp / machine.flops,
@@ -205,7 +209,8 @@ def step_time(
     handover = (2 + student_passes) * virtual * _handover_seconds(args, machine)
     microbatch = passes * forward.compute + repeated + tensor + context + handover
     times = StudentTime(
-        compute=microbatches * passes * forward.compute,
+        compute=microbatches * passes * forward.mean,
+        imbalance=microbatches * passes * (forward.compute - forward.mean),
         recompute=microbatches * repeated,
         bubble=(stages - 1) / virtual * microbatch,
         tensor=microbatches * tensor,
