@@ -19,7 +19,9 @@ One layer keeps
     context, and the scores' logarithmic sums  t n dv e / T + 4 t n / T
     output of fc1, input of fc2                3 t f e / T
 
-Norms on the branch output keep as much: the input of the norm and the input of the projection, each once. Multi-latent
+Layers without rotary embeddings (``no_rope_freq``) have no rotated queries and keys, only a copy of the queries where a
+rank has several groups of them. A norm of queries and keys keeps its inputs, t (n + g) d e / T, and 8 t. Norms on the
+branch output keep as much as those before it: the input of the norm and the input of the projection. Multi-latent
 attention replaces the three rows of attention by the latents, their norms' output, and n heads of queries twice, keys
 once, and the keys and values that the latents are expanded to.
 
@@ -87,7 +89,7 @@ class ActivationBytes:
         recomputed: what comes back of one unit of layers while it is recomputed.
         logits: logits of one microbatch and what the loss keeps; the last stage's.
         ends: last norm and the head's input; the last stage's.
-        inputs: token ids; the first stage's.
+        inputs: token ids, the first stage's, and with full recomputation the angles of the rotary embedding.
         working: an estimate of what exists for moments: gradients of one layer, gathered inputs, a gradient of the
             largest weight before it is added.
     """
@@ -116,11 +118,14 @@ def tokens_of_microbatch(args: argparse.Namespace) -> int:
     return args.micro_batch_size * args.seq_length // args.context_parallel_size
 
 
-def layer_bytes(args: argparse.Namespace, *, document_mask: bool = False, fused: bool = True) -> LayerBytes:
-    """The table above for one layer.
+def layer_bytes(
+    args: argparse.Namespace, *, query_key_norm: bool = False, document_mask: bool = False, fused: bool = True
+) -> LayerBytes:
+    """The table above for one layer, the mean of those with and without rotary embeddings.
 
     Args:
         args: a validated Megatron namespace, or a copy of one with other parallel sizes.
+        query_key_norm: queries and keys are normalized.
         document_mask: attention stops at document boundaries.
         fused: norms and activation functions are single kernels, as on a GPU; False for a CPU's.
     """
@@ -139,6 +144,9 @@ def layer_bytes(args: argparse.Namespace, *, document_mask: bool = False, fused:
     gathered = args.context_parallel_size > 1 and args.transformer_impl == "local"
     attention = _latent_attention(args, t) if args.multi_latent_attention else _attention(args, t, gathered, masked)
     attention = attention * e + _masks(args, e, masked, gathered)
+    if query_key_norm and not args.multi_latent_attention:
+        heads, groups, size, _ = _widths(args)
+        attention += t * (heads + groups) * size * e / tensor + 2 * _FLOAT * t
     if fused and (masked or gathered):
         attention += _expanded(args) * e
     return LayerBytes(
@@ -167,8 +175,23 @@ def _attention(args: argparse.Namespace, t: int, gathered: bool, masked: bool) -
         contexts = 1 if masked else 2
         per_token = heads * size + 2 * groups * size * args.context_parallel_size + contexts * heads * size
     else:
-        per_token = (heads + 2 * groups) * size + (heads + groups) * size + heads * size
+        per_token = (heads + 2 * groups) * size + heads * size
+        rotated = (heads + groups) * size
+        # Queries of several groups are copied to be seen as one axis; rotation makes that copy in any case.
+        copied = heads * size if args.tensor_model_parallel_size < groups < heads else 0
+        share = _share_without_rope(args)
+        per_token += (1 - share) * rotated + share * copied
+        tables *= 1 - share
     return t * per_token / args.tensor_model_parallel_size + tables
+
+
+def _share_without_rope(args: argparse.Namespace) -> float:
+    """Share of the layers that leave queries and keys as they are."""
+    skipped = args.no_rope_freq
+    if not skipped:
+        return 0.0
+    count = args.num_layers // skipped if isinstance(skipped, int) else sum(skipped)
+    return count / args.num_layers
 
 
 def _latent_attention(args: argparse.Namespace, t: int) -> float:
@@ -226,8 +249,11 @@ def activation_bytes(
         document_mask, fused: see :func:`layer_bytes`.
         linear_loss: output layer and loss are computed together.
     """
-    layer, layers = layer_bytes(args, document_mask=document_mask, fused=fused), sum(chunk_layers(args, stage))
+    normed = any(name.rsplit(".", 2)[-2] in ("q_norm", "q_layernorm") for name in inventory.layer)
+    layer = layer_bytes(args, query_key_norm=normed, document_mask=document_mask, fused=fused)
+    layers = sum(chunk_layers(args, stage))
     kept, again = _kept(args, layer, layers)
+    angles = _angles(args) if args.recompute_granularity == "full" else 0.0
     in_flight = microbatches_in_flight(args, stage, microbatches)
     last = stage == args.pipeline_model_parallel_size - 1
     t, e, tensor = tokens_of_microbatch(args), args.params_dtype.itemsize, args.tensor_model_parallel_size
@@ -249,7 +275,7 @@ def activation_bytes(
         recomputed=again,
         logits=logits,
         ends=ends,
-        inputs=8 * t * in_flight if stage == 0 else 0.0,
+        inputs=angles + (8 * t * in_flight if stage == 0 else 0.0),
         working=working,
     )
 
@@ -260,13 +286,12 @@ def _kept(args: argparse.Namespace, layer: LayerBytes, layers: int) -> tuple[flo
         unit, boundary = min(args.recompute_num_layers, layers), layer.boundary
         if args.distribute_saved_activations and not args.sequence_parallel:
             boundary /= args.tensor_model_parallel_size
-        angles = _FLOAT * args.seq_length / args.context_parallel_size * _rotary_size(args)
         if args.recompute_method == "uniform":
             # A unit's own input is among what it keeps.
-            return -(-layers // unit) * boundary + angles, unit * layer.total - boundary
+            return -(-layers // unit) * boundary, unit * layer.total - boundary
         # The first layers are recomputed, one at a time; those behind them have gone back, and are freed, by then.
         rest = (layers - unit) * layer.total
-        return unit * boundary + rest + angles, max(0.0, layer.total - boundary - rest)
+        return unit * boundary + rest, max(0.0, layer.total - boundary - rest)
     kept = layer.total
     if args.recompute_granularity == "selective":
         modules = args.recompute_modules
@@ -274,6 +299,11 @@ def _kept(args: argparse.Namespace, layer: LayerBytes, layers: int) -> tuple[flo
         kept -= layer.norm_outputs if "layernorm" in modules else 0.0
         kept -= layer.sums if "core_attn" in modules else 0.0
     return kept * layers, layer.total - kept
+
+
+def _angles(args: argparse.Namespace) -> float:
+    """Bytes of the rotary embedding's angles, float32, one for all layers and microbatches."""
+    return _FLOAT * args.seq_length / args.context_parallel_size * _rotary_size(args)
 
 
 def _rotary_size(args: argparse.Namespace) -> int:

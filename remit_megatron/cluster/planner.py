@@ -111,14 +111,18 @@ class Planner:
             check_layout(self._reference_values, args)
 
     @cached_property
+    def _same(self) -> bool:
+        """Whether the reference is of the student's architecture."""
+        return self.reference is not None and self.reference.hf_config == self._student
+
+    @cached_property
     def _reference_values(self) -> dict[str, Any]:
         assert self.reference is not None
         return {"multi_latent_attention": False} | megatron_arguments(self.reference.hf_config)
 
     def inventory(self, tensor_parallel: int, *, of: Literal["student", "reference"] = "student") -> Inventory:
         """Parameters of one tensor-parallel rank; built once per size."""
-        same = of == "reference" and self.reference is not None and self.reference.hf_config == self._student
-        key = ("student" if same else of, tensor_parallel)
+        key = ("student" if self._same else of, tensor_parallel)
         if key not in self._inventories:
             config = self._student if key[0] == "student" or self.reference is None else self.reference.hf_config
             self._inventories[key] = take_inventory(config, self.args, tensor_parallel=tensor_parallel)
@@ -126,6 +130,8 @@ class Planner:
 
     def reference_arguments(self, args: argparse.Namespace) -> argparse.Namespace:
         """``args`` with the reference's architecture."""
+        if self._same:
+            return args
         values = self._reference_values
         own = argparse.Namespace(**{**vars(args), **values})
         own.padded_vocab_size = padded_vocab_size(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.transformer.module import MegatronModule
 from megatron.training.models.gpt import GPTModelBuilder
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
@@ -92,9 +93,11 @@ def simulate_rank(
                 groups, ddp_config=get_megatron_ddp_config(args), wrap_with_ddp=True
             )
         with CudaTypeNames():
-            settings, overrides = get_megatron_optimizer_config(args)
+            # Annotated as the configuration alone; it also says which parameters have settings of their own.
+            both: Any = get_megatron_optimizer_config(args)
+            settings, overrides = both
             optimizer = get_megatron_optimizer(
-                settings, chunks, config_overrides=overrides, use_gloo_process_groups=False
+                settings, list[MegatronModule](chunks), config_overrides=overrides, use_gloo_process_groups=False
             )
             parts = getattr(optimizer, "chained_optimizers", [optimizer])
             built = _count(args, chunks, parts)
