@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from remit_megatron.data.yaml_file import read_yaml
 from remit_megatron.errors import UserError
 from remit_megatron.files import write_atomic
 
@@ -50,16 +49,8 @@ def read_blend_file(path: str | os.PathLike, *, field: str = "data.train") -> li
         UserError: no such file, or anything in it but a list of [weight, prefix] under ``blend``.
     """
     path = Path(path)
-    expected = "`blend:` with a list of [weight, prefix], weights above 0"
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
-        raise UserError(field, f"{path} ({reason})", "a blend file, as `remit data mix` writes it") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(place, str(getattr(error, "problem", None) or "no YAML"), expected) from None
+    expected = "a blend file: `blend:` with a list of [weight, prefix], weights above 0"
+    content = read_yaml(path, field=field, expected=expected)
     entries = content.get("blend") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"blend"}:
         found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
@@ -75,7 +66,7 @@ def read_blend_file(path: str | os.PathLike, *, field: str = "data.train") -> li
 
 
 def expand_entry(weight: float | None, prefix: str, *, alone: bool, field: str) -> list[tuple[float | None, str]]:
-    """The (weight, prefix) pairs that an entry of a blend stands for: the entry itself, or what is in the file it names.
+    """The (weight, prefix) pairs that an entry of a blend stands for: the entry, or what is in the file it names.
 
     Args:
         weight: of the whole file; None only where it is the whole blend.
@@ -93,8 +84,8 @@ def expand_entry(weight: float | None, prefix: str, *, alone: bool, field: str) 
 
 
 def expand_existing(blend: Sequence[Any], *, field: str) -> list[Any]:
-    """A blend of a configuration (prefixes, or ``[weight, prefix]``) with the contents of blend files in their place, so
-    that a run's own configuration says what it was trained on.
+    """A blend of a configuration (prefixes, or ``[weight, prefix]``) with the contents of blend files in their place:
+    a run's own configuration then says what it was trained on.
 
     A file that is not there stays a name, for a dry run on another machine; a run refuses it when it opens its data.
 
