@@ -26,6 +26,7 @@ _COMMANDS: dict[str, tuple[str, str, str, str]] = {
 }
 _DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "build": ("data.build", "add_arguments", "run", "documents to token files"),
+    "mix": ("data.mix", "add_arguments", "run", "the sources of a recipe to token files and a blend for a run"),
     "select": (
         "data.select",
         "add_arguments",
