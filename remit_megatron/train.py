@@ -17,7 +17,6 @@ from remit_megatron import checkpoints, launch, parallel, run_directory
 from remit_megatron.config import RunConfig, load_config, load_model_description
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
-from remit_megatron.reference.cached import ScoredSamples
 from remit_megatron.run_cache import RunScores, open_run_scores
 
 if TYPE_CHECKING:
@@ -378,6 +377,8 @@ def train(config: RunConfig) -> int:
         consumed = consumed_samples(arguments, resumed_at)
         scores = open_run_scores(prepared, train_samples, rank=environment.rank, consumed=consumed)
         if scores.cache is not None and scores.reads:
+            from remit_megatron.reference.cached import ScoredSamples
+
             train_samples = ScoredSamples(train_samples, scores.cache)
         return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores)
     finally:
