@@ -18,7 +18,8 @@ from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
 from remit_megatron.objectives import build_objective
 from remit_megatron.parallel import RankEnvironment
 from remit_megatron.reference.cached import CachedScores, RecordedScores
-from remit_megatron.reference.live import LiveReference
+from remit_megatron.reference.idle import IdleFiller
+from remit_megatron.reference.placement import live_reference
 from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run_cache import RunScores
@@ -55,7 +56,9 @@ class Engine:
             vocab_size=prepared.hf_config["vocab_size"],
             forward=self.forward,
             scores=None if prepared.reference is None else self.scores,
+            upcoming=self.upcoming_microbatches,
         )
+        self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
 
     def groups(self) -> Any:
         """Megatron's process groups."""
@@ -98,22 +101,31 @@ class Engine:
             self._scores = RecordedScores(live, self._writer, forward=self.forward)
 
     def _live_reference(self) -> ScoreSource:
-        """The frozen model on the student's groups, with its weights."""
-        from remit_megatron.models.build import build_chunks, model_config
-        from remit_megatron.models.convert import load_weights
-
+        """The frozen model with its weights, where ``reference.placement`` wants it."""
         source, settings = self._prepared.reference, self._prepared.config.reference
         assert source is not None and settings is not None
-        chunks = build_chunks(model_config(source.hf_config, self._arguments), self.groups())
-        load_weights(chunks, source)
-        hidden = self.step.objective.reference_signal == "hidden"
-        return LiveReference(
-            chunks,
-            vocab_size=source.hf_config["vocab_size"],
+        return live_reference(
+            source,
+            self._arguments,
+            # What a cache lacks is scored in the step that needs it.
+            placement=settings.placement if settings.source == "live" else "pipeline",
             forward=self.forward,
-            signal="hidden" if hidden else "loss",
+            filler=self._filler,
+            signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
             micro_batch_size=settings.micro_batch_size,
         )
+
+    def upcoming_microbatches(self) -> int:
+        """How many microbatches of the coming step can be read now; 0 where no step of this run takes them.
+
+        During a ramp-up of the batch size the coming step may have more.
+        """
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        coming = self._arguments.curr_iteration + 2  # counted from 1, as iterations_to_skip; the present one is + 1
+        if coming > self._arguments.train_iters or coming in self._arguments.iterations_to_skip:
+            return 0
+        return get_num_microbatches()
 
     def close(self) -> None:
         """Ends what runs beside the training."""
@@ -126,10 +138,11 @@ class Engine:
         Args:
             recorder: writes the run's files; given on one rank, a last pipeline stage.
         """
-        from patches import checkpoint_commit, evaluation_log, schedule, training_log
+        from patches import checkpoint_commit, evaluation_log, pipeline_wait, schedule, training_log
 
         self._recorder = recorder
         schedule.wrapper = self.step.wrap_schedule
+        pipeline_wait.hook = self._filler.wait
         training_log.hook = self.after_step
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save

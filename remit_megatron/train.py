@@ -209,6 +209,13 @@ def check_reference_settings(config: RunConfig, arguments: argparse.Namespace, *
     if size is not None and size % student_size:
         expected = f"a multiple of megatron.micro_batch_size {student_size}"
         raise UserError("reference.micro_batch_size", size, expected)
+    replicated = settings.placement == "replicated" and settings.source == "live"
+    if replicated and arguments.rerun_mode != "disabled":
+        expected = f"pipeline with megatron.rerun_mode {arguments.rerun_mode}: it reads each step's samples ahead of it"
+        raise UserError("reference.placement", "replicated", expected)
+    if replicated and signal != "loss":
+        expected = f"pipeline: {config.objective.name} needs whole distributions, not one number per token"
+        raise UserError("reference.placement", "replicated", expected)
     if signal != "loss":
         expected = f"{{}}: {config.objective.name} needs whole distributions, which no cache holds"
         if settings.source == "cache":
