@@ -28,7 +28,10 @@ MODULES = (
     "training_log",
     "checkpoint_commit",
     "evaluation_log",
+    "optimizer_overrides",
     "distributed_optimizer_resume",
+    "mla_rope_key_gradient",
+    "mla_query_norm_gradient",
 )
 
 

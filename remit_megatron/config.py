@@ -58,6 +58,17 @@ class ObjectiveConfig:
 
 
 @dataclass
+class LossConfig:
+    """How the loss is computed; what it is, `objective` says."""
+
+    linear: bool = False
+    """Whether output layer and loss are computed together, a few sequences at a time, so that a microbatch's logits
+    never exist (docs/kernels.md). The same loss and gradients up to rounding; less memory, and often a little slower.
+    Not with objectives that need the logits (``kd``) or rank whole microbatches (``rho1`` with ``scope:
+    micro_batch``)."""
+
+
+@dataclass
 class ReferenceConfig:
     """The frozen model that scores every token."""
 
@@ -90,6 +101,22 @@ class ReferenceConfig:
     write_cache: bool = False
     """Whether the scores of ``source: live`` are also written to ``cache_dir``. No effect with ``source: cache``."""
 
+    fp8: str | None = None
+    """``e4m3`` or ``hybrid``: the live reference's linear weights in FP8, in all layers but the first and the last, if
+    the gate lets it pass; null keeps the run's own type. Needs Transformer Engine and a GPU that has FP8. The student's
+    precision is ``megatron.fp8``."""
+
+    fp8_recipe: str = "tensorwise"
+    """How the FP8 reference scales: ``tensorwise``, ``blockwise`` or ``mxfp8``. No effect without ``fp8``."""
+
+    fp8_gate_batches: int = 4
+    """Steps in which the reference runs in both precisions and trains by the higher one, before FP8 may take its place;
+    counted from every start. No effect without ``fp8``."""
+
+    fp8_tolerance: float = 0.005
+    """Largest mean |dw| that FP8 may cause, 0 to 2; above it the reference keeps its type. No effect without
+    ``fp8``."""
+
 
 @dataclass
 class DataConfig:
@@ -121,6 +148,19 @@ class DataConfig:
 
     num_workers: int = 2
     """Data loader processes per rank; 0 loads in the training process."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Which parameters ``megatron.weight_decay`` applies to. Everything else of the optimizer is an argument of
+    Megatron."""
+
+    decay_norms: bool | None = None
+    """Whether parameters of one axis decay: norms and biases; null is Megatron's rule, which leaves them out."""
+
+    decay_embeddings: bool | None = None
+    """Whether the input embedding decays, which is the head too in a model that ties the two; null is Megatron's rule,
+    by which it does. A head of its own always decays."""
 
 
 @dataclass
@@ -181,6 +221,9 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is minimised."""
 
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the loss is computed."""
+
     reference: ReferenceConfig | None = None
     """The frozen model that scores tokens; null for objectives that need none."""
 
@@ -190,6 +233,9 @@ class RunConfig:
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any Megatron argument by its own name (docs/configuration.md). The length of training is ``train_iters`` or
     ``train_samples``."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """What weight decay applies to."""
 
     run_dir: str | None = None
     """Directory that receives everything the run writes. Required."""
@@ -224,6 +270,8 @@ CHOICES = {
     "reference.placement": ("pipeline", "replicated", "auto"),
     "reference.on_missing": ("score", "refuse", "wait"),
     "reference.dtype": ("uint16", "float32"),
+    "reference.fp8": ("e4m3", "hybrid"),
+    "reference.fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
     "checkpoint.resume": ("auto", "never"),
     "logging.wandb.mode": ("online", "offline", "disabled"),
 }
@@ -352,6 +400,7 @@ def _validate(config: RunConfig) -> None:
         raise UserError("objective.ntp_weight", objective.ntp_weight, "a number from 0 to 1")
     minima = {
         "reference.micro_batch_size": 1,
+        "reference.fp8_gate_batches": 1,
         "checkpoint.keep": 1,
         "logging.interval": 1,
         "data.num_workers": 0,
@@ -379,10 +428,20 @@ def _validate(config: RunConfig) -> None:
         ):
             if value:
                 raise UserError("reference.cache_dir", "nothing", f"the directory of the scores, for reference.{key}")
+    if config.reference is not None:
+        _validate_fp8(config.reference)
     config.data.train = read_blend("data.train", config.data.train)
     config.data.valid = read_blend("data.valid", config.data.valid or [])
     if not config.data.train:
         raise UserError("data.train", "an empty blend", "at least one data set")
+
+
+def _validate_fp8(reference: ReferenceConfig) -> None:
+    if not 0 <= reference.fp8_tolerance <= 2:
+        raise UserError("reference.fp8_tolerance", reference.fp8_tolerance, "a number from 0 to 2")
+    if reference.fp8 is not None and (reference.source == "cache" or reference.write_cache):
+        expected = "null: what a cache holds outlives the run, and no gate has measured it"
+        raise UserError("reference.fp8", f"{reference.fp8} with a score cache", expected)
 
 
 def _get(config: RunConfig, key: str) -> Any:

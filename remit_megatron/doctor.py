@@ -271,12 +271,26 @@ def describe_use(torch: Probe, megatron: Probe) -> dict[str, str]:
         "transformer_engine": "Transformer Engine's",
         "local": "torch.nn.functional.scaled_dot_product_attention",
     }
+    recipes = megatron.facts.get("fp8")
     return {
         "device": (f"cuda ({len(gpus)})" if gpus else "cpu") if torch.error is None else "unknown",
         "layers": layers or "unknown",
         "attention": attention.get(layers or "", "unknown"),
         "backend": ("nccl" if gpus else "gloo") if torch.error is None else "unknown",
+        "FP8": "unknown" if recipes is None else describe_fp8(recipes),
     }
+
+
+def describe_fp8(recipes: dict[str, str | None]) -> str:
+    """FP8 recipes that run here, and why the others do not; a reason that all share is said once."""
+    usable = [recipe for recipe, reason in recipes.items() if reason is None]
+    reasons: dict[str, list[str]] = {}
+    for recipe, reason in recipes.items():
+        if reason is not None:
+            reasons.setdefault(reason, []).append(recipe)
+    if not usable:
+        return "no: " + "; ".join(reasons)
+    return ", ".join(usable) + "".join(f"; not {', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 def examine(*, timeout: float = 300.0, allow_no_gpu: bool = False, require_gpu: bool = False) -> Report:

@@ -134,7 +134,8 @@ def torch_facts() -> dict[str, Any]:
 
 
 def megatron_facts() -> dict[str, Any]:
-    """Applies the patches and imports Megatron as training does; what was patched and what would be used."""
+    """Applies the patches and imports Megatron as training does; what was patched, what would be used, and which FP8
+    recipes run here (recipe to None, or to why it does not)."""
     facts: dict[str, Any] = {"patches": []}
     try:
         import patches
@@ -150,9 +151,11 @@ def megatron_facts() -> dict[str, Any]:
         import megatron.core
         import megatron.training.training  # noqa: F401
 
+        from remit_megatron.models import fp8
         from remit_megatron.models.spec import transformer_impl
 
         facts["transformer_impl"] = transformer_impl()
+        facts["fp8"] = fp8.support()
     except BaseException as error:
         facts["error"] = describe(error)
     return facts

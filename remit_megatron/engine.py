@@ -5,8 +5,10 @@ The places in the loop are opened by ``patches/``; :meth:`Engine.connect` says w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,12 @@ from remit_megatron.forward import ModelForward
 from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
 from remit_megatron.objectives import build_objective
 from remit_megatron.parallel import RankEnvironment
-from remit_megatron.reference.cached import CachedScores, RecordedScores
 from remit_megatron.reference.idle import IdleFiller
-from remit_megatron.reference.placement import live_reference
-from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run_cache import RunScores
+from remit_megatron.run_scores import ScoreParts, build_score_source
 from remit_megatron.step import TrainingStep
+from remit_megatron.weight_decay import weight_decay_overrides
 
 if TYPE_CHECKING:
     from remit_megatron.train import Prepared
@@ -39,8 +40,7 @@ class Engine:
         self._arguments = prepared.arguments
         self._root = Path(prepared.arguments.save)
         self._groups: Any = None
-        self._scores: ScoreSource | None = None
-        self._writer: ScoreWriter | None = None
+        self._score_parts = ScoreParts()
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
@@ -56,7 +56,8 @@ class Engine:
             vocab_size=prepared.hf_config["vocab_size"],
             forward=self.forward,
             scores=None if prepared.reference is None else self.scores,
-            upcoming=self.upcoming_microbatches,
+            upcoming=self._upcoming_microbatches,
+            linear=config.loss.linear,
         )
         self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
 
@@ -70,52 +71,21 @@ class Engine:
 
     def scores(self) -> ScoreSource:
         """Where the run's reference scores come from."""
-        assert self._scores is not None, "build_reference comes first"
-        return self._scores
+        assert self._score_parts.source is not None, "build_reference comes first"
+        return self._score_parts.source
 
     def build_reference(self) -> None:
-        """Makes the source of the run's scores: the reference itself, a cache, or both; nothing where none is needed.
-
-        Collective over all ranks.
-        """
-        settings, scores = self._prepared.config.reference, self._run_scores
-        if self._prepared.reference is None or settings is None:
-            return
-        live = self._live_reference() if scores.live else None
-        if scores.cache is None:
-            self._scores = live
-            return
-        if live is not None:
-            self._writer = ScoreWriter(scores.cache, scores.names)
-        if settings.source == "cache":
-            self._scores = CachedScores(
-                scores.cache,
-                names=scores.names,
-                forward=self.forward,
-                on_missing=settings.on_missing,
-                live=live,
-                writer=self._writer,
-                replica=None if live is None else parallel.replica_group(self.groups().dp.rank()),
-            )
-        elif live is not None and self._writer is not None:
-            self._scores = RecordedScores(live, self._writer, forward=self.forward)
-
-    def _live_reference(self) -> ScoreSource:
-        """The frozen model with its weights, where ``reference.placement`` wants it."""
-        source, settings = self._prepared.reference, self._prepared.config.reference
-        assert source is not None and settings is not None
-        return live_reference(
-            source,
-            self._arguments,
-            # What a cache lacks is scored in the step that needs it.
-            placement=settings.placement if settings.source == "live" else "pipeline",
+        """Makes the source of the run's scores; nothing where none is needed. Collective over all ranks."""
+        self._score_parts = build_score_source(
+            self._prepared,
+            self._run_scores,
             forward=self.forward,
             filler=self._filler,
             signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
-            micro_batch_size=settings.micro_batch_size,
+            say=self._say,
         )
 
-    def upcoming_microbatches(self) -> int:
+    def _upcoming_microbatches(self) -> int:
         """How many microbatches of the coming step can be read now; 0 where no step of this run takes them.
 
         During a ramp-up of the batch size the coming step may have more.
@@ -127,10 +97,14 @@ class Engine:
             return 0
         return get_num_microbatches()
 
+    def _say(self, text: str) -> None:
+        if self._recorder is not None:
+            self._recorder.message(text)
+
     def close(self) -> None:
         """Ends what runs beside the training."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._score_parts.writer is not None:
+            self._score_parts.writer.close()
 
     def connect(self, recorder: RunRecorder | None) -> None:
         """Takes the places that ``patches/`` opens in Megatron's loop.
@@ -138,7 +112,14 @@ class Engine:
         Args:
             recorder: writes the run's files; given on one rank, a last pipeline stage.
         """
-        from patches import checkpoint_commit, evaluation_log, pipeline_wait, schedule, training_log
+        from patches import (
+            checkpoint_commit,
+            evaluation_log,
+            optimizer_overrides,
+            pipeline_wait,
+            schedule,
+            training_log,
+        )
 
         self._recorder = recorder
         schedule.wrapper = self.step.wrap_schedule
@@ -147,6 +128,9 @@ class Engine:
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save
         checkpoint_commit.after = self.after_save
+        optimizer_overrides.hook = partial(
+            weight_decay_overrides, **dataclasses.asdict(self._prepared.config.optimizer)
+        )
 
     # -- after a step ------------------------------------------------------------------------------------------------
 
@@ -199,6 +183,7 @@ class Engine:
             "step_seconds": seconds,
             "reference_seconds": clock.reference_seconds(),
             **{name: value for name, value in figures.items() if name not in losses},
+            **({} if self._score_parts.gate is None else self._score_parts.gate.figures()),
         }
 
     def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
@@ -211,8 +196,9 @@ class Engine:
 
     def before_save(self, iteration: int) -> None:
         """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
-        if self._writer is not None:
-            self._writer.flush()  # what a resumed run will not compute again is on disk before its checkpoint
+        if self._score_parts.writer is not None:
+            # What a resumed run will not compute again is on disk before its checkpoint.
+            self._score_parts.writer.flush()
         with parallel.same_fate("saving a checkpoint"):
             if self._environment.rank == 0:
                 if checkpoints.iteration_directory(self._root, iteration).exists():

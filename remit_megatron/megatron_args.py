@@ -33,6 +33,7 @@ import torch
 from remit_megatron.config import RunConfig, did_you_mean, show
 from remit_megatron.errors import UserError
 from remit_megatron.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
+from remit_megatron.models.family import down_projections
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ def build_arguments(
     Raises:
         UserError: an unknown key, a wrong type, a key that belongs elsewhere, or a combination that cannot run.
     """
+    from remit_megatron.models import fp8
+
     gpu = torch.cuda.is_available() if gpu is None else gpu
     chosen = read_overrides(config.megatron)
     _refuse_contradictions(chosen, architecture)
@@ -93,6 +96,7 @@ def build_arguments(
     values["pretrained_checkpoint"] = str(pretrained_checkpoint) if pretrained_checkpoint else None
     _check_required(values)
     _check_layout(values, world_size)
+    fp8.check_run(values)
     _check_schedule(values)
     multiple = values["make_vocab_size_divisible_by"] * values["tensor_model_parallel_size"]
     values["padded_vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
@@ -334,6 +338,9 @@ def _check_layout(values: dict[str, Any], world_size: int) -> None:
         grouped = key != "num_query_groups" or values["group_query_attention"]
         if grouped and values[key] is not None and values[key] % tp:
             raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {values[key]} {what}")
+    for what, rows in down_projections(values):
+        if rows % tp:
+            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {what}, {rows}")
     _check_pipeline(values, pp)
     length, limit = values["seq_length"], values["max_position_embeddings"]
     if limit is not None and length > limit:

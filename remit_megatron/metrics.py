@@ -124,6 +124,10 @@ class RunRecorder:
             file.write(_json_line(record))
         self._line(f"validation at step {record['iteration']}: lm_loss {record['lm_loss']:.4f}", keep=True)
 
+    def message(self, text: str) -> None:
+        """Writes a line of its own among the progress lines."""
+        self._line(text, keep=True)
+
     def _progress(self, record: Mapping[str, Any]) -> None:
         iteration = record["iteration"]
         elapsed = time.monotonic() - self._started

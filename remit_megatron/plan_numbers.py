@@ -40,11 +40,20 @@ class PlanNumbers:
     padded_vocab_size: int
 
 
-def plan_numbers(args: argparse.Namespace) -> PlanNumbers:
+# Parameters of a layer that no argument of Megatron tells of: (sharded over tensor-parallel ranks, held by each). What
+# Family.unlisted_parameters says; most families have none.
+Unlisted = tuple[int, int]
+
+
+def plan_numbers(args: argparse.Namespace, *, unlisted: Unlisted = (0, 0)) -> PlanNumbers:
     """Derives the numbers from a validated namespace.
 
     With ``step_batch_size_schedule`` the batch changes during the run: numbers of a step are those of its first one,
     steps count the whole run.
+
+    Args:
+        args: Megatron's namespace from :func:`remit_megatron.megatron_args.build_arguments`.
+        unlisted: the family's further parameters of a layer (:data:`Unlisted`).
     """
     data_parallel = args.data_parallel_size
     batch, steps, samples = _length(args)
@@ -66,29 +75,32 @@ def plan_numbers(args: argparse.Namespace) -> PlanNumbers:
         first_learning_rate=first,
         peak_learning_rate=args.lr,
         last_learning_rate=last,
-        parameters=count_parameters(args),
+        parameters=count_parameters(args, unlisted=unlisted),
         parameters_by_stage=tuple(
-            parameters_on_rank(args, stage) for stage in range(args.pipeline_model_parallel_size)
+            parameters_on_rank(args, stage, unlisted=unlisted) for stage in range(args.pipeline_model_parallel_size)
         ),
         vocab_size=args.vocab_size,
         padded_vocab_size=args.padded_vocab_size,
     )
 
 
-def describe(config: RunConfig, args: argparse.Namespace) -> str:
+def describe(config: RunConfig, args: argparse.Namespace, *, unlisted: Unlisted = (0, 0)) -> str:
     """The numbers as an aligned table, one per line, ending with a newline.
 
     Args:
         config: the run.
         args: Megatron's namespace from :func:`remit_megatron.megatron_args.build_arguments`.
+        unlisted: the family's further parameters of a layer (:data:`Unlisted`).
     """
-    plan = plan_numbers(args)
+    plan = plan_numbers(args, unlisted=unlisted)
     axes = f"tensor {plan.tensor_parallel} x pipeline {plan.pipeline_parallel} x context {plan.context_parallel}"
     by_stage = plan.parameters_by_stage
     per_rank = " | ".join(format_count(count) for count in by_stage) + (
         " by pipeline stage" if len(by_stage) > 1 else ""
     )
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if args.fp8:
+        precision += f" with fp8 ({args.fp8}, {getattr(args.fp8_recipe, 'value', args.fp8_recipe)})"
     evaluation = f"every {args.eval_interval} steps, {args.eval_iters} batches" if args.eval_iters else "none"
     kept = "all" if config.checkpoint.keep is None else f"newest {config.checkpoint.keep}"
     batch = f"{plan.samples_per_step:,} samples = {plan.tokens_per_step:,} tokens"
@@ -115,16 +127,17 @@ def describe(config: RunConfig, args: argparse.Namespace) -> str:
     return "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
 
 
-def count_parameters(args: argparse.Namespace) -> int:
+def count_parameters(args: argparse.Namespace, *, unlisted: Unlisted = (0, 0)) -> int:
     """Parameters of the model without vocabulary padding: what its Hugging Face form has."""
     tables = 2 if args.untie_embeddings_and_output_weights else 1
-    return tables * args.vocab_size * args.hidden_size + args.num_layers * sum(_layer(args)) + _norm(args)
+    layer = sum(_layer(args)) + sum(unlisted)
+    return tables * args.vocab_size * args.hidden_size + args.num_layers * layer + _norm(args)
 
 
-def parameters_on_rank(args: argparse.Namespace, stage: int) -> int:
+def parameters_on_rank(args: argparse.Namespace, stage: int, *, unlisted: Unlisted = (0, 0)) -> int:
     """Parameters on a rank of pipeline stage ``stage``, with vocabulary padding and copies of tied embeddings."""
     tp, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    sharded, replicated = _layer(args)
+    sharded, replicated = (known + further for known, further in zip(_layer(args), unlisted, strict=True))
     count = layers_of_stage(args, stage) * (sharded // tp + replicated)
     table = args.padded_vocab_size // tp * args.hidden_size
     if stage == 0:

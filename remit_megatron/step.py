@@ -20,6 +20,7 @@ from torch import Tensor
 from remit_megatron.batch import Batch
 from remit_megatron.forward import Item, ModelForward
 from remit_megatron.kernels.token_loss import token_loss
+from remit_megatron.linear_loss import LinearLoss
 from remit_megatron.objectives import DistributionObjective, Objective, ScoredTokens, SelectingObjective
 from remit_megatron.objectives.selection import ORDER_LIMIT
 from remit_megatron.reference.live import LiveReference
@@ -86,6 +87,7 @@ class TrainingStep:
         scores: gives the source of reference scores once it exists; None for objectives that need none.
         upcoming: how many microbatches of the coming step may be read now, for sources that look ahead; 0 where the
             run ends.
+        linear: whether output layer and loss are computed together, without a microbatch's logits.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class TrainingStep:
         forward: ModelForward,
         scores: Callable[[], ScoreSource] | None = None,
         upcoming: Callable[[], int] = lambda: 0,
+        linear: bool = False,
     ):
         self.objective = objective
         self.vocab_size = vocab_size
         self.forward = forward
+        self.linear = linear
         self.clock = StepClock()
         # The reference exists only once Megatron has set up its groups, inside its own start.
         self._scores_of = scores
@@ -142,28 +146,42 @@ class TrainingStep:
     def forward_step(self, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
         """What Megatron's schedule calls for each microbatch (and for each model chunk) of the student."""
         batch = self.forward.next(data_iterator)
-        output = self.forward.run(model, batch, self._student_losses)
-        return output, partial(self.loss, batch, model.training)
+        processor = self._output_processor(batch)
+        output = self.forward.run(model, batch, processor)
+        applied = processor if isinstance(processor, LinearLoss) else None
+        return output, partial(self.loss, batch, model.training, applied=applied)
 
-    def loss(self, batch: Batch, training: bool, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _output_processor(self, batch: Batch) -> Callable[..., Tensor]:
+        if not self.linear:
+            return self._student_losses
+        return LinearLoss(self.objective, batch, vocab_size=self.vocab_size, groups=self.groups)
+
+    def loss(
+        self, batch: Batch, training: bool, losses: Tensor, *, applied: LinearLoss | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss function of one microbatch, as Megatron wants it with ``calculate_per_token_loss``.
 
         Args:
             batch: the microbatch.
             training: False for evaluation, which reports the unweighted loss only.
             losses: what the output processor gave, [b, s] or [2, b, s].
+            applied: the output processor that has applied the objective itself, and gave its sum.
 
         Returns:
             The sum to differentiate, the number of tokens in the denominator (int32), and for the log [sum, count]
             pairs that Megatron adds over microbatches and ranks before it divides.
         """
+        if applied is not None:
+            assert applied.losses is not None
+            losses = applied.losses
         losses, plain_losses = losses.unbind(0) if losses.ndim == 3 else (losses, losses)
         with torch.no_grad():
             in_mask = batch.loss_mask > 0
             unweighted = torch.stack((torch.where(in_mask, plain_losses, 0.0).sum(), in_mask.sum().float()))
         if not training:
             return unweighted[0], in_mask.sum().int(), {"lm_loss": unweighted}
-        result = self.objective(
+        applied_result = None if applied is None else applied.result
+        result = applied_result or self.objective(
             losses,
             batch.loss_mask,
             reference_loss=batch.reference_loss,
@@ -288,7 +306,8 @@ class TrainingStep:
 
     def _loss_step(self, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
         """The student's losses of a microbatch, as they are."""
-        output = self.forward.run(model, self.forward.next(data_iterator), self._student_losses)
+        batch = self.forward.next(data_iterator)
+        output = self.forward.run(model, batch, self._output_processor(batch))
         return output, lambda losses, non_loss_data=True: losses.detach()
 
 

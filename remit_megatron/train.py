@@ -22,6 +22,7 @@ from remit_megatron.run_cache import RunScores, open_run_scores
 
 if TYPE_CHECKING:
     from remit_megatron.models.source import ModelSource
+    from remit_megatron.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     check_document_mask(config, arguments)
     if objective.needs_global_batch:
         check_dropout(config, arguments)
+    if config.loss.linear:
+        check_linear_loss(config, arguments, objective)
     reference = None
     if objective.reference_signal != "none":
         if config.reference is None or config.reference.checkpoint is None:
@@ -107,6 +110,7 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
         reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
         check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
         check_reference_settings(config, arguments, signal=objective.reference_signal)
+        check_reference_precision(config, reference.hf_config, arguments, signal=objective.reference_signal)
     return Prepared(config, hf_config, init, reference, tokenizer, settings, arguments)
 
 
@@ -172,6 +176,22 @@ def check_dropout(config: RunConfig, arguments: argparse.Namespace) -> None:
             raise UserError(f"megatron.{name}", value, expected)
 
 
+def check_linear_loss(config: RunConfig, arguments: argparse.Namespace, objective: Objective) -> None:
+    """Refuses what cannot be computed without a microbatch's logits.
+
+    Raises:
+        UserError: the objective needs more than whole sequences one after the other, the dtype needs a loss scale
+            before backward, or Megatron would compute the output weight's gradient itself, later.
+    """
+    if not objective.by_sequence:
+        name = config.objective.name
+        raise UserError("loss.linear", "true", f"false with objective {name}, which needs more than single sequences")
+    if arguments.fp16:
+        raise UserError("loss.linear", "true", "false with megatron.fp16, whose gradients need the loss scale")
+    if arguments.defer_embedding_wgrad_compute:
+        raise UserError("megatron.defer_embedding_wgrad_compute", "true", "false with loss.linear")
+
+
 def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:
     """Refuses what packed sequences, Transformer Engine's form of document masks, cannot do.
 
@@ -209,19 +229,29 @@ def check_reference_settings(config: RunConfig, arguments: argparse.Namespace, *
     if size is not None and size % student_size:
         expected = f"a multiple of megatron.micro_batch_size {student_size}"
         raise UserError("reference.micro_batch_size", size, expected)
-    replicated = settings.placement == "replicated" and settings.source == "live"
-    if replicated and arguments.rerun_mode != "disabled":
-        expected = f"pipeline with megatron.rerun_mode {arguments.rerun_mode}: it reads each step's samples ahead of it"
-        raise UserError("reference.placement", "replicated", expected)
-    if replicated and signal != "loss":
-        expected = f"pipeline: {config.objective.name} needs whole distributions, not one number per token"
-        raise UserError("reference.placement", "replicated", expected)
+    _check_placement(config, arguments, signal=signal)
     if signal != "loss":
         expected = f"{{}}: {config.objective.name} needs whole distributions, which no cache holds"
         if settings.source == "cache":
             raise UserError("reference.source", "cache", expected.format("live"))
         if settings.write_cache:
             raise UserError("reference.write_cache", "true", expected.format("false"))
+
+
+def _check_placement(config: RunConfig, arguments: argparse.Namespace, *, signal: str) -> None:
+    settings = config.reference
+    assert settings is not None
+    if settings.placement != "replicated" or settings.source != "live" or arguments.pipeline_model_parallel_size == 1:
+        return
+    reason = None
+    if signal != "loss":
+        reason = f"{config.objective.name} needs whole distributions, not one number per token"
+    elif settings.fp8 is not None:
+        reason = "reference.fp8 compares two references in the pipeline"
+    elif arguments.rerun_mode != "disabled":
+        reason = f"megatron.rerun_mode {arguments.rerun_mode} repeats steps, and samples are read a step ahead"
+    if reason is not None:
+        raise UserError("reference.placement", "replicated", f"pipeline: {reason}")
 
 
 def check_reference(
@@ -263,12 +293,34 @@ def check_reference(
         )
 
 
+def check_reference_precision(
+    config: RunConfig, reference: dict[str, Any], arguments: argparse.Namespace, *, signal: str
+) -> None:
+    """Refuses an FP8 reference that cannot run here, or whose effect the gate could not measure.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.fp8 import check_frozen
+
+    assert config.reference is not None
+    if config.reference.fp8 is None:
+        return
+    if signal == "hidden":
+        expected = f"null with objective {config.objective.name}: it has no weights whose error could be measured"
+        raise UserError("reference.fp8", config.reference.fp8, expected)
+    check_frozen(config.reference.fp8, config.reference.fp8_recipe, megatron_arguments(reference), arguments)
+
+
 def dry_run(config: RunConfig, *, world_size: int) -> str:
     """What ``--dry-run`` prints: the resolved configuration and the numbers that follow from it."""
+    from remit_megatron.models.family import family_of
     from remit_megatron.plan_numbers import describe
 
     prepared = prepare(config, world_size=world_size)
-    return config.to_yaml() + "\n" + describe(config, prepared.arguments)
+    unlisted = family_of(prepared.hf_config).unlisted_parameters(prepared.hf_config)
+    return config.to_yaml() + "\n" + describe(config, prepared.arguments, unlisted=unlisted)
 
 
 def train(config: RunConfig) -> int:

@@ -28,12 +28,28 @@ def make_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def make_llama(directory: Path, *, seed: int, tokenizer: Path | None = None, **changes: Any) -> Path:
-    """A random Llama of odd sizes as a Hugging Face directory; large initial weights, so that losses differ a lot."""
+def make_model(directory: Path, values: dict[str, Any], *, seed: int, tokenizer: Path | None = None) -> Path:
+    """A random model as a Hugging Face directory, of the values of a config.json; norms are not all ones."""
     import torch
     import transformers
 
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(**values)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.1)
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        for path in tokenizer.iterdir():
+            (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+def make_llama(directory: Path, *, seed: int, tokenizer: Path | None = None, **changes: Any) -> Path:
+    """A random Llama of odd sizes; large initial weights, so that losses differ a lot."""
     settings: dict[str, Any] = dict(
+        model_type="llama",
         vocab_size=51,
         hidden_size=48,
         intermediate_size=80,
@@ -51,16 +67,7 @@ def make_llama(directory: Path, *, seed: int, tokenizer: Path | None = None, **c
         attention_bias=False,
         mlp_bias=False,
     )
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes))).float()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, 1.0, 0.1)  # norms that are not all ones
-    model.save_pretrained(directory)
-    if tokenizer is not None:
-        for path in tokenizer.iterdir():
-            (directory / path.name).write_bytes(path.read_bytes())
-    return directory
+    return make_model(directory, settings | changes, seed=seed, tokenizer=tokenizer)
 
 
 def write_documents(path: Path, *, count: int, seed: int, longest: int = 90) -> Path:

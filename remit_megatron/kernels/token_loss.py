@@ -31,12 +31,12 @@ from remit_megatron.kernels import vocab_shard as vs
 
 Impl = Literal["auto", "torch", "triton"]
 
-# Elements of the float32 buffer. CPU: measured for vocabularies of 256 to 100352 on two idle cores with 2 MiB of L2
-# each, 2 MiB is fastest and 4 MiB a little behind, while every block costs a few barriers among OpenMP's threads. On
-# cores that other processes want too these barriers are what is slow (OpenMP spins at them), hence the larger of the
-# two; OMP_WAIT_POLICY=passive, or one thread for each process, takes that cost away. Elsewhere the torch path only
+# Elements of the float32 buffer. CPU: 1 MiB for each thread, up to 4 MiB. It then stays in a core's L2 (2 MiB where
+# this was measured: on one thread 0.5 to 1 MiB is fastest and 4 MiB takes a third longer), while every block costs a
+# few barriers among OpenMP's threads, so that it should not be much smaller either. Elsewhere the torch path only
 # serves as the truth, and a few large launches beat many small ones.
-_BUFFER_ELEMENTS = {"cpu": 1 << 20}
+_BUFFER_ELEMENTS = {"cpu": 1 << 18}
+_BUFFER_THREADS = 4
 _BUFFER_ELEMENTS_ELSEWHERE = 1 << 24
 
 
@@ -202,6 +202,8 @@ class TorchBackend:
 def _blocks(x: Tensor, counted: Tensor, columns: int) -> tuple[Tensor, Iterator[slice | Tensor]]:
     """A float32 buffer [R, columns], and the counted rows in blocks of at most R: a slice or an index."""
     elements = _BUFFER_ELEMENTS.get(x.device.type, _BUFFER_ELEMENTS_ELSEWHERE)
+    if x.device.type == "cpu":
+        elements *= min(torch.get_num_threads(), _BUFFER_THREADS)
     block_rows = max(1, min(elements // columns, x.shape[0]))
     index = counted.nonzero().squeeze(-1)
     count = index.shape[0]

@@ -17,7 +17,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from remit_megatron.errors import UserError
-from remit_megatron.models.family import Family, family_of
+from remit_megatron.models.family import Family, down_projections, family_of
 from remit_megatron.models.mapping import Shape
 from remit_megatron.models.spec import transformer_impl
 
@@ -55,18 +55,16 @@ def megatron_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_arguments() -> dict[str, Any]:
-    """Megatron arguments, by ``dest``, that depend on what is installed: fused parts are asked for only where they
-    are."""
+    """Megatron arguments, by ``dest``, that depend on what is installed; fused parts are those of a training run."""
     from megatron.core.tensor_parallel import layers
 
     impl = transformer_impl()
-    fused = impl != "local"
     return {
         "transformer_impl": impl,
         "gradient_accumulation_fusion": bool(layers._grad_accum_fusion_available),
-        "apply_rope_fusion": fused,
-        "no_persist_layer_norm": not fused,
-        "masked_softmax_fusion": fused,
+        "apply_rope_fusion": False,  # rounds otherwise than the Hugging Face models, and refuses latent attention
+        "no_persist_layer_norm": impl == "local",
+        "masked_softmax_fusion": False,
     }
 
 
@@ -100,6 +98,11 @@ def check_layout(values: dict[str, Any], args: argparse.Namespace) -> None:
         raise UserError("tensor_model_parallel_size", tp, f"a divisor or a multiple of the {groups} key/value heads")
     if values["ffn_hidden_size"] % tp:
         raise UserError("tensor_model_parallel_size", tp, f"a divisor of ffn_hidden_size ({values['ffn_hidden_size']})")
+    for what, size in down_projections(
+        _NEUTRAL | values | {"transformer_impl": transformer_impl(args.transformer_impl)}
+    ):
+        if size % tp:
+            raise UserError("tensor_model_parallel_size", tp, f"a divisor of {what} ({size})")
     uneven = (
         "pipeline_model_parallel_layout",
         "decoder_first_pipeline_num_layers",
@@ -226,7 +229,9 @@ def build_chunks(
     stages = own.transformer.virtual_pipeline_model_parallel_size
     chunks: list[MegatronModule] = []
     for stage in range(stages) if stages else [None]:
-        chunk = builder.build_model(pg_collection, vp_stage=stage)
+        # Without gradients Transformer Engine keeps FP8 weights once: no transposed copy, no 16-bit one on the host.
+        with torch.no_grad():
+            chunk = builder.build_model(pg_collection, vp_stage=stage)
         chunk.requires_grad_(False)
         if not own.transformer.use_cpu_initialization:
             chunk.cuda(torch.cuda.current_device())

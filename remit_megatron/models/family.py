@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from remit_megatron.models.mapping import NameMap
 
 # One line per family: the module remit_megatron.models.<name> defines FAMILY.
-MODULES = ("llama",)
+MODULES = ("llama", "olmo2", "smollm3", "youtu")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Family:
         layer_spec: specification of one transformer layer. Called with the TransformerConfig, whose
             ``transformer_impl`` says which kind of modules to use.
         names: config.json content to the table of weights.
+        exported: config.json content as an export writes it, for names that transformers does not know; the content
+            itself, and then the file byte for byte, where nothing changes.
+        unlisted_parameters: config.json content to the parameters of one layer that Megatron's arguments do not tell
+            of, as (sharded over tensor-parallel ranks, held by each of them).
     """
 
     name: str
@@ -43,6 +47,8 @@ class Family:
     arguments: Callable[[dict[str, Any]], dict[str, Any]]
     layer_spec: Callable[[TransformerConfig], ModuleSpec]
     names: Callable[[dict[str, Any]], NameMap]
+    exported: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf_config: hf_config
+    unlisted_parameters: Callable[[dict[str, Any]], tuple[int, int]] = lambda hf_config: (0, 0)
 
 
 @cache
@@ -135,3 +141,20 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
     if partial != 1.0:
         raise UserError("config.json partial_rotary_factor", partial, "1.0")
     return Rope(theta=int(theta) if float(theta).is_integer() else theta, kind=kind, parameters=parameters)
+
+
+def down_projections(arguments: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What tensor parallelism must divide besides heads and feed-forward: rows of the down projections of multi-latent
+    attention, which the local layers shard and Transformer Engine's do not.
+
+    Args:
+        arguments: Megatron arguments by ``dest``, ``transformer_impl`` among them.
+
+    Returns:
+        (name, rows) of each; empty for other models and other layers.
+    """
+    if not arguments["multi_latent_attention"] or arguments["transformer_impl"] != "local":
+        return []
+    key_value = ("kv_lora_rank + qk_pos_emb_head_dim", arguments["kv_lora_rank"] + arguments["qk_pos_emb_head_dim"])
+    query = arguments["q_lora_rank"]
+    return [key_value] if query is None else [("q_lora_rank", query), key_value]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from remit_megatron.errors import UserError
 from remit_megatron.models.family import Family, require, required, rope_of
-from remit_megatron.models.mapping import QKV, Direct, GatedMLP, NameMap, Vocabulary
+from remit_megatron.models.mapping import QKV, Direct, GatedMLP, NameMap, Vocabulary, Weight
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 # What megatron.core's RotaryEmbedding._apply_scaling holds fixed.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
-LAYER = (
-    Direct("input_layernorm.weight", "input_layernorm.weight", te="self_attention.linear_qkv.layer_norm_weight"),
-    QKV(
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        "self_attention.linear_qkv.weight",
-    ),
-    Direct("self_attn.o_proj.weight", "self_attention.linear_proj.weight", split="row"),
-    Direct("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", te="mlp.linear_fc1.layer_norm_weight"),
+QUERY_KEY_VALUE = QKV(
+    ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "self_attention.linear_qkv.weight",
+)
+ATTENTION_OUTPUT = Direct("self_attn.o_proj.weight", "self_attention.linear_proj.weight", split="row")
+MLP = (
     GatedMLP(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight"),
     Direct("mlp.down_proj.weight", "mlp.linear_fc2.weight", split="row"),
+)
+LAYER = (
+    Direct("input_layernorm.weight", "input_layernorm.weight", te="self_attention.linear_qkv.layer_norm_weight"),
+    QUERY_KEY_VALUE,
+    ATTENTION_OUTPUT,
+    Direct("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", te="mlp.linear_fc1.layer_norm_weight"),
+    *MLP,
 )
 EMBEDDING = Vocabulary("model.embed_tokens.weight", "embedding.word_embeddings.weight")
 FINAL_NORM = Direct("model.norm.weight", "decoder.final_layernorm.weight")
@@ -98,10 +103,18 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     return decoder_arguments(hf_config) | {"rotary_base": rope.theta} | scaling
 
 
-def names(hf_config: dict[str, Any]) -> NameMap:
-    """Table of weights; a tied model has no head of its own, whatever its files hold."""
+def plain_rope(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of rotary embeddings without any stretching; refuses the other kinds."""
+    rope = rope_of(hf_config)
+    if rope.kind != "default":
+        raise UserError("config.json rope_parameters.rope_type", rope.kind, "default")
+    return {"rotary_base": rope.theta, "use_rope_scaling": False}
+
+
+def decoder_names(hf_config: dict[str, Any], layer: tuple[Weight, ...] = LAYER) -> NameMap:
+    """Table of weights of a decoder with these layers; a tied model has no head of its own, whatever its files hold."""
     tied = bool(hf_config.get("tie_word_embeddings", False))
-    return NameMap(embedding=EMBEDDING, layer=LAYER, final=(FINAL_NORM,), head=None if tied else HEAD)
+    return NameMap(embedding=EMBEDDING, layer=layer, final=(FINAL_NORM,), head=None if tied else HEAD)
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
@@ -111,4 +124,4 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     return pre_norm_layer(config)
 
 
-FAMILY = Family(name="llama", model_types=("llama",), arguments=arguments, layer_spec=layer_spec, names=names)
+FAMILY = Family(name="llama", model_types=("llama",), arguments=arguments, layer_spec=layer_spec, names=decoder_names)

@@ -16,7 +16,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.models.build import shape_of, unwrap
 from remit_megatron.models.checkpoint_files import CheckpointFiles
 from remit_megatron.models.family import family_of
-from remit_megatron.models.mapping import NameMap, Shape, TensorRank, Vocabulary, Weight
+from remit_megatron.models.mapping import NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
 from remit_megatron.models.source import ModelSource, tensor_files
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,19 @@ def weights_of(model: GPTModel, names: NameMap) -> Iterable[tuple[str, int | Non
         yield name, layer, weight, parameter
 
 
+def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Fills a whole parameter at once, in its own precision.
+
+    Transformer Engine's FP8 parameters quantize what is copied into them, with scales taken from all of it. One that is
+    to be trained also keeps its random initial value in high precision on the host, and the optimizer makes its master
+    weight from that: it must hold the loaded weight too, or the first update would bring the random one back.
+    """
+    parameter.copy_(value)
+    kept = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    if kept is not None:
+        kept.copy_(value)
+
+
 def hf_names(names: NameMap, num_layers: int) -> set[str]:
     """Every tensor name of a complete Hugging Face model."""
     return {name for layer, weight in names.weights(num_layers) for name in names.hf_names(layer, weight)}
@@ -106,8 +119,9 @@ def _load_huggingface(
     done = 0
     filled: set[tuple[int | None, str]] = set()
     for model in models:
-        place = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
+        rank = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
         for _, layer, weight, parameter in weights_of(model, names):
+            place = place_of(weight, rank, model.config.transformer_impl)
             full = weight.full_shape(parameter.shape, place.size)
             tensors = [files[name] for name in names.hf_names(layer, weight)]
             expected = weight.hf_shapes(full, shape)
@@ -116,7 +130,7 @@ def _load_huggingface(
                     raise UserError(
                         f"{source.path} {name}", f"shape {tensor.shape}", f"{tuple(wanted)}, as config.json says"
                     )
-            parameter.copy_(weight.read(tensors, place, full, shape))
+            assign(parameter, weight.read(tensors, place, full, shape))
             # The embedding of a tied model fills two parameters where pipelining keeps a copy on the last stage.
             assert (layer, weight.local) not in filled or weight is names.embedding, (
                 f"filled twice: {weight.local} of {layer}"
@@ -140,7 +154,7 @@ def _load_checkpoint(
     for model in models:
         sharded = sharded_weights(model, files.content_metadata)
         for name, _, weight, parameter in weights_of(model, names):
-            parameter.copy_(files.read(sharded[name]))
+            assign(parameter, files.read(sharded[name]))
             if isinstance(weight, Vocabulary):
                 _zero_padding(parameter, model.pg_collection.tp.rank(), shape.vocab_size)
             done += parameter.nbytes

@@ -67,6 +67,12 @@ class TensorRank:
 WHOLE = TensorRank()
 
 
+def place_of(weight: Weight, place: TensorRank, transformer_impl: str) -> TensorRank:
+    """The place whose part of ``weight`` a parameter holds in a model at ``place``, under that kind of layers."""
+    whole = transformer_impl != "local" and isinstance(weight, Direct) and weight.te_whole
+    return WHOLE if whole else place
+
+
 class Weight(Protocol):
     """One Megatron parameter and the Hugging Face tensors it is made of."""
 
@@ -110,12 +116,14 @@ class Direct:
         hf_name, local, te: names; ``te`` is ``local`` where not given.
         split: how tensor parallelism cuts it: ``column`` (rows of the matrix, dim 0), ``row`` (dim 1), None
             (replicated).
+        te_whole: Transformer Engine's layer holds it whole on every rank, whatever ``split`` says of the local one.
     """
 
     hf_name: str
     local: str
     te: str = ""
     split: Literal["column", "row"] | None = None
+    te_whole: bool = False
 
     def __post_init__(self) -> None:
         if not self.te:

@@ -8,9 +8,15 @@ names are those of the other norms.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional
 
 
@@ -60,3 +66,86 @@ class LayerNorm(torch.nn.LayerNorm):
 def norm_class(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
     """The class that ``config.normalization`` names."""
     return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]
+
+
+class ShardedRMSNorm(torch.nn.Module):
+    """RMSNorm over an axis that tensor parallelism has split: each rank holds its part of the vector and of the weight.
+
+    The mean square is that of the whole vector, so its sum is reduced over the ranks, and so is the inner product that
+    comes back from it (:class:`_ShardedRMSNormFunction`). The weight is this rank's own: its gradient needs no
+    reduction, and with sequence parallelism neither, because the vectors hold all tokens.
+
+    Megatron sums the gradients of parameters over the tensor-parallel group by name (``q_layernorm``, ``k_layernorm``)
+    where ``qk_layernorm`` is on. Do not give an instance such a name.
+
+    Args:
+        config: read for ``params_dtype``.
+        hidden_size: length of the whole vector; a multiple of the group's size.
+        eps: added to the mean square.
+        tp_group: the tensor-parallel group.
+
+    Raises:
+        ValueError: the vector does not split evenly.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, tp_group: dist.ProcessGroup):
+        _check(config)
+        super().__init__()
+        if hidden_size % tp_group.size():
+            raise ValueError(f"hidden_size: found {hidden_size}; expected a multiple of {tp_group.size()} ranks")
+        self.hidden_size, self.eps, self._tp_group = hidden_size, eps, tp_group
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size // tp_group.size(), dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size / tp] -> the same, in the dtype of ``x``; statistics and product in float32 at least."""
+        if self._tp_group.size() == 1:
+            return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return _ShardedRMSNormFunction.apply(x, self.weight, self.hidden_size, self.eps, self._tp_group)  # pyright: ignore[reportReturnType]
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Megatron's description for distributed checkpoints: the weight is cut along its only axis."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
+class _ShardedRMSNormFunction(torch.autograd.Function):
+    """y_i = r w_i x_i with r = (sum_j x_j^2 / h + eps)^(-1/2), j over all ranks, i over this one's.
+
+    dL/dx_i = r (g_i - r^2 x_i / h * sum_j g_j x_j) with g_i = w_i dL/dy_i: one more sum over the ranks on the way back.
+    Written out, it keeps only x and one number per vector for the backward pass; composed of Megatron's mappings it
+    keeps several float32 copies of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, hidden_size: int, eps: float, group: dist.ProcessGroup) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = wide.square().sum(-1, keepdim=True)
+        dist.all_reduce(mean_square, group=group)
+        scale = torch.rsqrt(mean_square / hidden_size + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.hidden_size, ctx.group = hidden_size, group
+        return (wide * scale * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x.to(scale.dtype) * scale
+        gradient = gradients[0].to(scale.dtype)
+        of_weight = (gradient * unit).flatten(0, -2).sum(0)
+        weighted = gradient * weight
+        inner = (weighted * unit).sum(-1, keepdim=True)
+        dist.all_reduce(inner, group=ctx.group)
+        of_x = scale * (weighted - unit * (inner / ctx.hidden_size))
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None, None, None

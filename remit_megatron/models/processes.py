@@ -19,22 +19,23 @@ def process_groups(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
     alone: bool = False,
 ) -> Iterator[ProcessGroupCollection]:
     """Megatron's process groups for the duration of the block.
 
     Args:
-        tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size: the layout; the
-            remaining factor of the world is data parallel.
+        tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size,
+            context_parallel_size: the layout; the remaining factor of the world is data parallel.
         alone: one process whatever the environment says (import, export).
 
     Raises:
         UserError: the layout does not divide the number of processes.
     """
     environment = RankEnvironment() if alone else rank_environment()
-    size, needed = environment.world_size, tensor_model_parallel_size * pipeline_model_parallel_size
-    if size % needed:
-        raise UserError("number of processes", size, f"a multiple of TP x PP = {needed}")
+    needed = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    if environment.world_size % needed:
+        raise UserError("number of processes", environment.world_size, f"a multiple of TP x PP x CP = {needed}")
     if alone:  # on the CPU: tools that only move weights need no GPU
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -45,6 +46,7 @@ def process_groups(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+            context_parallel_size=context_parallel_size,
         )
         yield ProcessGroupCollection.use_mpu_process_groups()
     finally:

@@ -40,7 +40,11 @@ def transformer_impl(wanted: str = TE) -> str:
 def pre_norm_layer(config: TransformerConfig) -> ModuleSpec:
     """x + attention(norm(x)), then x + mlp(norm(x)): the layer of Llama and of most families."""
     if config.transformer_impl == TE:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm,
+            use_te_op_fuser=config.use_transformer_engine_op_fuser,
+            use_te_activation_func=config.use_te_activation_func,
+        )
     norm = norm_class(config)
     query_key_norm = norm if config.qk_layernorm else None
     attention = ModuleSpec(

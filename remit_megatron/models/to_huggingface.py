@@ -137,10 +137,11 @@ def _write_weights(directory: Path, reader: _Reader, files: list[tuple[list[Entr
 
 
 def _write_config(directory: Path, source: ModelSource, dtype: torch.dtype) -> None:
-    """config.json unchanged, but for the dtype where that is another."""
-    key = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
-    if source.hf_config.get(key) == _DTYPE_NAMES[dtype]:
+    """config.json unchanged, but for the dtype where that is another, and for names that transformers does not know."""
+    config = family_of(source.hf_config).exported(source.hf_config)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) == _DTYPE_NAMES[dtype] and config == source.hf_config:
         shutil.copyfile(source.hf_files / "config.json", directory / "config.json")
         return
-    config = source.hf_config | {key: _DTYPE_NAMES[dtype]}
+    config = config | {key: _DTYPE_NAMES[dtype]}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

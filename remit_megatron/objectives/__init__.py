@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 from remit_megatron.errors import UserError
+from remit_megatron.objectives.chunks import ChunkedObjective
 from remit_megatron.objectives.contract import (
     DistributionObjective,
     Objective,
@@ -24,10 +25,11 @@ from remit_megatron.objectives.kd import Distillation
 from remit_megatron.objectives.ntp import NextTokenPrediction
 from remit_megatron.objectives.remit import ReMiT
 from remit_megatron.objectives.rho1 import Rho1
-from remit_megatron.objectives.weights import token_weights
+from remit_megatron.objectives.weights import token_weights, weight_error_bound
 
 __all__ = [
     "REGISTRY",
+    "ChunkedObjective",
     "DistributionObjective",
     "Objective",
     "ObjectiveResult",
@@ -36,6 +38,7 @@ __all__ = [
     "build_objective",
     "settings_of",
     "token_weights",
+    "weight_error_bound",
 ]
 
 REGISTRY: dict[str, type[Objective]] = {

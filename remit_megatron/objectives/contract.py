@@ -48,6 +48,12 @@ class Objective(Protocol):
         `SelectingObjective`). It costs one more forward pass of the student."""
         ...
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether the result of a microbatch is the sum of those of its sequences, each taken alone (with its other
+        parts on ``cp_group``)."""
+        ...
+
     def __call__(
         self,
         student_loss: Tensor,

@@ -31,6 +31,7 @@ class Distillation:
 
     reference_signal: ClassVar[ReferenceSignal] = "hidden"
     needs_global_batch = False
+    by_sequence = False  # it needs the logits, which do not exist there
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):

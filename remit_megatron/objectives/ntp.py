@@ -17,6 +17,7 @@ class NextTokenPrediction:
 
     reference_signal: ClassVar[ReferenceSignal] = "none"
     needs_global_batch = False
+    by_sequence = True
 
     def __call__(
         self,

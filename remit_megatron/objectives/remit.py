@@ -27,6 +27,7 @@ class ReMiT:
 
     reference_signal: ClassVar[ReferenceSignal] = "loss"
     needs_global_batch = False
+    by_sequence = True
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and not 0 <= self.epsilon <= 1:

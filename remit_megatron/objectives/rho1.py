@@ -47,6 +47,10 @@ class Rho1:
     def needs_global_batch(self) -> bool:
         return self.scope == "global_batch"
 
+    @property
+    def by_sequence(self) -> bool:
+        return self.scope != "micro_batch"  # a selection from the global batch is made before
+
     @torch.no_grad()
     def select(
         self, microbatches: Sequence[ScoredTokens], *, group: torch.distributed.ProcessGroup | None = None

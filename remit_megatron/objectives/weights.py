@@ -20,6 +20,7 @@ on every rank).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,50 @@ def weighted_loss(
 
 
 @torch.no_grad()
+def weight_error_bound(
+    reference_loss: Tensor,
+    other_loss: Tensor,
+    loss_mask: Tensor,
+    *,
+    epsilon: float | None = 0.2,
+    centering: str = "sequence",
+    document_ids: Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How far the weights of Eq. 3-5 can move when one reference stands for another, whatever the student's losses are.
+
+    With c the difference of the two references' losses, centered as delta is, the arguments of the sigmoid differ by c.
+    The difference of two sigmoids is largest where they lie around 0, and two clipped weights are no further apart than
+    the clip is wide:
+
+        |dw| <= min(4 * sigmoid(|c| / 2) - 2, 2 * epsilon) = min(2 * tanh(|c| / 4), 2 * epsilon) <= |c| / 2
+
+    A token that only one of them scores makes the sum infinite: the mean of its whole sequence hangs on it.
+
+    Args:
+        reference_loss: [b, s] negative log-likelihood in nats under the one reference.
+        other_loss: [b, s] the same under the other.
+        loss_mask: [b, s] tokens above 0 count.
+        epsilon, centering, document_ids, cp_group: as in `token_weights`.
+
+    Returns:
+        [] float64 sum of the bounds over this rank's counted tokens, and their number, [] int64.
+
+    Raises:
+        ValueError: shapes differ, or a setting is not one of those of `token_weights`.
+    """
+    _check(reference_loss, other_loss, loss_mask, epsilon, centering, document_ids)
+    in_mask, scored, other_scored = loss_mask > 0, torch.isfinite(reference_loss), torch.isfinite(other_loss)
+    counted = in_mask & scored & other_scored
+    difference = torch.where(counted, other_loss.double() - reference_loss.double(), 0.0)
+    centered = _centered(difference, counted, centering, document_ids, cp_group)
+    low, high = _bounds(epsilon)
+    bound = (2.0 * torch.tanh(centered.abs() / 4.0)).clamp(max=high - low)
+    bound = torch.where(in_mask & (scored != other_scored), math.inf, torch.where(counted, bound, 0.0))
+    return bound.sum(), counted.sum()
+
+
+@torch.no_grad()
 def _weighting(
     student_loss: Tensor,
     reference_loss: Tensor,
@@ -135,16 +180,26 @@ def _weighting(
     _check(student_loss, reference_loss, loss_mask, epsilon, centering, document_ids)
     counted = (loss_mask > 0) & torch.isfinite(reference_loss)
     delta = torch.where(counted, student_loss.double() - reference_loss.double(), 0.0)
-    if centering == "sequence":
-        centered = delta - _sequence_mean(delta, counted, cp_group)
-    elif centering == "document":
-        assert document_ids is not None
-        centered = delta - _document_mean(delta, counted, document_ids, cp_group)
-    else:
-        centered = delta
+    centered = _centered(delta, counted, centering, document_ids, cp_group)
     unclipped = (2.0 * torch.sigmoid(centered)).float()
     weights = torch.where(counted, unclipped.clamp(*_bounds(epsilon)), 0.0)
     return _Weighting(weights, unclipped, counted, delta)
+
+
+def _centered(
+    delta: Tensor,
+    counted: Tensor,
+    centering: str,
+    document_ids: Tensor | None,
+    cp_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """[b, s] float64: delta less its mean over the counted tokens of the sequence or the document (Eq. 4)."""
+    if centering == "sequence":
+        return delta - _sequence_mean(delta, counted, cp_group)
+    if centering == "document":
+        assert document_ids is not None
+        return delta - _document_mean(delta, counted, document_ids, cp_group)
+    return delta
 
 
 def _bounds(epsilon: float | None) -> tuple[float, float]:

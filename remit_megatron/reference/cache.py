@@ -46,15 +46,13 @@ __all__ = ["CacheIdentity", "DatasetRecord", "ReferenceCache"]
 logger = logging.getLogger(__name__)
 
 _OPEN_SHARDS = 64
-_READS_BETWEEN_DROPS = 256
 
 
 class ReferenceCache:
     """Reads and writes one score cache; made by `open`.
 
     Picklable: another process opens the files itself. May be used in forked data loader workers. Not for several
-    threads at once. Memory does not depend on the size of the cache: 64 shards are open at most, and pages that
-    were read are given back every 256 samples.
+    threads at once. Memory does not depend on the size of the cache; 64 shards are open at most.
 
     Attributes:
         directory: where it is.
@@ -74,8 +72,6 @@ class ReferenceCache:
         self._per_shard = samples_per_shard(self.identity.sequence_length, self.dtype)
         self._records: dict[str, DatasetRecord] = {}
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
-        self._read_from: set[Shard] = set()
-        self._reads = 0
         self._damaged: set[tuple[str, int]] = set()
 
     @classmethod
@@ -220,7 +216,7 @@ class ReferenceCache:
         for first in range(0, record.samples, self._per_shard):
             shard = self._shard(dataset, first)
             if shard is not None:
-                complete[first : first + shard.count] = shard.completeness()
+                complete[first : first + shard.key.count] = shard.completeness()
         return complete
 
     def intact(self, dataset: str) -> np.ndarray:
@@ -240,7 +236,7 @@ class ReferenceCache:
         return len(self._damaged)
 
     def flush(self) -> None:
-        """Makes durable what was written."""
+        """Makes durable what was written, and visible to other hosts (NFS holds writes back until then)."""
         with _explained(self.directory):
             for shard in self._shards.values():
                 shard.flush()
@@ -248,7 +244,6 @@ class ReferenceCache:
     def close(self) -> None:
         """Flushes and closes the files. The object may be used again; it opens what it needs."""
         self.flush()
-        self._read_from.clear()
         while self._shards:
             self._shards.popitem()[1].close()
 
@@ -311,7 +306,6 @@ class ReferenceCache:
             self._shards[place] = shard
             while len(self._shards) > _OPEN_SHARDS:
                 _, oldest = self._shards.popitem(last=False)
-                self._read_from.discard(oldest)
                 oldest.flush()
                 oldest.close()
         self._shards.move_to_end(place)
@@ -338,14 +332,6 @@ class ReferenceCache:
         if shard is None:
             return None
         stored = shard.read(sample)
-        if isinstance(stored, bool):
-            stored = shard.read(sample, fresh=True)  # another host may have written since the page was mapped
-        self._read_from.add(shard)
-        self._reads += 1
-        if self._reads % _READS_BETWEEN_DROPS == 0:
-            for used in self._read_from:
-                used.drop_pages()
-            self._read_from.clear()
         if not isinstance(stored, bool):
             return stored
         if stored and (dataset, sample) not in self._damaged:

@@ -105,7 +105,7 @@ def token_hash(tokens: np.ndarray) -> bytes:
 def checksum(dataset: bytes, sample: int, tokens: bytes, scores: bytes) -> bytes:
     """8 bytes of BLAKE2b over data set identity, number of the sample, hash of its tokens, and its scores."""
     digest = hashlib.blake2b(dataset, digest_size=8)
-    digest.update(sample.to_bytes(8, "little"))
+    digest.update(int(sample).to_bytes(8, "little"))
     digest.update(tokens)
     digest.update(scores)
     return digest.digest()

@@ -2,20 +2,28 @@
 
     header        4096 bytes, with a checksum
     completeness  one byte a sample: 1 = complete
-    records       16 bytes a sample: hash of its tokens, checksum over what names it and its scores
     (zeros up to a multiple of 4096)
-    scores        sequence_length numbers a sample
+    entries       a sample each: hash of its tokens, checksum over what names it and its scores, its scores
 
 Completeness takes a byte and not a bit because a byte is the least that can be written: two processes that set two bits
 of one byte would lose one of them.
+
+Bytes are read and written with ``pread`` and ``pwrite``, not through memory maps. A page of a writable map is written
+back whole, with what this host believes its neighbors' bytes to be. A read-only map counts every page that was
+touched as this process's memory until it is given back, and then a page fault brings it in again, which costs more than
+the copy; a page over NFS stays what it was when it was mapped, whatever other hosts have written since; and a file that
+is shortened under a map kills the process. (Entries have one size and begin at a page boundary, so a tool that wants a
+map of them can have it.)
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
-import mmap
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +35,7 @@ from remit_megatron.files import create_once
 from remit_megatron.reference.cache_format import DTYPES, FORMAT_VERSION, checksum, write_all
 
 HEADER_BYTES = 4096
-RECORD_BYTES = 16
+ENTRY_HEADER_BYTES = 16
 SHARD_BYTES = 1 << 28
 
 _MAGIC = b"REMITSCO"
@@ -70,25 +78,28 @@ class ShardKey:
         """Samples in the shard."""
         return min(samples_per_shard(self.sequence_length, self.dtype), self.samples - self.first)
 
-    @property
-    def score_bytes(self) -> int:
-        """Bytes of the scores of a sample."""
-        return self.sequence_length * DTYPES[self.dtype].itemsize
+    @cached_property
+    def entry_bytes(self) -> int:
+        """Bytes of a sample: token hash (8), checksum (8), scores."""
+        return ENTRY_HEADER_BYTES + self.sequence_length * DTYPES[self.dtype].itemsize
 
-    @property
-    def records_offset(self) -> int:
-        """Where the records begin; the completeness map begins behind the header."""
-        return HEADER_BYTES + self.count
-
-    @property
-    def scores_offset(self) -> int:
-        """Where the scores begin."""
-        return -(-(self.records_offset + RECORD_BYTES * self.count) // 4096) * 4096
+    @cached_property
+    def entries_offset(self) -> int:
+        """Where the entries begin; the completeness map begins behind the header."""
+        return -(-(HEADER_BYTES + self.count) // 4096) * 4096
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        return self.scores_offset + self.score_bytes * self.count
+        return self.entries_offset + self.entry_bytes * self.count
+
+    def complete_at(self, sample: int) -> int:
+        """Where the completeness byte of a sample is."""
+        return HEADER_BYTES + sample - self.first
+
+    def entry_at(self, sample: int) -> int:
+        """Where the entry of a sample begins."""
+        return self.entries_offset + (sample - self.first) * self.entry_bytes
 
     def header(self) -> bytes:
         """The first 4096 bytes of the file; the last 8 of them are BLAKE2b over the others."""
@@ -110,30 +121,22 @@ class ShardKey:
 class Shard:
     """One open shard file; its header has been checked.
 
-    Reading goes through a read-only memory map, or past it with ``pread`` (`fresh`): over NFS only the latter asks the
-    server what other hosts have written since. Writing goes through ``pwrite`` of exact byte ranges: a page of a
-    writable map is written back whole, with what this host believes that the neighbors' bytes are.
-
     Raises:
         FileNotFoundError: there is no such file.
         UserError: the header is damaged or names other samples, or the file has another length.
     """
 
     def __init__(self, path: Path, key: ShardKey):
-        self.path, self.first, self.count = path, key.first, key.count
+        self.path, self.key = path, key
         self._dataset = bytes.fromhex(key.dataset)
-        self._score_bytes, self._size = key.score_bytes, key.size
-        self._records, self._scores = key.records_offset, key.scores_offset
         self._writer: int | None = None
         self._reader = os.open(path, os.O_RDONLY)
         try:
             self._check_size()
             self._check_header(os.pread(self._reader, HEADER_BYTES, 0), key)
-            self._map = mmap.mmap(self._reader, self._size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         except BaseException:
             os.close(self._reader)
             raise
-        self._map.madvise(mmap.MADV_RANDOM)
 
     @classmethod
     def create(cls, path: Path, key: ShardKey) -> Shard:
@@ -146,49 +149,36 @@ class Shard:
         create_once(path, fill)
         return cls(path, key)
 
-    def read(self, sample: int, *, fresh: bool = False) -> tuple[bytes, bytes] | bool:
+    def read(self, sample: int) -> tuple[bytes, bytes] | bool:
         """Stored token hash (8 bytes) and scores of a sample of this shard.
 
         Returns:
             Those two; or False where the sample is not complete, True where it is said to be and its checksum differs.
 
         Raises:
-            UserError: the file has changed its length (a map of a shortened file must not be touched).
+            UserError: the file has become shorter.
         """
-        self._check_size()
-        fetch = self._fetch_fresh if fresh else self._fetch_mapped
-        place = sample - self.first
-        if fetch(HEADER_BYTES + place, 1) != b"\1":
+        if self._fetch(self.key.complete_at(sample), 1) != b"\1":
             return False
-        record = fetch(self._records + RECORD_BYTES * place, RECORD_BYTES)
-        scores = fetch(self._scores + self._score_bytes * place, self._score_bytes)
-        tokens = record[:8]
-        if record[8:] != checksum(self._dataset, sample, tokens, scores):
-            return True
-        return tokens, scores
+        entry = self._fetch(self.key.entry_at(sample), self.key.entry_bytes)
+        tokens, stored, scores = entry[:8], entry[8:ENTRY_HEADER_BYTES], entry[ENTRY_HEADER_BYTES:]
+        return (tokens, scores) if stored == checksum(self._dataset, sample, tokens, scores) else True
 
     def write(self, sample: int, tokens: bytes, scores: bytes) -> None:
         """Stores the scores of a sample whose `token_hash` is ``tokens``; completeness goes last."""
-        assert len(scores) == self._score_bytes, (len(scores), self._score_bytes)
+        entry = tokens + checksum(self._dataset, sample, tokens, scores) + scores
+        assert len(entry) == self.key.entry_bytes, (len(entry), self.key.entry_bytes)
         if self._writer is None:
-            self._writer = os.open(self.path, os.O_RDWR)
-        place = sample - self.first
-        complete = HEADER_BYTES + place
+            self._writer = self._open_writer()
+        complete = self.key.complete_at(sample)
         if os.pread(self._writer, 1, complete) != b"\0":
             write_all(self._writer, b"\0", complete)  # between old and new a reader finds nothing, not damage
-        record = tokens + checksum(self._dataset, sample, tokens, scores)
-        write_all(self._writer, scores, self._scores + self._score_bytes * place)
-        write_all(self._writer, record, self._records + RECORD_BYTES * place)
+        write_all(self._writer, entry, self.key.entry_at(sample))
         write_all(self._writer, b"\1", complete)
 
     def completeness(self) -> np.ndarray:
         """bool [count], as the file says now; from the map alone."""
-        stored = os.pread(self._reader, self.count, HEADER_BYTES)
-        return np.frombuffer(stored.ljust(self.count, b"\0"), dtype=np.uint8) == 1
-
-    def drop_pages(self) -> None:
-        """Takes the pages that were read out of this process; they stay in the page cache."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        return np.frombuffer(self._fetch(HEADER_BYTES, self.key.count), dtype=np.uint8) == 1
 
     def flush(self) -> None:
         """Makes what this process wrote durable."""
@@ -197,21 +187,29 @@ class Shard:
 
     def close(self) -> None:
         """Closes the file; does not sync."""
-        self._map.close()
         os.close(self._reader)
         if self._writer is not None:
             os.close(self._writer)
 
-    def _fetch_mapped(self, offset: int, size: int) -> bytes:
-        return self._map[offset : offset + size]
+    def _open_writer(self) -> int:
+        writer = os.open(self.path, os.O_RDWR)
+        # An NFS client that knows a whole page writes back the whole page when a byte of it changes, and with it old
+        # bytes over what other hosts have written there; unless the file is locked, but not for this client alone.
+        with suppress(OSError):  # a file system without locks has no such client either
+            fcntl.flock(writer, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return writer
 
-    def _fetch_fresh(self, offset: int, size: int) -> bytes:
-        return os.pread(self._reader, size, offset)
+    def _fetch(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._reader, size, offset)
+        if len(data) != size:
+            self._check_size()
+            raise OSError(errno.EIO, f"{len(data)} of {size} bytes at {offset}", str(self.path))
+        return data
 
     def _check_size(self) -> None:
         size = os.fstat(self._reader).st_size
-        if size != self._size:
-            expected = f"{self._size}; remove the file, and its samples are scored again"
+        if size != self.key.size:
+            expected = f"{self.key.size}; remove the file, and its samples are scored again"
             raise UserError(str(self.path), f"{size} bytes", expected)
 
     def _check_header(self, header: bytes, key: ShardKey) -> None:

@@ -194,11 +194,12 @@ class RecordedScores:
 
     Args:
         source: gives the losses.
-        writer: takes them, on one rank of each replica.
+        writer: takes them on one rank of each replica, that of the last stage with the first place in the tensor and
+            context parallel groups; the others may have None.
         forward: gives the process groups.
     """
 
-    def __init__(self, source: ScoreSource, writer: ScoreWriter, *, forward: ModelForward):
+    def __init__(self, source: ScoreSource, writer: ScoreWriter | None, *, forward: ModelForward):
         self.source = source
         self._writer, self._forward = writer, forward
 
@@ -207,11 +208,17 @@ class RecordedScores:
         scores = self.source.score(schedule, buffers, **settings)
         groups = self._forward.groups
         if scores and groups.tp.rank() == 0:
-            whole = torch.stack(scores)
-            if groups.cp.size() > 1:
-                parts = [torch.empty_like(whole) for _ in range(groups.cp.size())]
-                dist.all_gather(parts, whole.contiguous(), group=groups.cp)
-                whole = whole_sequence(parts, dim=2)
-            if groups.cp.rank() == 0:
-                self._writer.put(buffers[-1], list(whole))
+            whole = whole_scores(scores, groups)
+            if groups.cp.rank() == 0 and self._writer is not None:
+                self._writer.put(buffers[-1], whole)
         return scores
+
+
+def whole_scores(scores: Sequence[Tensor], groups: Any) -> list[Tensor]:
+    """[b, s / CP] of each microbatch to [b, s]; collective over the context parallel group."""
+    if groups.cp.size() == 1 or not scores:
+        return list(scores)
+    mine = torch.stack(list(scores))
+    parts = [torch.empty_like(mine) for _ in range(groups.cp.size())]
+    dist.all_gather(parts, mine, group=groups.cp)
+    return list(whole_sequence(parts, dim=2))

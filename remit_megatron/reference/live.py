@@ -12,7 +12,10 @@ from torch import Tensor
 from remit_megatron.batch import Batch
 from remit_megatron.forward import Item, ModelForward
 from remit_megatron.kernels.token_logprob import token_logprob
+from remit_megatron.models.source import ModelSource
 from remit_megatron.reference.source import Schedule, merge_factor, merge_items
+
+Signal = Literal["loss", "hidden"]  # of every token, or the final hidden states
 
 
 class LiveReference:
@@ -37,7 +40,7 @@ class LiveReference:
         *,
         vocab_size: int,
         forward: ModelForward,
-        signal: Literal["loss", "hidden"] = "loss",
+        signal: Signal = "loss",
         micro_batch_size: int | None = None,
     ):
         for chunk in chunks:
@@ -51,6 +54,38 @@ class LiveReference:
         self.micro_batch_size = micro_batch_size
         self._head: Tensor | None = None
         self._sequence_parallel = False
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        arguments: Any,
+        *,
+        forward: ModelForward,
+        fp8: str | None = None,
+        fp8_recipe: str = "tensorwise",
+        **settings: Any,
+    ) -> LiveReference:
+        """Builds a reference on this rank's place in the groups and loads its weights; collective.
+
+        Args:
+            source: weights and config.json.
+            arguments: Megatron's; the layout and the 16-bit (or 32-bit) type are taken from them, the architecture from
+                ``source``.
+            fp8, fp8_recipe: as in :func:`remit_megatron.models.fp8.frozen_arguments`.
+            forward, settings: as the class takes them.
+
+        Raises:
+            UserError: the layout does not fit the model, or a weight is missing or has another shape.
+        """
+        from remit_megatron.models.build import build_chunks, model_config
+        from remit_megatron.models.convert import load_weights
+        from remit_megatron.models.fp8 import frozen_arguments
+
+        own = frozen_arguments(arguments, fp8=fp8, recipe=fp8_recipe)
+        chunks = build_chunks(model_config(source.hf_config, own), forward.groups)
+        load_weights(chunks, source)
+        return cls(chunks, vocab_size=source.hf_config["vocab_size"], forward=forward, **settings)
 
     @property
     def _tp_group(self) -> torch.distributed.ProcessGroup:

@@ -15,7 +15,7 @@ from remit_megatron import parallel
 from remit_megatron.forward import Item, ModelForward
 from remit_megatron.models.source import ModelSource
 from remit_megatron.reference.idle import IdleFiller
-from remit_megatron.reference.live import LiveReference
+from remit_megatron.reference.live import LiveReference, Signal
 from remit_megatron.reference.replicated import ReplicatedReference
 from remit_megatron.reference.source import Schedule, ScoreSource
 
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 MARGIN = 0.1
 
 
-def live_reference(
+def placed_reference(
     source: ModelSource,
     arguments: Any,
     *,
     placement: str,
     forward: ModelForward,
     filler: IdleFiller,
-    signal: str = "loss",
+    signal: Signal = "loss",
     micro_batch_size: int | None = None,
 ) -> ScoreSource:
     """Builds a reference and loads its weights; collective.

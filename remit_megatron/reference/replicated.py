@@ -75,15 +75,16 @@ class ReplicatedReference(LiveReference):
     def load(
         cls, source: ModelSource, arguments: Any, *, forward: ModelForward, **settings: Any
     ) -> ReplicatedReference:
-        """See :meth:`LiveReference.load`; ``settings`` are those of this class."""
+        """See :meth:`LiveReference.load`; ``settings`` are those of this class, FP8 is not among them."""
         from remit_megatron.models.build import build_chunks, model_config
         from remit_megatron.models.convert import load_weights
+        from remit_megatron.models.fp8 import frozen_arguments
 
         groups = copy.copy(forward.groups)
         groups.pp = alone()
-        chunks = build_chunks(model_config(source.hf_config, without_pipeline(arguments)), groups)
-        load_weights(chunks, source)
-        (chunk,) = chunks
+        own = without_pipeline(frozen_arguments(arguments))
+        (chunk,) = build_chunks(model_config(source.hf_config, own), groups)
+        load_weights([chunk], source)
         return cls(chunk, vocab_size=source.hf_config["vocab_size"], forward=forward, **settings)
 
     # -- scores ------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def attention_errors(heads: int, groups: int, value: int, documents: bool) -> li
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("heads", "groups", "value"), [(4, 4, HEAD), (6, 2, HEAD), (4, 1, 5)])
+@pytest.mark.parametrize(("heads", "groups", "value"), [(4, 4, HEAD), (6, 2, HEAD), (4, 1, 5), (6, 2, 11)])
 def test_equals_the_definition(pool, heads, groups, value, documents):
     (errors,) = pool.run(attention_errors, world_size=1, heads=heads, groups=groups, value=value, documents=documents)
     assert max(errors) < 1e-13

@@ -1,4 +1,7 @@
-"""Import and export: bit-exact round trips, any layout in between, and inputs that are refused."""
+"""Import and export: bit-exact round trips, any layout in between, and inputs that are refused.
+
+Round trips run over all families (tests/families.py); what is the same for all of them runs on Llama.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,27 @@ from safetensors.torch import load_file, save_file
 
 from remit_megatron.errors import UserError
 from remit_megatron.models.source import resolve
-from tests.tiny import make_llama, make_tokenizer
+from tests.families import CASES, FIRST_CASES, VOCABULARY, hf_values, make_case
+from tests.tiny import make_tokenizer
 
-VOCABULARY = 131
+TIED = "llama-gqa_6_2_tied"
+assert TIED in CASES
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory) -> dict[str, Path]:
-    """A tied model with a tokenizer, an untied one, and the checkpoint of the first."""
+    """Models of all cases, tied ones with a tokenizer."""
     root = tmp_path_factory.mktemp("convert")
     tokenizer = make_tokenizer(root / "tokenizer")
-    return {
-        "root": root,
-        "tied": make_llama(root / "tied", seed=1, tokenizer=tokenizer, vocab_size=VOCABULARY),
-        "untied": make_llama(root / "untied", seed=2, vocab_size=VOCABULARY, tie_word_embeddings=False),
+    models = {
+        case: make_case(root / case, case, seed=seed, tokenizer=tokenizer if is_tied(case) else None)
+        for seed, case in enumerate(CASES)
     }
+    return {"root": root, "tied": models[TIED], **models}
+
+
+def is_tied(case: str) -> bool:
+    return hf_values(case)["tie_word_embeddings"]
 
 
 def run_import(hf: str, output: str, dtype: str | None = None) -> None:
@@ -115,10 +124,10 @@ def resave(checkpoint: str, output: str, tp: int, pp: int, divisor: int) -> dict
 def imported(pool, material) -> dict[str, Path]:
     """Checkpoints of the models."""
     found = {}
-    for name in ("tied", "untied"):
+    for name in CASES:
         found[name] = material["root"] / f"{name}_checkpoint"
         pool.run(run_import, world_size=1, hf=str(material[name]), output=str(found[name]))
-    return found
+    return found | {"tied": found[TIED]}
 
 
 def same_model(first: Path, second: Path) -> None:
@@ -133,25 +142,25 @@ def same_model(first: Path, second: Path) -> None:
             assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", CASES)
 def test_round_trip_is_exact(pool, material, imported, name):
     source = resolve(imported[name], digests=True)
     assert (source.kind, source.iteration) == ("checkpoint", 0)
-    assert (source.tokenizer is not None) == (name == "tied")
+    assert (source.tokenizer is not None) == is_tied(name)
     output = material["root"] / f"{name}_exported"
     pool.run(run_export, world_size=1, checkpoint=str(imported[name]), output=str(output))
     same_model(material[name], output)
     assert not [path.name for path in material["root"].iterdir() if path.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", CASES)
 def test_any_layout_in_between(pool, material, imported, name):
     first, second = (material["root"] / f"{name}_run" / "checkpoints" / f"iter_{i:07d}" for i in (3, 7))
     shapes = pool.run(resave, world_size=4, checkpoint=str(imported[name]), output=str(first), tp=2, pp=2, divisor=64)[
         0
     ]
     assert shapes["embedding.word_embeddings.weight"] == [256, 48], "padded to 64 x TP"
-    assert ("output_layer.weight" in shapes) == (name == "untied")
+    assert ("output_layer.weight" in shapes) != is_tied(name)
     # A narrower and a wider vocabulary than the stored one.
     shapes = pool.run(resave, world_size=2, checkpoint=str(first), output=str(second), tp=2, pp=1, divisor=1)[0]
     assert shapes["embedding.word_embeddings.weight"] == [132, 48]
@@ -161,23 +170,17 @@ def test_any_layout_in_between(pool, material, imported, name):
     same_model(material[name], output)
 
 
-def test_keys_are_those_of_transformer_engine(pool, material, imported):
+@pytest.mark.parametrize("name", FIRST_CASES)
+def test_keys_are_those_of_transformer_engine(pool, material, imported, name):
     """A checkpoint of the local spec loads into a model of the Transformer Engine spec: both write the fused names."""
     from remit_megatron.models.family import family_of
 
-    config = json.loads((material["untied"] / "config.json").read_text())
+    config = json.loads((material[name] / "config.json").read_text())
     names = family_of(config).names(config)
-    shapes = pool.run(
-        resave,
-        world_size=1,
-        checkpoint=str(imported["untied"]),
-        output=str(material["root"] / "keys"),
-        tp=1,
-        pp=1,
-        divisor=1,
-    )[0]
+    output = str(material["root"] / f"{name}_keys")
+    shapes = pool.run(resave, world_size=1, checkpoint=str(imported[name]), output=output, tp=1, pp=1, divisor=1)[0]
     expected = {"decoder.layers." + weight.te for weight in names.layer}
-    expected |= {weight.te for weight in (names.embedding, *names.final, names.head)}
+    expected |= {weight.te for weight in (names.embedding, *names.final, names.head) if weight is not None}
     assert {key for key in shapes if not key.endswith("_extra_state")} == expected
 
 

@@ -1,40 +1,25 @@
-"""Logits and gradients of Megatron's model against transformers, on every layout; tiny random models of odd sizes."""
+"""Logits and gradients of Megatron's model against transformers, on every layout; tiny random models of all families
+(tests/families.py)."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny import make_llama
+from tests.families import CASES, FIRST_CASES, VOCABULARY, make_case
 
-VOCABULARY = 131
 LENGTH = 24
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "gqa_6_2_tied": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10},
-    "gqa_4_2_untied": {
-        "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 12345.5},
-    },
-    "mha_llama3": {"num_key_value_heads": 4, "rope_parameters": LLAMA3, "tie_word_embeddings": False},
-    "one_group": {"num_key_value_heads": 1},
-}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tp": 2},
     "tp2_sp": {"tp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
     "pp2_virtual": {"pp": 2, "virtual": 2},
+    "tp2_pp2": {"tp": 2, "pp": 2},
     "tp2_pp2_sp": {"tp": 2, "pp": 2, "sequence_parallel": True},
 }
 
@@ -43,10 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def models(tmp_path_factory) -> dict[str, Path]:
     """Random models on disk."""
     root = tmp_path_factory.mktemp("models")
-    return {
-        name: make_llama(root / name, seed=seed, vocab_size=VOCABULARY, **changes)
-        for seed, (name, changes) in enumerate(MODELS.items())
-    }
+    return {case: make_case(root / case, case, seed=seed) for seed, case in enumerate(CASES)}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +134,7 @@ def truth(directory: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str
     """Logits and gradients of transformers, of the same loss: a mean over the two microbatches, as in the schedule."""
     import transformers
 
-    model = transformers.LlamaForCausalLM.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     logits = model(tokens[:, :-1]).logits
     loss = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).sum() / 2
     loss.backward()
@@ -184,29 +166,48 @@ def merged(directory: Path, ranks: list[dict[str, Any]]) -> dict[str, torch.Tens
     return gradients
 
 
+@pytest.fixture(scope="module")
+def expected(models, tokens) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Logits and gradients of transformers."""
+    return {name: truth(directory, tokens) for name, directory in models.items()}
+
+
+@pytest.fixture(scope="module")
+def on_layout(pool, models, tokens):
+    """Runs all models on a layout, once; gives the results of its ranks by model."""
+
+    @cache
+    def run(layout: str) -> dict[str, list[dict[str, Any]]]:
+        sizes = LAYOUTS[layout]
+        ranks = pool.run(
+            run_megatron,
+            world_size=sizes.get("tp", 1) * sizes.get("pp", 1),
+            directories={name: str(path) for name, path in models.items()},
+            tokens=tokens.tolist(),
+            layout=sizes,
+        )
+        return {name: [rank[name] for rank in ranks] for name in models}
+
+    return run
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_transformers(pool, models, tokens, layout):
-    sizes = LAYOUTS[layout]
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers(models, expected, on_layout, case, layout):
+    results = on_layout(layout)[case]
+    logits, gradients = expected[case]
+    assert logits.std() > 0.5, "logits of a size that errors would show in"
     tolerance = 1e-5 if layout == "one" else 5e-5
-    ranks = pool.run(
-        run_megatron,
-        world_size=sizes.get("tp", 1) * sizes.get("pp", 1),
-        directories={name: str(path) for name, path in models.items()},
-        tokens=tokens.tolist(),
-        layout=sizes,
-    )
-    for name, directory in models.items():
-        logits, gradients = truth(directory, tokens)
-        assert logits.std() > 0.5, "logits of a size that errors would show in"
-        results = [rank[name] for rank in ranks]
-        for found in (torch.cat(result["logits"]) for result in results if result["logits"]):
-            assert found.shape[-1] > VOCABULARY and not found[..., VOCABULARY:].any(), "padding rows are zero"
-            assert (found[..., :VOCABULARY] - logits).abs().max() <= tolerance, name
-        ours = merged(directory, results)
-        assert ours.keys() == gradients.keys()
-        for weight, expected in gradients.items():
-            error = ((ours[weight] - expected).norm() / expected.norm()).item()
-            assert error <= 1e-5, f"{name} {weight}: {error}"
+    for found in (torch.cat(result["logits"]) for result in results if result["logits"]):
+        assert found.shape[-1] > VOCABULARY and not found[..., VOCABULARY:].any(), "padding rows are zero"
+        assert (found[..., :VOCABULARY] - logits).abs().max() <= tolerance
+    ours, alone = merged(models[case], results), merged(models[case], on_layout("one")[case])
+    assert ours.keys() == alone.keys() == gradients.keys()
+    for weight, gradient in gradients.items():
+        error = ((ours[weight] - gradient).norm() / gradient.norm()).item()
+        assert error <= 1e-5, f"{weight}: {error} from transformers"
+        error = ((ours[weight] - alone[weight]).abs().max() / alone[weight].abs().max()).item()
+        assert error <= 1e-5, f"{weight}: {error} from one process"
 
 
 def bf16_logits(directory: str, tokens: list[list[int]]) -> torch.Tensor:
@@ -228,12 +229,13 @@ def bf16_logits(directory: str, tokens: list[list[int]]) -> torch.Tensor:
         return chunk(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
 
 
-def test_bf16_is_as_good_as_transformers(pool, models, tokens):
+@pytest.mark.parametrize("case", FIRST_CASES)
+def test_bf16_is_as_good_as_transformers(pool, models, tokens, case):
     import transformers
 
-    directory = models["gqa_4_2_untied"]
+    directory = models[case]
     with torch.no_grad():
-        exact = transformers.LlamaForCausalLM.from_pretrained(directory)(tokens).logits
-        theirs = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)(tokens).logits
+        exact = transformers.AutoModelForCausalLM.from_pretrained(directory)(tokens).logits
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)(tokens).logits
     (ours,) = pool.run(bf16_logits, world_size=1, directory=str(directory), tokens=tokens.tolist())
     assert (ours - exact).norm() <= 1.2 * (theirs.float() - exact).norm()

@@ -37,7 +37,8 @@ ALLOWED = {
     "batch": BASE,
     "forward": BASE | {"batch", "models", "parallel"},
     "reference": BASE | {"batch", "forward", "parallel", "checkpoints", "kernels", "models", "reference"},
-    "step": BASE | {"batch", "data", "forward", "kernels", "objectives", "parallel", "reference"},
+    "linear_loss": BASE | {"batch", "kernels", "objectives"},
+    "step": BASE | {"batch", "data", "forward", "kernels", "linear_loss", "objectives", "parallel", "reference"},
 }
 # layer -> packages that it must not import.
 FORBIDDEN = {

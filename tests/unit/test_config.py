@@ -38,6 +38,7 @@ def test_defaults_and_canonical_blend(tmp_path):
     assert config.reference is None
     assert config.data.train == ["data/a"] and config.data.valid == []
     assert (config.seed, config.checkpoint.keep, config.checkpoint.resume) == (1234, 2, "auto")
+    assert (config.optimizer.decay_norms, config.optimizer.decay_embeddings) == (None, None)
     assert config.checkpoints_dir == Path("runs/x/checkpoints") and config.data_cache_dir == Path("runs/x/data_cache")
 
 

@@ -112,6 +112,24 @@ def test_gsm8k_comes_back_to_the_letter(tmp_path):
     assert number == 7472
 
 
+def test_humaneval_comes_back_to_the_letter(tmp_path):
+    """Code: indentation, blank lines and tabs are what a tokenizer would change first."""
+    source, tokenizer_file = SHARED / "HumanEval.jsonl.gz", SHARED / "dolma2_tokenizer.json"
+    for path in (source, tokenizer_file):
+        if not path.exists():
+            pytest.skip(f"{path} is missing")
+    template = "{prompt}{canonical_solution}\n{test}"
+    manifest = build_dataset([source], tokenizer_file, tmp_path / "h", template=template)
+    with gzip.open(source, "rt", encoding="utf-8", newline="") as file:
+        records = [json.loads(line) for line in file]
+    assert manifest.documents == len(records) == 164 and manifest.skipped == 0
+    data, opened = IndexedTokens(tmp_path / "h"), load_tokenizer(tokenizer_file)
+    for number, record in enumerate(records):
+        *ids, last = data.read(number).tolist()
+        assert last == 100_257
+        assert opened.decode(ids).encode() == template.format_map(record).encode()
+
+
 def test_same_bytes_from_any_file_and_any_number_of_workers(tmp_path, tokenizer):
     data = write_lines(tmp_path / "c.jsonl", TEXTS).read_bytes()
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(data))

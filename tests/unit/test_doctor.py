@@ -238,7 +238,16 @@ def test_gpus_are_described_and_their_capability_is_checked(packages: Path) -> N
         "layers": "transformer_engine",
         "attention": "Transformer Engine's",
         "backend": "nccl",
+        "FP8": "unknown",
     }
+
+
+def test_fp8_recipes_are_told_with_the_reason_of_the_others() -> None:
+    gpu = "Device compute capability 10.0 or higher required"
+    recipes = {"delayed": None, "tensorwise": None, "mxfp8": gpu, "blockwise": "CUDA >= 12.9"}
+    found = doctor.describe_use(Probe({}), Probe({"fp8": recipes}))["FP8"]
+    assert found == f"delayed, tensorwise; not mxfp8: {gpu}; not blockwise: CUDA >= 12.9"
+    assert doctor.describe_fp8({"delayed": "too old", "mxfp8": "too old"}) == "no: too old"
 
 
 @pytest.mark.parametrize(
@@ -349,6 +358,7 @@ def test_a_healthy_machine() -> None:
         "layers": "local",
         "attention": "torch.nn.functional.scaled_dot_product_attention",
         "backend": "gloo",
+        "FP8": "no: it needs Transformer Engine and a GPU",
     }
     assert {"cpu_device", "compile_helpers"} <= {patch["name"] for patch in report["patches"] if patch["in_force"]}
     assert done.stderr == ""

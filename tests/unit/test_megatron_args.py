@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import patches
 
@@ -26,6 +27,7 @@ from remit_megatron.errors import UserError  # noqa: E402
 from remit_megatron.megatron_args import build_arguments, read_overrides  # noqa: E402
 from remit_megatron.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED  # noqa: E402
 from remit_megatron.models.build import megatron_arguments, model_config  # noqa: E402
+from remit_megatron.models.family import family_of  # noqa: E402
 from remit_megatron.plan_numbers import (  # noqa: E402
     count_parameters,
     describe,
@@ -33,6 +35,7 @@ from remit_megatron.plan_numbers import (  # noqa: E402
     parameters_on_rank,
     plan_numbers,
 )
+from tests.families import CASES, hf_values  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {"base": "tiny_llama", "vocab_size": 301}
@@ -351,12 +354,21 @@ def test_two_calls_do_not_share_lists():
         ("smollm2_360m", 361_821_120),
         ("smollm2_1b", 1_711_376_384),
         ("llama3_1b", 1_235_814_400),
+        ("olmo2_1b", 1_484_916_736),
+        ("smollm3_3b", 3_075_098_624),
     ],
 )
 def test_parameters_are_counted_exactly(model, parameters):
+    import transformers
+
     config = run_config()
     config.model = model
-    assert count_parameters(arguments(config=config)) == parameters
+    values = load_model_description(model)
+    unlisted = family_of(values).unlisted_parameters(values)
+    assert count_parameters(arguments(config=config), unlisted=unlisted) == parameters
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+    assert sum(parameter.numel() for parameter in built.parameters()) == parameters
 
 
 def test_parameters_of_latent_attention():
@@ -380,6 +392,23 @@ def test_parameters_on_a_rank_equal_those_of_the_model_that_is_built(untied):
         built = sum(parameter.numel() for parameter in model.parameters())
     assert parameters_on_rank(args, 0) == built
     assert count_parameters(args) == built - (320 - 301) * 128 * (2 if untied else 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_of_every_family_equal_those_of_the_model_that_is_built(case):
+    from remit_megatron.models.build import build_chunks
+    from remit_megatron.models.processes import process_groups
+
+    config = run_config(make_vocab_size_divisible_by=8)
+    config.model = hf_values(case)
+    args, unlisted = arguments(config=config), family_of(config.model).unlisted_parameters(config.model)
+    with process_groups(alone=True) as groups, torch.device("meta"):
+        (model,) = build_chunks(model_config(config.model, args), groups)
+        built = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters_on_rank(args, 0, unlisted=unlisted) == built
+    padding = (args.padded_vocab_size - args.vocab_size) * args.hidden_size
+    tables = 2 if args.untie_embeddings_and_output_weights else 1
+    assert count_parameters(args, unlisted=unlisted) == built - tables * padding
 
 
 def test_parameters_over_stages_and_shards_add_up():

@@ -8,6 +8,7 @@ import pytest
 
 from remit_megatron.errors import UserError
 from remit_megatron.models.family import families, family_of, rope_of
+from tests.families import FAMILIES, hf_values
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -128,6 +129,117 @@ def test_refusals_name_the_field(changes, field):
     with pytest.raises(UserError) as caught:
         arguments(**changes)
     assert field in caught.value.field
+
+
+OLMO2: dict[str, Any] = {
+    "model_type": "olmo2",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "vocab_size": 100352,
+    "rope_theta": 500000,
+}
+SMOLLM3: dict[str, Any] = OLMO2 | {
+    "model_type": "smollm3",
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 4,
+    "rope_theta": 5000000.0,
+}
+
+
+def test_olmo2():
+    found = family_of(OLMO2).arguments(OLMO2)
+    expected = {
+        "num_query_groups": 16,
+        "group_query_attention": False,
+        "kv_channels": 128,
+        "rotary_base": 500000,
+        "use_rope_scaling": False,
+        "untie_embeddings_and_output_weights": True,
+        "add_bias_linear": False,
+    }
+    assert {name: found[name] for name in expected} == expected
+    # Megatron's own norms of queries and keys are per head; with them on it would sum gradients by name.
+    assert not found.get("qk_layernorm", False)
+    assert family_of(OLMO2).unlisted_parameters(OLMO2) == (2 * 2048, 0)
+    assert family_of(OLMO2 | {"num_key_value_heads": 4}).unlisted_parameters(OLMO2 | {"num_key_value_heads": 4}) == (
+        2048 + 4 * 128,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "without"),
+    [
+        ({}, [0, 0, 0, 1, 0, 0, 0, 1]),
+        ({"no_rope_layer_interval": 3}, [0, 0, 1, 0, 0, 1, 0, 0]),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 2}, [0, 1] * 4),
+        ({"no_rope_layer_interval": 1}, [1] * 8),
+        ({"no_rope_layer_interval": 99}, None),
+        # The list wins over the interval, and may be longer than the model.
+        ({"no_rope_layers": [1, 1, 0, 1, 1, 1, 1, 0, 0, 0], "no_rope_layer_interval": 4}, [0, 0, 1, 0, 0, 0, 0, 1]),
+        ({"no_rope_layers": [1] * 8}, None),
+    ],
+)
+def test_smollm3_says_which_layers_have_rope_and_megatron_which_have_none(fields, without):
+    config = SMOLLM3 | fields
+    found = family_of(config).arguments(config)
+    assert found["no_rope_freq"] == without
+    assert (found["rotary_base"], found["num_query_groups"]) == (5000000, 4)
+
+
+def test_smollm3_is_tied_unless_it_says_otherwise():
+    for fields, tied in (({}, True), ({"tie_word_embeddings": True}, True), ({"tie_word_embeddings": False}, False)):
+        config = SMOLLM3 | fields
+        assert family_of(config).arguments(config)["untie_embeddings_and_output_weights"] == (not tied)
+        assert (family_of(config).names(config).head is None) == tied
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "field"),
+    [
+        (OLMO2, {"attention_bias": True}, "attention_bias"),
+        (OLMO2, {"hidden_act": "gelu"}, "hidden_act"),
+        (OLMO2, {"rope_theta": None}, "rope_theta"),
+        (OLMO2, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+        (OLMO2, {"num_key_value_heads": 3}, "num_key_value_heads"),
+        (SMOLLM3, {"num_key_value_heads": None}, "num_key_value_heads"),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        (SMOLLM3, {"no_rope_layers": [2] * 8}, "no_rope_layers"),
+        (SMOLLM3, {"no_rope_layers": "every fourth"}, "no_rope_layers"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        (SMOLLM3, {"no_rope_layer_interval": None}, "no_rope_layer_interval"),
+        (SMOLLM3, {"use_sliding_window": True, "sliding_window": 512}, "use_sliding_window"),
+        (SMOLLM3, {"layer_types": ["full_attention", "sliding_attention"] * 4}, "layer_types"),
+        (SMOLLM3, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
+        (SMOLLM3, {"mlp_bias": True}, "mlp_bias"),
+    ],
+)
+def test_refusals_of_other_families_name_the_field(config, changes, field):
+    changed = config | changes
+    with pytest.raises(UserError) as caught:
+        family_of(changed).arguments(changed)
+    assert field in caught.value.field
+
+
+def test_a_window_that_is_off_is_no_window():
+    config = SMOLLM3 | {"use_sliding_window": False, "sliding_window": 512, "layer_types": ["full_attention"] * 8}
+    assert family_of(config).arguments(config)["num_layers"] == 8
+
+
+def test_every_family_is_tested():
+    """Parity, conversion and training run over tests/families.py: a family without an entry would not be tested."""
+    assert FAMILIES.keys() == families().keys()
+    for family, cases in FAMILIES.items():
+        values = [hf_values(f"{family}-{case}") for case in cases]
+        assert {family_of(value).name for value in values} == {family}
+        assert {value["tie_word_embeddings"] for value in values} == {True, False}, f"{family}: tied and untied"
+        heads = [(value["num_attention_heads"], value["num_key_value_heads"]) for value in values]
+        assert any(query % 4 or query != key for query, key in heads), f"{family}: not only even heads"
 
 
 def test_unknown_family_lists_the_known_ones():

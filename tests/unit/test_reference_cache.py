@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +26,11 @@ LENGTH = 16
 IDENTITY = CacheIdentity(
     reference="a" * 64, tokenizer="b" * 64, sequence_length=LENGTH, packing_seed=3, document_mask=True, eod_id=0
 )
+PINNED = {
+    "manifest.json": "e489281f5e731730",
+    "dataset.json": "85a237e701b1c94f",
+    "00000000.scores": "23a7605cb8677dc3",
+}
 DATASET, OTHER = "12" * 32, "34" * 32
 
 
@@ -137,6 +145,67 @@ def test_size_on_disk(tmp_path):
     tokens = samples * 256
     assert 2 * tokens < sum(file.st_size for file in files) <= 2.1 * tokens
     assert sum(file.st_blocks * 512 for file in files) <= 2.1 * tokens
+
+
+def read_by_the_document(directory: Path, dataset: str, sample: int) -> tuple[bytes, list[float]]:
+    """Token hash and scores of a sample, by ``docs/score_cache.md`` alone."""
+
+    def blake(data: bytes) -> bytes:
+        return hashlib.blake2b(data, digest_size=8).digest()
+
+    manifest = json.loads((directory / "manifest.json").read_text())
+    digest = manifest.pop("digest")
+    assert hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest() == digest
+    length, size = manifest["identity"]["sequence_length"], {"uint16": 2, "float32": 4}[manifest["dtype"]]
+    samples = json.loads((directory / dataset / "dataset.json").read_text())["samples"]
+    per_shard = max(1, 2**28 // (size * length))
+    shard = sample // per_shard
+    content = (directory / dataset / f"{shard:08d}.scores").read_bytes()
+    count = min(per_shard, samples - shard * per_shard)
+    fields = struct.unpack_from("<8sII32s32sQQII", content)
+    assert fields == (
+        *(b"REMITSCO", 1, 4096, bytes.fromhex(digest), bytes.fromhex(dataset)),
+        *(shard * per_shard, count, length, {2: 1, 4: 2}[size]),
+    )
+    assert not any(content[104:4088]) and content[4088:4096] == blake(content[:4088])
+    place = sample - shard * per_shard
+    assert content[4096 + place] == 1
+    entries = (4096 + count + 4095) // 4096 * 4096
+    assert len(content) == entries + count * (16 + size * length)
+    entry = content[entries + place * (16 + size * length) :][: 16 + size * length]
+    tokens, scores = entry[:8], entry[16:]
+    assert entry[8:16] == blake(bytes.fromhex(dataset) + struct.pack("<Q", sample) + tokens + scores)
+    if size == 4:
+        return tokens, list(struct.unpack(f"<{length}f", scores))
+    codes = struct.unpack(f"<{length}H", scores)
+    return tokens, [math.nan if code == 65535 else code / 2048 for code in codes]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_the_format_is_the_documented_one(tmp_path, dtype):
+    length = 1 << 19  # 256 samples a shard in uint16
+    cache = make(tmp_path / "cache", samples=258, dtype=dtype, sequence_length=length)
+    tokens, losses = tokens_of(257, length=length), losses_of(257, length=length)
+    losses[7] = np.nan
+    cache.write(DATASET, 257, tokens, losses)
+    cache.close()
+    found, scores = read_by_the_document(tmp_path / "cache", DATASET, 257)
+    assert found == hashlib.blake2b(b"".join(struct.pack("<I", token) for token in tokens), digest_size=8).digest()
+    assert math.isnan(scores[7])
+    assert np.nanmax(np.abs(np.array(scores) - losses)) <= (2**-12 if dtype == "uint16" else 0)
+
+
+def test_the_format_has_not_changed(tmp_path):
+    """Caches outlive programs: these digests change with the format version only."""
+    cache = make(tmp_path / "cache")
+    cache.write(DATASET, 4, np.arange(LENGTH + 1), np.arange(LENGTH, dtype=np.float32))
+    cache.close()
+    found = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in (tmp_path / "cache").rglob("*")
+        if path.is_file()
+    }
+    assert found == PINNED
 
 
 def test_shards_hold_about_256_mib():

@@ -20,7 +20,7 @@ import pytest
 
 from remit_megatron.errors import UserError
 from remit_megatron.reference import ReferenceCache, cache_shard
-from remit_megatron.reference.cache_shard import HEADER_BYTES, RECORD_BYTES, ShardKey
+from remit_megatron.reference.cache_shard import ENTRY_HEADER_BYTES, HEADER_BYTES, ShardKey
 from tests.unit.test_reference_cache import (
     DATASET,
     IDENTITY,
@@ -151,12 +151,13 @@ def offset_in(section: str, key: ShardKey, generator: np.random.Generator, *, sc
     """A random byte of a section of a shard, of a scored sample, and that sample's number."""
     places = [place for place in range(key.count) if ((key.dataset, key.first + place) in UNSCORED) != scored]
     place = int(generator.choice(places))
+    sample = key.first + place
     start, size = {
-        "map": (HEADER_BYTES + place, 1),
-        "record": (key.records_offset + RECORD_BYTES * place, RECORD_BYTES),
-        "scores": (key.scores_offset + key.score_bytes * place, key.score_bytes),
+        "map": (key.complete_at(sample), 1),
+        "record": (key.entry_at(sample), ENTRY_HEADER_BYTES),
+        "scores": (key.entry_at(sample) + ENTRY_HEADER_BYTES, key.entry_bytes - ENTRY_HEADER_BYTES),
     }[section]
-    return start + int(generator.integers(size)), key.first + place
+    return start + int(generator.integers(size)), sample
 
 
 # Each damages a copy. Returns what must be noticed: "refused", "missing", or either (None).
@@ -208,7 +209,7 @@ def overwritten(directory: Path, _: Path, generator: np.random.Generator) -> Non
     shard = generator.choice(shards(directory))
     key, content = key_of(shard, directory), bytearray(shard.read_bytes())
     sample = offset_in("scores", key, generator)[1]
-    start = int(generator.choice([generator.integers(100), key.scores_offset + key.score_bytes * (sample - key.first)]))
+    start = int(generator.choice([generator.integers(100), key.entry_at(sample)]))
     size = min(int(generator.integers(LENGTH, 4096)), len(content) - start)
     content[start : start + size] = bytes(size) if generator.integers(2) else generator.bytes(size)
     shard.write_bytes(content)
@@ -230,18 +231,13 @@ def swapped(directory: Path, pristine: Path, generator: np.random.Generator) -> 
 
 
 def scores_moved(directory: Path, _: Path, generator: np.random.Generator) -> str:
-    """Two samples of a shard change records and scores, or one gets the other's."""
+    """Two samples of a shard change places."""
     shard = generator.choice(shards(directory))
     key, content = key_of(shard, directory), bytearray(shard.read_bytes())
-    pair = [place for place in range(key.count) if (key.dataset, key.first + place) not in UNSCORED]
+    pair = [key.first + place for place in range(key.count) if (key.dataset, key.first + place) not in UNSCORED]
     pair = generator.choice(pair, 2, replace=False)
-    parts = []
-    for place in pair:
-        record = key.records_offset + RECORD_BYTES * place
-        scores = key.scores_offset + key.score_bytes * place
-        parts.append((slice(record, record + RECORD_BYTES), slice(scores, scores + key.score_bytes)))
-    for one, other in zip(*parts, strict=True):
-        content[one], content[other] = content[other], content[one]
+    one, other = (slice(key.entry_at(sample), key.entry_at(sample) + key.entry_bytes) for sample in pair)
+    content[one], content[other] = content[other], content[one]
     shard.write_bytes(content)
     return "missing"
 
@@ -281,9 +277,7 @@ def torn_write(directory: Path, _: Path, generator: np.random.Generator) -> str:
     key, old = key_of(shard, directory), shard.read_bytes()
     fill(directory, [(dataset, sample)])
     content = bytearray(shard.read_bytes())
-    record = key.records_offset + RECORD_BYTES * (sample - key.first)
-    scores = key.scores_offset + key.score_bytes * (sample - key.first)
-    start, size = [(record, RECORD_BYTES), (scores, key.score_bytes)][int(generator.integers(2))]
+    start, size = key.entry_at(sample), key.entry_bytes
     lost = int(generator.integers(size))  # bytes from here on are the old ones
     content[start + lost : start + size] = old[start + lost : start + size]
     if content[start : start + size] == shard.read_bytes()[start : start + size]:
@@ -342,7 +336,7 @@ def test_a_damaged_sample_is_warned_of_once_and_counted(damaged_copy, caplog):
     directory = damaged_copy()
     shard = directory / DATASET / "00000000.scores"
     key = key_of(shard, directory)
-    flip(shard, key.scores_offset + 5, 3)
+    flip(shard, key.entry_at(0) + 25, 3)
     cache = ReferenceCache.open(directory)
     for _ in range(3):
         assert cache.read(DATASET, 0, tokens_of(0)) is None
@@ -357,7 +351,6 @@ def test_a_damaged_sample_is_warned_of_once_and_counted(damaged_copy, caplog):
 
 
 def test_a_file_shortened_under_a_reader_is_refused(damaged_copy):
-    """Touching a memory map behind the end of its file would kill the process."""
     directory = damaged_copy()
     cache = ReferenceCache.open(directory)
     assert cache.read(DATASET, 0, tokens_of(0)) is not None
@@ -424,7 +417,7 @@ def test_a_shard_half_made_when_its_maker_was_killed(tmp_path):
     assert not cache.completeness(DATASET).any() and cache.read(DATASET, 0, tokens_of(0)) is None
     cache.write(DATASET, 0, tokens_of(0), losses_of(0))
     assert cache.read(DATASET, 0, tokens_of(0)) is not None
-    assert cache_shard.Shard(directory / DATASET / "00000000.scores", key_of_ten(directory)).count == 10
+    assert cache_shard.Shard(directory / DATASET / "00000000.scores", key_of_ten(directory)).key.count == 10
 
 
 def key_of_ten(directory: Path) -> ShardKey:

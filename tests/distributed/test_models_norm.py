@@ -1,0 +1,82 @@
+"""The norm of a vector that tensor parallelism has split: values and gradients of the whole vector's norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+WIDTH, EPS = 24, 1e-3
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x [3, 2, WIDTH], weight [WIDTH] and the gradient that comes back, of very different sizes over the vector."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight, gradient = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 2, WIDTH), (WIDTH,), (3, 2, WIDTH))
+    )
+    return (x * torch.arange(1, WIDTH + 1)).to(dtype), weight.to(dtype), gradient.to(dtype)
+
+
+def truth(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and gradients of x and of the weight, in float64."""
+    x, weight, gradient = (tensor.double() for tensor in inputs(dtype))
+    x.requires_grad_(), weight.requires_grad_()
+    output = functional.rms_norm(x, (WIDTH,), weight, EPS)
+    output.backward(gradient)
+    assert x.grad is not None and weight.grad is not None
+    return output.detach(), x.grad, weight.grad
+
+
+def on_a_rank(dtype: torch.dtype, twice: bool) -> dict[str, Any]:
+    """This rank's part of the output and of both gradients; ``twice`` calls the norm on one x, summing gradients."""
+    import os
+
+    import patches
+
+    patches.apply()
+    from remit_megatron.models.build import default_arguments, model_config
+    from remit_megatron.models.norm import ShardedRMSNorm
+    from remit_megatron.models.processes import process_groups
+    from tests.families import hf_values
+
+    config = model_config(hf_values("olmo2-mha_untied"), default_arguments(params_dtype=dtype)).transformer
+    with process_groups(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"])) as groups:
+        rank, ranks = groups.tp.rank(), groups.tp.size()
+        part = slice(rank * WIDTH // ranks, (rank + 1) * WIDTH // ranks)
+        x, weight, gradient = (tensor[..., part].clone() for tensor in inputs(dtype))
+        norm = ShardedRMSNorm(config, WIDTH, EPS, tp_group=groups.tp)
+        norm.weight.data.copy_(weight)
+        kept = x.clone()
+        x.requires_grad_()
+        output = norm(x)
+        if twice:
+            output = 0.5 * (output + norm(x))
+        output.backward(gradient)
+        assert torch.equal(x.detach(), kept), "the input is left as it was"
+        attributes = [getattr(norm.weight, name) for name in ("tensor_model_parallel", "partition_dim")]
+        sharded = norm.sharded_state_dict("n.")["n.weight"]
+        return {
+            "parts": (output.detach(), x.grad, norm.weight.grad),
+            "attributes": attributes,
+            "sharded": (sharded.global_shape, sharded.global_offset),
+        }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_equals_the_norm_of_the_whole_vector(pool, ranks, dtype, tolerance):
+    found = pool.run(on_a_rank, world_size=ranks, dtype=dtype, twice=ranks == 2)
+    for whole, *parts in zip(truth(dtype), *(rank["parts"] for rank in found), strict=True):
+        assert parts[0].dtype == dtype
+        error = (torch.cat(parts, dim=-1).double() - whole).abs().max() / whole.abs().max()
+        assert error <= tolerance
+    for rank, result in enumerate(found):
+        assert result["attributes"] == [True, 0]
+        assert result["sharded"] == ((WIDTH,), (rank * WIDTH // ranks,))
