@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN, VOCABULARY, LENGTH = 8, 16, 8
-PARTS = 4  # quanta per stage
+PARTS = 4  # quanta per stage, virtual ones included
 ARMS = ("student", "pipeline", "replicated")
 
 
@@ -186,10 +186,9 @@ def arms_of(*, stages: int, microbatches: int, virtual: int, forward_seconds: fl
 
     forward = ModelForward(eod_id=0, groups=lambda: groups)
     filler = IdleFiller()
-    parts = stages * PARTS
-    pieces = [
-        frozen(stage(config, seconds=forward_seconds / PARTS, last=number == parts - 1)) for number in range(parts)
-    ]
+    parts = stages * virtual * PARTS
+    seconds = forward_seconds * stages / parts
+    pieces = [frozen(stage(config, seconds=seconds, last=number == parts - 1)) for number in range(parts)]
     references = {
         "student": None,
         "pipeline": LiveReference([frozen(chunk) for chunk in chunks()], vocab_size=VOCABULARY, forward=forward),
@@ -303,9 +302,9 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, list[float]]])
         f"`{command}`",
         "",
         f"{args.stages} stages in as many processes on {len(os.sched_getaffinity(0))} cores, Gloo, "
-        f"F = {args.forward_ms:g} ms, {PARTS} quanta per stage; torch {torch.__version__}, "
-        f"megatron-core {importlib.metadata.version('megatron-core')}. Arms interleaved, median of {args.rounds} steps; "
-        "the bar is 1.10 x the ideal of the replicated arm.",
+        f"F = {args.forward_ms:g} ms, {PARTS} quanta per (virtual) stage; torch {torch.__version__}, "
+        f"megatron-core {importlib.metadata.version('megatron-core')}. Arms interleaved, median of {args.rounds} "
+        "steps; the bar is 1.10 x the ideal of the replicated arm.",
         "",
         "| microbatches | virtual stages | arm | median s | in F | ideal in F | measured / ideal |",
         "|---|---|---|---|---|---|---|",

@@ -49,8 +49,8 @@ class ReplicatedReference(LiveReference):
 
     Args:
         chunk: the whole model, frozen, in evaluation mode.
-        pieces: the model cut into parts that are called one after the other as GPTModel is, from the second one on with
-            the hidden states before them as ``decoder_input``; None cuts ``chunk`` (:func:`cut`).
+        pieces: the model in parts (:func:`cut`) that are called one after the other as GPTModel is, from the second one
+            on with the hidden states before them as ``decoder_input``.
         filler: runs the parts in the pauses.
         vocab_size, forward, micro_batch_size: as in `LiveReference`. Microbatches of one rank go through the model
             together, as many as ``micro_batch_size`` allows.
@@ -62,13 +62,13 @@ class ReplicatedReference(LiveReference):
         *,
         vocab_size: int,
         forward: ModelForward,
+        pieces: Sequence[Piece],
         filler: IdleFiller,
-        pieces: Sequence[Piece] | None = None,
         micro_batch_size: int | None = None,
     ):
         super().__init__([chunk], vocab_size=vocab_size, forward=forward, micro_batch_size=micro_batch_size)
         self.filler = filler
-        self.pieces = cut(chunk, stages=forward.groups.pp.size()) if pieces is None else list(pieces)
+        self.pieces = list(pieces)
         self._entries: dict[int, _Entry] = {}
 
     @classmethod
@@ -85,7 +85,9 @@ class ReplicatedReference(LiveReference):
         own = without_pipeline(frozen_arguments(arguments))
         (chunk,) = build_chunks(model_config(source.hf_config, own), groups)
         load_weights([chunk], source)
-        return cls(chunk, vocab_size=source.hf_config["vocab_size"], forward=forward, **settings)
+        stages = forward.groups.pp.size() * (arguments.virtual_pipeline_model_parallel_size or 1)
+        pieces = cut(chunk, stages=stages)
+        return cls(chunk, pieces=pieces, vocab_size=source.hf_config["vocab_size"], forward=forward, **settings)
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
@@ -221,7 +223,8 @@ def cut(chunk: torch.nn.Module, *, stages: int) -> list[Piece]:
 
     Args:
         chunk: a model without pipeline stages (wrapped or not).
-        stages: of the student's pipeline; a part is a quarter of what one of them would hold, or one layer.
+        stages: of the student's pipeline, virtual ones included; a part is a quarter of what one of them would hold, or
+            one layer.
     """
     from remit_megatron.models.build import unwrap
 
