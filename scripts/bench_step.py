@@ -1,4 +1,4 @@
-"""Time of one training step: Megatron's own GPT loss, our ntp, and remit with a live reference, interleaved.
+"""Time of one training step: Megatron's own GPT loss, our ntp (also with loss.linear), and remit with a live reference.
 
     python scripts/bench_step.py --rounds 15 --record docs/benchmarks
 
@@ -11,10 +11,7 @@ and backward of the student cost three forward passes, the reference a fourth.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from benchmarking import heading, interleave, median_ratio, quantile, record, versions
 
 
 def parse() -> argparse.Namespace:
@@ -78,6 +76,44 @@ def run_config(args: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
+class Corpus:
+    """A blend of one data set of random tokens, as long as a step."""
+
+    def __init__(self, args: argparse.Namespace):
+        import torch
+
+        shape = (args.micro_batch * args.microbatches, args.sequence + 1)
+        self.tokens = torch.randint(1, args.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        self.datasets = [argparse.Namespace(identity="0" * 64)]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        tokens = self.tokens[index]
+        item = {"tokens": tokens[:-1].clone(), "labels": tokens[1:].clone(), "loss_mask": torch.ones(len(tokens) - 1)}
+        return item | {"dataset_id": torch.tensor(0), "sample_id": torch.tensor(index)}
+
+
+def filled_cache(blend: Corpus, directory: Path) -> Any:
+    """A score cache with a random score for every token."""
+    import numpy as np
+
+    from remit_megatron.reference.cache import CacheIdentity, ReferenceCache
+
+    samples, length = blend.tokens.shape
+    identity = CacheIdentity("0" * 64, "0" * 64, length - 1, 0, False, None)
+    cache = ReferenceCache.open(directory, identity=identity, create=True)
+    cache.add_dataset(blend.datasets[0].identity, samples=samples, name="random")
+    scores = np.random.default_rng(0).gamma(2.0, 2.0, size=(samples, length - 1))
+    for sample in range(samples):
+        cache.write(blend.datasets[0].identity, sample, blend.tokens[sample].numpy(), scores[sample])
+    cache.flush()
+    return cache
+
+
 def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], None]], int]:
     """Builds student, optimizer and reference; returns one function per arm, and the number of student parameters."""
     import patches
@@ -89,6 +125,7 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import global_vars, initialize_megatron, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from torch.utils.data import default_collate
 
     from patches.quiet_megatron import redirect
     from remit_megatron import parallel
@@ -98,7 +135,9 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     from remit_megatron.megatron_args import build_arguments
     from remit_megatron.models.build import build_chunks, megatron_arguments, model_config
     from remit_megatron.objectives import build_objective
+    from remit_megatron.reference.cached import CachedScores, ScoredSamples
     from remit_megatron.reference.live import LiveReference
+    from remit_megatron.reference.source import ScoreSource
     from remit_megatron.step import TrainingStep
 
     config = load_config(run_config(args, folder))
@@ -124,20 +163,13 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     forward = ModelForward(eod_id=0, groups=lambda: groups)
     reference = LiveReference(reference_chunks, vocab_size=args.vocabulary, forward=forward)
 
-    class Samples:
-        """Random tokens, the same for every arm."""
+    blend = Corpus(args)
+    cached_samples = ScoredSamples(blend, filled_cache(blend, folder / "cache"))
 
-        def __init__(self, seed: int):
-            self._generator = torch.Generator().manual_seed(seed)
-
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            return self
-
-        def __next__(self) -> dict[str, Any]:
-            shape = (args.micro_batch, args.sequence + 1)
-            text = torch.randint(1, args.vocabulary, shape, generator=self._generator)
-            mask = torch.ones(args.micro_batch, args.sequence)
-            return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "loss_mask": mask}
+    def microbatches(samples: Any) -> Iterator[dict[str, Any]]:
+        """The step's microbatches, put together as a data loader does, in this process and in the step's time."""
+        for first in range(0, len(blend), args.micro_batch):
+            yield default_collate([samples[first + row] for row in range(args.micro_batch)])
 
     def megatron_forward(data_iterator, chunk):
         """The forward step of Megatron's own pretraining script, in its essentials."""
@@ -152,21 +184,28 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
 
         return losses, loss
 
-    def step(objective: str, live: LiveReference | None) -> TrainingStep:
+    def step(objective: str, source: ScoreSource | None, *, linear: bool = False) -> TrainingStep:
         return TrainingStep(
             objective=build_objective(objective),
             vocab_size=args.vocabulary,
             forward=forward,
-            scores=None if live is None else lambda: live,
+            scores=None if source is None else lambda: source,
+            linear=linear,
         )
 
-    ntp, remit = step("ntp", None), step("remit", reference)
+    ntp, remit, linear = step("ntp", None), step("remit", reference), step("ntp", None, linear=True)
+    names = [dataset.identity for dataset in blend.datasets]
+    cached = step("remit", CachedScores(cached_samples.cache, names=names, forward=forward, on_missing="refuse"))
     schedule = get_forward_backward_func()
 
-    def arm(forward_step, run_schedule) -> None:
+    def score() -> None:
+        sizes = {"seq_length": args.sequence, "micro_batch_size": args.micro_batch}
+        reference.score(schedule, [list(microbatches(blend))], **sizes)
+
+    def arm(forward_step, run_schedule, samples: Any = blend) -> None:
         training.train_step(
             forward_step,
-            Samples(0),
+            microbatches(samples),
             model,
             optimizer,
             scheduler,
@@ -179,6 +218,9 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
         "megatron": partial(arm, megatron_forward, schedule),
         "ntp": partial(arm, ntp.forward_step, ntp.wrap_schedule(schedule)),
         "remit": partial(arm, remit.forward_step, remit.wrap_schedule(schedule)),
+        "remit, cached": partial(arm, cached.forward_step, cached.wrap_schedule(schedule), cached_samples),
+        "scoring only": score,
+        "ntp, loss.linear": partial(arm, linear.forward_step, linear.wrap_schedule(schedule)),
     }
     return arms, sum(p.numel() for p in model[0].parameters())
 
@@ -187,67 +229,40 @@ def measure(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
     """Seconds per step of each arm, one per round, after a warm-up round."""
     import torch
 
-    from remit_megatron.progress import Progress
+    def run(name: str) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        arms[name]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    names = list(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    progress = Progress("bench", total=rounds + 1, unit="rounds")
-    for number in range(rounds + 1):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            arms[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-        progress.update(number + 1)
-    progress.finish()
-    return seconds
+    return interleave(list(arms), rounds, run, label="bench")
 
 
 def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters: int) -> str:
     """A table in Markdown."""
-    import importlib.metadata
-
     import torch
 
-    from remit_megatron.doctor_probes import cpu_model
-
-    def quantile(values: list[float], share: float) -> float:
-        return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
-
-    def ratio(name: str, base: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{cpu_model()}, {torch.get_num_threads()} threads"
-    )
     tokens = args.micro_batch * args.microbatches * args.sequence
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    command = " ".join(["python scripts/bench_step.py", *sys.argv[1:]])
     lines = [
-        f"## {datetime.date.today().isoformat()}: training step, {device}",
-        "",
-        f"`{command}`",
-        "",
+        heading("training step"),
         f"Llama with {parameters / 1e6:.1f}M parameters, vocabulary {args.vocabulary}, {tokens} tokens a step in "
         f"{args.microbatches} microbatches of {args.micro_batch} x {args.sequence}, {precision}, one process; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"megatron-core {importlib.metadata.version('megatron-core')}. "
-        f"Arms interleaved, {args.rounds} rounds after one warm-up round.",
+        f"{versions('megatron-core')}. Arms interleaved, {args.rounds} rounds after one warm-up round.",
         "",
         "| arm | median s | p20 | p80 | ratio (median over rounds) |",
         "|---|---|---|---|---|",
     ]
     ratios = {
         "megatron": "1",
-        "ntp": f"{ratio('ntp', 'megatron'):.3f} x Megatron's own step",
-        "remit": f"{ratio('remit', 'ntp'):.3f} x ntp",
+        "ntp": f"{median_ratio(seconds['ntp'], seconds['megatron']):.3f} x Megatron's own step",
+        "remit": f"{median_ratio(seconds['remit'], seconds['ntp']):.3f} x ntp",
+        "remit, cached": f"{median_ratio(seconds['remit, cached'], seconds['ntp']):.3f} x ntp",
+        "scoring only": f"{median_ratio(seconds['ntp'], seconds['scoring only']):.2f} x the tokens/s of ntp",
+        "ntp, loss.linear": f"{median_ratio(seconds['ntp, loss.linear'], seconds['ntp']):.3f} x ntp",
     }
     for name, values in seconds.items():
         figures = (statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))
@@ -264,14 +279,8 @@ def main() -> int:
     text = report(args, seconds, parameters)
     sys.stdout.write(text)
     if args.record is not None:
-        args.record.mkdir(parents=True, exist_ok=True)
-        path = args.record / "step.md"
-        old = path.read_text() if path.exists() else "# Training step\n"
-        path.write_text(old.rstrip("\n") + "\n\n" + text)
-        raw = args.record / f"step-{datetime.date.today().isoformat()}-{'gpu' if 'NVIDIA' in text else 'cpu'}.json"
-        raw.write_text(
-            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}, indent=1) + "\n"
-        )
+        raw = {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}
+        record(args.record, "step", title="Training step", text=text, raw=raw)
     return 0
 
 

@@ -92,7 +92,13 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1600000.0},
         },
-        "wide_values_untied": _LATENT | {"v_head_dim": 22, "tie_word_embeddings": False},
+        "six_heads_wide_values_untied": _LATENT
+        | {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "v_head_dim": 22,
+            "tie_word_embeddings": False,
+        },
         "whole_queries": _LATENT | {"v_head_dim": 10, "q_lora_rank": None, "tie_word_embeddings": True},
     },
 }

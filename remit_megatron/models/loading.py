@@ -4,62 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors import safe_open
 from torch import Tensor
 
 from remit_megatron.errors import UserError
 from remit_megatron.models.build import shape_of, unwrap
 from remit_megatron.models.checkpoint_files import CheckpointFiles
 from remit_megatron.models.family import family_of
-from remit_megatron.models.mapping import NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
-from remit_megatron.models.source import ModelSource, tensor_files
+from remit_megatron.models.mapping import WHOLE, NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
+from remit_megatron.models.source import ModelSource
+from remit_megatron.models.tensor_files import LazyTensor, TensorFiles
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that old files hold and that the architecture implies.
 _IMPLIED = ("rotary_emb.inv_freq",)
-
-
-class LazyTensor:
-    """A tensor in a safetensors file; indexing reads that part only."""
-
-    def __init__(self, file: Any, name: str, path: Path):
-        self._slice = file.get_slice(name)
-        self.shape: tuple[int, ...] = tuple(self._slice.get_shape())
-        found = self._slice.get_dtype()
-        if found not in _DTYPES:
-            raise UserError(f"{path} {name}", f"dtype {found}", f"one of {', '.join(_DTYPES)}")
-        self.dtype = _DTYPES[found]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        if isinstance(index, slice) and index.start is not None and index.start >= index.stop:
-            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
-        return self._slice[index]
-
-
-class TensorFiles:
-    """All tensors of a Hugging Face directory by name. Files are mapped when first used."""
-
-    def __init__(self, directory: Path):
-        self._paths = tensor_files(directory)
-        self._open: dict[Path, Any] = {}
-
-    def names(self) -> set[str]:
-        return set(self._paths)
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        path = self._paths.get(name)
-        if path is None:
-            raise UserError("Hugging Face weights", f"no tensor {name}", "every weight that config.json implies")
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt", device="cpu")
-        return LazyTensor(self._open[path], name, path)
 
 
 def fill(
@@ -104,33 +66,66 @@ def hf_names(names: NameMap, num_layers: int) -> set[str]:
     return {name for layer, weight in names.weights(num_layers) for name in names.hf_names(layer, weight)}
 
 
+class HuggingFaceWeights:
+    """The weights of a Hugging Face directory as Megatron parameters, each read when it is asked for.
+
+    Args:
+        source: of kind ``huggingface``.
+
+    Raises:
+        UserError: the directory holds a tensor that the family does not know.
+    """
+
+    def __init__(self, source: ModelSource):
+        self.names: NameMap = family_of(source.hf_config).names(source.hf_config)
+        self._shape, self._path = shape_of(source.hf_config), source.path
+        self._files = TensorFiles(source.path)
+        known = hf_names(self.names, source.hf_config["num_hidden_layers"])
+        if self.names.head is None:
+            known.add("lm_head.weight")  # a tied model's files may hold it a second time
+        unknown = sorted(name for name in self._files.names() - known if not name.endswith(_IMPLIED))
+        if unknown:
+            raise UserError(
+                f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
+            )
+
+    def tensors(
+        self, layer: int | None, weight: Weight, local: Sequence[int], place: TensorRank = WHOLE
+    ) -> list[LazyTensor]:
+        """What the parameter is made of, not read yet.
+
+        Args:
+            local: shape of the parameter, whose shard at ``place`` it is.
+
+        Raises:
+            UserError: a tensor is missing, or has another shape or a dtype that weights do not have.
+        """
+        found = [self._files[name] for name in self.names.hf_names(layer, weight)]
+        expected = weight.hf_shapes(weight.full_shape(local, place.size), self._shape)
+        for name, tensor, wanted in zip(self.names.hf_names(layer, weight), found, expected, strict=True):
+            if tensor.shape != tuple(wanted):
+                raise UserError(
+                    f"{self._path} {name}", f"shape {tensor.shape}", f"{tuple(wanted)}, as config.json says"
+                )
+        return found
+
+    def read(self, layer: int | None, weight: Weight, local: Sequence[int], place: TensorRank = WHOLE) -> Tensor:
+        """The parameter in the files' dtype; as :meth:`tensors` otherwise."""
+        found = self.tensors(layer, weight, local, place)
+        return weight.read(found, place, weight.full_shape(local, place.size), self._shape)
+
+
 def _load_huggingface(
     models: Sequence[GPTModel], source: ModelSource, names: NameMap, shape: Shape, on_bytes: Callable[[int], None]
 ) -> None:
-    files = TensorFiles(source.path)
-    known = hf_names(names, source.hf_config["num_hidden_layers"])
-    if names.head is None:
-        known.add("lm_head.weight")  # a tied model's files may hold it a second time
-    unknown = sorted(name for name in files.names() - known if not name.endswith(_IMPLIED))
-    if unknown:
-        raise UserError(
-            f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
-        )
+    weights = HuggingFaceWeights(source)
     done = 0
     filled: set[tuple[int | None, str]] = set()
     for model in models:
         rank = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
         for _, layer, weight, parameter in weights_of(model, names):
             place = place_of(weight, rank, model.config.transformer_impl)
-            full = weight.full_shape(parameter.shape, place.size)
-            tensors = [files[name] for name in names.hf_names(layer, weight)]
-            expected = weight.hf_shapes(full, shape)
-            for name, tensor, wanted in zip(names.hf_names(layer, weight), tensors, expected, strict=True):
-                if tensor.shape != tuple(wanted):
-                    raise UserError(
-                        f"{source.path} {name}", f"shape {tensor.shape}", f"{tuple(wanted)}, as config.json says"
-                    )
-            assign(parameter, weight.read(tensors, place, full, shape))
+            assign(parameter, weights.read(layer, weight, parameter.shape, place))
             # The embedding of a tied model fills two parameters where pipelining keeps a copy on the last stage.
             assert (layer, weight.local) not in filled or weight is names.embedding, (
                 f"filled twice: {weight.local} of {layer}"

@@ -178,7 +178,7 @@ def tensor_files(directory: Path, field: str = "checkpoint") -> dict[str, Path]:
             raise UserError(
                 field, f"{len(files)} safetensors files and no {_INDEX} in {directory}", "one file, or the index"
             )
-        return dict.fromkeys(_tensor_names(files[0]), files[0])
+        return dict.fromkeys(read_header(files[0])[1], files[0])
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         wanted = {name: directory / file for name, file in weight_map.items()}
@@ -187,16 +187,20 @@ def tensor_files(directory: Path, field: str = "checkpoint") -> dict[str, Path]:
     for file in sorted(set(wanted.values())):
         if not file.is_file():
             raise UserError(str(index), f"{file.name}, which is not there", "every file that the index names")
-        held = _tensor_names(file)
+        _, held = read_header(file)
         for name in sorted(name for name, holder in wanted.items() if holder == file):
             if name not in held:
                 raise UserError(str(file), f"no tensor {name}", "the tensors that the index puts there")
     return wanted
 
 
-def _tensor_names(file: Path) -> set[str]:
-    """Names in a safetensors file whose header and size are in order: 8 bytes of header length, JSON, data without
-    gaps."""
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file starts, and the header's entry of every tensor: 8 bytes of header length,
+    JSON, data without gaps.
+
+    Raises:
+        UserError: the header cannot be read, or the file is not as long as it says.
+    """
     size = file.stat().st_size
     try:
         with open(file, "rb") as stream:
@@ -210,7 +214,7 @@ def _tensor_names(file: Path) -> set[str]:
             raise ValueError(f"{size} bytes where the header speaks of {end}")
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(str(file), f"{error}", "a whole safetensors file") from None
-    return set(header)
+    return 8 + length, header
 
 
 def weights_digest(source: ModelSource) -> str:

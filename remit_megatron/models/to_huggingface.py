@@ -1,7 +1,7 @@
 """Megatron checkpoint -> Hugging Face directory that transformers loads unchanged.
 
 The model is built on the meta device, without memory; the checkpoint is then read a weight at a time, whatever layout
-wrote it, so that memory stays near the size of one output file.
+wrote it, and each is written before the next is read: memory stays near twice the size of the largest one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from remit_megatron.errors import UserError
@@ -27,6 +27,7 @@ from remit_megatron.models.loading import hf_names, sharded_weights, weights_of
 from remit_megatron.models.mapping import NameMap, Shape, Weight
 from remit_megatron.models.processes import process_groups
 from remit_megatron.models.source import ModelSource, resolve
+from remit_megatron.models.tensor_files import TensorFileWriter
 from remit_megatron.models.to_megatron import DTYPES, copy_companions
 from remit_megatron.progress import Progress
 
@@ -38,6 +39,15 @@ _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.flo
 
 # Name in the model, layer, row of the table, unsharded shape.
 Entry = tuple[str, int | None, Weight, torch.Size]
+
+
+@dataclass
+class _OutputFile:
+    """What goes into one safetensors file, and its bytes."""
+
+    entries: list[Entry] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    size: int = 0
 
 
 def export_model(
@@ -68,7 +78,7 @@ def export_model(
         reader = _Reader(model, source)
         wanted = DTYPES[dtype] if dtype else reader.dtype
         files = _plan(reader, wanted, max_file_bytes)
-        total = sum(size for _, size in files)
+        total = sum(file.size for file in files)
         with complete_directory(output, field="--output", needed_bytes=total + (64 << 20)) as directory:
             _write_weights(directory, reader, files, wanted)
             copy_companions(source.hf_files, directory)
@@ -91,6 +101,11 @@ class _Reader:
             (name, layer, weight, parameter.shape) for name, layer, weight, parameter in weights_of(model, self.names)
         ]
 
+    def shapes(self, entry: Entry) -> dict[str, tuple[int, ...]]:
+        """Hugging Face names and shapes of one Megatron parameter."""
+        _, layer, weight, full = entry
+        return dict(zip(self.names.hf_names(layer, weight), weight.hf_shapes(full, self.shape), strict=True))
+
     def read(self, entry: Entry) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and tensors of one Megatron parameter."""
         name, layer, weight, _ = entry
@@ -98,38 +113,39 @@ class _Reader:
         return zip(self.names.hf_names(layer, weight), tensors, strict=True)
 
 
-def _plan(reader: _Reader, dtype: torch.dtype, max_file_bytes: int) -> list[tuple[list[Entry], int]]:
-    """Entries of each output file, with its size in bytes."""
-    written = {name for _, layer, weight, _ in reader.entries for name in reader.names.hf_names(layer, weight)}
-    assert written == hf_names(reader.names, reader.num_layers), "the table and the model disagree"
-    files: list[tuple[list[Entry], int]] = [([], 0)]
+def _plan(reader: _Reader, dtype: torch.dtype, max_file_bytes: int) -> list[_OutputFile]:
+    """Which weights each output file gets."""
+    files = [_OutputFile()]
     for entry in reader.entries:
-        _, _, weight, full = entry
-        size = sum(torch.Size(shape).numel() for shape in weight.hf_shapes(full, reader.shape)) * dtype.itemsize
-        entries, so_far = files[-1]
-        if entries and so_far + size > max_file_bytes:
-            files.append(([entry], size))
-        else:
-            files[-1] = ([*entries, entry], so_far + size)
+        shapes = reader.shapes(entry)
+        size = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+        if files[-1].entries and files[-1].size + size > max_file_bytes:
+            files.append(_OutputFile())
+        files[-1].entries.append(entry)
+        files[-1].shapes |= shapes
+        files[-1].size += size
+    written = {name for file in files for name in file.shapes}
+    assert written == hf_names(reader.names, reader.num_layers), "the table and the model disagree"
     return files
 
 
-def _write_weights(directory: Path, reader: _Reader, files: list[tuple[list[Entry], int]], dtype: torch.dtype) -> None:
-    total = sum(size for _, size in files)
+def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], dtype: torch.dtype) -> None:
+    total = sum(file.size for file in files)
     progress = Progress("export", total=total, unit="B")
     weight_map: dict[str, str] = {}
     done = 0
-    for number, (entries, _) in enumerate(files, start=1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for entry in entries:
-            for name, tensor in reader.read(entry):
-                # A copy in any case: a view would keep the padded or interleaved parameter in memory.
-                tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-                weight_map[name] = file
-                done += tensors[name].nbytes
-            progress.update(done)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+    for number, file in enumerate(files, start=1):
+        path = directory / (
+            "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        )
+        with TensorFileWriter(path, file.shapes, dtype=dtype) as writer:
+            for entry in file.entries:
+                for name, tensor in reader.read(entry):
+                    writer.write(name, tensor)
+                    weight_map[name] = path.name
+                    done += tensor.numel() * dtype.itemsize
+                    del tensor  # or it would hold its parameter while the next one is read
+                progress.update(done)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,7 @@
-"""Hugging Face directory -> Megatron checkpoint: torch_dist files, ``hf/`` with what travels along, a manifest last."""
+"""Hugging Face directory -> Megatron checkpoint: torch_dist files, ``hf/`` with what travels along, a manifest last.
+
+Weights are read when they are written: memory stays near the size of the largest one, whatever the model's.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
 from remit_megatron.checkpoints import write_manifest
 from remit_megatron.errors import UserError
 from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
 from remit_megatron.models.directories import complete_directory
-from remit_megatron.models.loading import TensorFiles, fill, sharded_weights
+from remit_megatron.models.loading import HuggingFaceWeights, weights_of
 from remit_megatron.models.processes import process_groups
-from remit_megatron.models.source import COMPANION_FILES, HF_SUBFOLDER, resolve
+from remit_megatron.models.source import COMPANION_FILES, HF_SUBFOLDER, ModelSource, resolve
+from remit_megatron.models.streamed_save import save_streamed
+from remit_megatron.models.tensor_files import TensorFiles
 from remit_megatron.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -42,21 +48,37 @@ def import_model(hf: str | os.PathLike, output: str | os.PathLike, *, dtype: str
     tensors = [files[name] for name in sorted(files.names())]
     wanted = DTYPES[dtype] if dtype else _common_dtype([tensor.dtype for tensor in tensors])
     size = sum(torch.Size(tensor.shape).numel() for tensor in tensors) * wanted.itemsize
-    config = model_config(source.hf_config, default_arguments(params_dtype=wanted, transformer_impl="local"))
     # A little more than the weights: names, tokenizer, manifest.
     with complete_directory(output, field="--output", needed_bytes=size + (64 << 20)) as directory:
         with process_groups(alone=True) as groups:
-            chunks = build_chunks(config, groups, mixed_precision=False)
-            progress = Progress("import", total=size, unit="B")
-            fill(chunks, source, on_bytes=progress.update)
-            progress.update(size, "writing")
-            state = {"model": sharded_weights(unwrap(chunks[0])), "checkpoint_version": 3.0, "iteration": 0}
-            dist_checkpointing.save(state, str(directory), content_metadata={"singleton_local_shards": False})
-            progress.finish()
+            config = model_config(source.hf_config, default_arguments(params_dtype=wanted, transformer_impl="local"))
+            with torch.device("meta"):
+                model = unwrap(build_chunks(config, groups, mixed_precision=False)[0])
+            _write_weights(model, source, directory)
         copy_companions(source.path, directory / HF_SUBFOLDER)
         shutil.copyfile(source.path / "config.json", directory / HF_SUBFOLDER / "config.json")
         write_manifest(directory, iteration=0, kind="import", dtype=str(wanted).removeprefix("torch."))
     logger.info("imported %s to %s", source.path, output)
+
+
+def _write_weights(model: GPTModel, source: ModelSource, directory: Path) -> None:
+    weights = HuggingFaceWeights(source)
+    entries = {name: (layer, weight, parameter) for name, layer, weight, parameter in weights_of(model, weights.names)}
+    for layer, weight, parameter in entries.values():  # all of them before the first byte is written
+        weights.tensors(layer, weight, parameter.shape)
+    progress = Progress("import", total=sum(parameter.nbytes for *_, parameter in entries.values()), unit="B")
+    done = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        layer, weight, parameter = entries[name]
+        progress.update(done)
+        done += parameter.nbytes
+        return weights.read(layer, weight, parameter.shape).to(parameter.dtype).contiguous()
+
+    save_streamed(model, read, directory)
+    progress.update(done)
+    progress.finish()
 
 
 def copy_companions(source: Path, target: Path) -> None:

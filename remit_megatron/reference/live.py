@@ -70,9 +70,9 @@ class LiveReference:
 
         Args:
             source: weights and config.json.
-            arguments: Megatron's; the layout and the 16-bit (or 32-bit) type are taken from them, the architecture from
-                ``source``.
-            fp8, fp8_recipe: as in :func:`remit_megatron.models.fp8.frozen_arguments`.
+            arguments: Megatron's; the layout is taken from them and the weights' 16- or 32-bit type, the architecture
+                from ``source``. A student's FP8 settings among them are not.
+            fp8, fp8_recipe: as in :func:`remit_megatron.models.fp8.frozen_arguments`; None for no FP8.
             forward, settings: as the class takes them.
 
         Raises:

@@ -112,6 +112,24 @@ def test_whole_data_sets_and_a_second_visit(pool, material):
     assert difference is not None and float(difference[1]) < 1e-5
 
 
+def test_damage_is_found_and_repaired(pool, material, single):
+    config = scoring(material, "score_damaged")
+    path = write(config)
+    pool.run(said, world_size=1, path=path)
+    (shard,) = Path(config["reference"]["cache_dir"]).glob("*/*.scores")
+    content = bytearray(shard.read_bytes())
+    place = content.rindex(single[min(single)].tobytes())
+    content[place + 9] ^= 4
+    shard.write_bytes(content)
+    (text,) = pool.run(said, world_size=1, path=path)
+    assert "scored 0 samples" in text, "the map says that all is there"
+    (text,) = pool.run(said, world_size=1, path=path, check=True)
+    assert "1 damaged scores" in text and "scored 1 samples" in text
+    np.testing.assert_allclose(scores_of(config)[min(single)], single[min(single)], atol=2e-5)
+    (text,) = pool.run(said, world_size=1, path=path, check=True)
+    assert "no damage" in text
+
+
 def test_verify_finds_another_models_scores(pool, material, single):
     from remit_megatron.data.blend import open_blend
     from tests.distributed.pool import RankFailure
@@ -180,3 +198,28 @@ def test_stopped_killed_resumed_and_shared(material, single):
     assert before + sum(count for count, _ in results) == len(found), "none twice"
     for sample, scores in single.items():
         np.testing.assert_allclose(found[sample], scores, atol=2e-5)
+
+
+def test_a_run_waits_for_the_job_that_scores_ahead_of_it(material, single):
+    """The trainer starts on an empty cache; a job that follows it fills what it needs, in its order."""
+    config = scoring(material, "score_follow")
+    config["reference"] |= {"on_missing": "wait"}
+    path = write(config)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "remit_megatron", "train", path]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 300
+        log = Path(config["run_dir"]) / "logs" / "rank_0.log"
+        while not (log.exists() and "waiting for the scores of 4 of 4 microbatches" in log.read_text()):
+            assert trainer.poll() is None and time.monotonic() < deadline, trainer.communicate()
+            time.sleep(0.1)
+        count, code = scored(start(path, "--follow", config["run_dir"]))
+        assert (count, code) == (SAMPLES, EXIT_DONE)
+        _, errors = trainer.communicate(timeout=300)
+    finally:
+        trainer.kill()
+    assert trainer.returncode == EXIT_DONE, errors
+    assert "waiting for the scores" in errors and "the scores are there" in errors
+    assert len((Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert scores_of(config).keys() == single.keys()

@@ -97,8 +97,10 @@ def values(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", fp8.RECIPES)
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 8, "sequence_parallel": True}])
-def test_a_real_model_fits_every_recipe(runs_here, recipe, layout):
-    fp8.check_run(values(fp8_recipe=recipe, **layout))
+def test_real_models_fit_every_recipe(runs_here, recipe, layout):
+    for name in ("llama3_1b", "olmo2_1b", "smollm3_3b", "youtu_2b"):
+        model = megatron_arguments(load_model_description(name))
+        fp8.check_run(values(fp8_recipe=recipe, **layout) | model)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -234,6 +236,16 @@ def test_configuration_says_what_it_takes(override):
     with pytest.raises(UserError) as caught:
         load_config(example, [override])
     assert str(caught.value).startswith(REFUSED[override])
+
+
+def test_the_fp8_head_is_refused_where_the_loss_takes_its_weight():
+    from remit_megatron.objectives import build_objective
+    from remit_megatron.train import check_linear_loss
+
+    config = load_config(ROOT / "configs/runs/example_remit.yaml", ["loss.linear=true"])
+    check_linear_loss(config, default_arguments(), build_objective("remit"))
+    with pytest.raises(UserError, match=r"megatron\.fp8_output_proj: found true; expected false with loss\.linear"):
+        check_linear_loss(config, student(), build_objective("remit"))
 
 
 def test_weights_are_loaded_into_fp8_parameters(tmp_path):

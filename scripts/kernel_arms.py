@@ -1,0 +1,199 @@
+"""The contestants of bench_kernels.py: every way to compute a loss per token that is at hand, behind one signature.
+
+An arm is a function of the problem's tensors. Where a package is missing, or the machine is not one it runs on, the
+arm is a `Missing` with the reason instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional
+
+from remit_megatron.kernels import linear_token_loss, token_logprob, token_loss
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An arm that cannot run here, and why."""
+
+    reason: str
+
+
+# logits [T, V] and labels [T] to losses [T]; differentiable where gradients are on.
+LossArm = Callable[[Tensor, Tensor], Tensor]
+# hidden [b, s, h], weight [V, h], labels [b, s], token weights [b, s] to the weighted sum and losses [b, s].
+LinearArm = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+OURS = "ours"
+
+
+def one_rank_group(device: torch.device) -> dist.ProcessGroup:
+    """A process group of this process alone, which Megatron's losses ask for."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def _gpu_package(module: str, device: torch.device) -> Missing | None:
+    """Why a package of Triton kernels cannot run, or None."""
+    if device.type != "cuda":
+        return Missing("needs a GPU")
+    if importlib.util.find_spec(module.split(".", maxsplit=1)[0]) is None:
+        return Missing(f"{module.split('.', maxsplit=1)[0]} is not installed")
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever the import of an optional package raises, it is not at hand
+        return Missing(f"{module}: {type(error).__name__}")
+    return None
+
+
+def _ours(impl: str) -> LossArm:
+    return lambda logits, labels: token_loss(logits, labels, impl=impl)  # type: ignore[arg-type]
+
+
+def _plain(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def _compiled(wanted: bool) -> LossArm | Missing:
+    if not wanted:
+        return Missing("takes a C++ compiler and about a minute: --compile")
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "0"  # patches/ turns it off on a CPU; it is read when a function is wrapped
+    try:
+        return torch.compile(_plain)
+    finally:
+        os.environ["TORCHDYNAMO_DISABLE"] = before or "0"
+
+
+def _megatron(device: torch.device) -> tuple[LossArm, LossArm]:
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    group = one_rank_group(device)
+
+    def native(logits: Tensor, labels: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(logits, labels, tp_group=group)
+
+    def fused(logits: Tensor, labels: Tensor) -> Tensor:
+        return fused_vocab_parallel_cross_entropy(logits, labels, group)
+
+    return native, fused
+
+
+def _liger(device: torch.device) -> LossArm | Missing:
+    if missing := _gpu_package("liger_kernel.ops.cross_entropy", device):
+        return missing
+    from liger_kernel.transformers import LigerCrossEntropyLoss  # type: ignore[import-not-found]
+
+    return LigerCrossEntropyLoss(reduction="none")
+
+
+def _liger_parallel(device: torch.device) -> LossArm | Missing:
+    if missing := _gpu_package("liger_kernel.ops.vocab_parallel_cross_entropy", device):
+        return missing
+    from liger_kernel.ops.vocab_parallel_cross_entropy import (  # type: ignore[import-not-found]
+        LigerVocabParallelCEFunction,
+    )
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        settings = (one_rank_group(device), -100, 0.0, "megatron", "global")
+        return LigerVocabParallelCEFunction.apply(logits.unsqueeze(1), labels.unsqueeze(1), *settings).squeeze(1)
+
+    return loss
+
+
+def _transformer_engine(device: torch.device) -> LossArm | Missing:
+    if missing := _gpu_package("transformer_engine.pytorch.cross_entropy", device):
+        return missing
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy  # type: ignore[import-not-found]
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1), 0.0, False, None).view(-1)
+
+    return loss
+
+
+def loss_arms(device: torch.device, *, compiled: bool) -> dict[str, LossArm | Missing]:
+    """Losses from logits. The first is ours, by the implementation that "auto" takes on this device."""
+    native, fused = _megatron(device)
+    gpu = device.type == "cuda"
+    return {
+        OURS: _ours("auto"),
+        "ours, torch": _ours("torch") if gpu else Missing('is "ours" here'),
+        "ours, Triton": Missing('is "ours" here') if gpu else Missing("needs a GPU"),
+        "Megatron native": native,
+        "Megatron fused": fused,
+        "Liger": _liger(device),
+        "Liger vocabulary-parallel": _liger_parallel(device),
+        "Transformer Engine": _transformer_engine(device),
+        "torch.compile": _compiled(compiled),
+        "plain torch": _plain,
+    }
+
+
+def logprob_arms(device: torch.device) -> dict[str, LossArm | Missing]:
+    """Losses from logits without gradient."""
+    return {OURS: _ours("auto"), "Liger": _liger(device), "plain torch": _plain}
+
+
+def hidden_arms() -> dict[str, LinearArm]:
+    """Losses from hidden states without gradient, and the product alone that any of them needs."""
+
+    def ours(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        losses = -token_logprob(hidden, weight, labels)
+        return losses.sum(), losses
+
+    def through_logits(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        losses = token_loss((hidden.view(-1, hidden.shape[-1]) @ weight.t()), labels.reshape(-1)).view(labels.shape)
+        return losses.sum(), losses
+
+    return {OURS: ours, "logits, then ours": through_logits}
+
+
+def linear_arms(device: torch.device) -> dict[str, LinearArm | Missing]:
+    """Weighted loss from hidden states, with gradients of hidden states and weight."""
+
+    def ours(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        def weighting(losses: Tensor, sequences: slice) -> Tensor:
+            return (losses * weights[sequences]).sum()
+
+        return linear_token_loss(hidden, weight, labels, weighting)
+
+    def through(loss: LossArm) -> LinearArm:
+        def arm(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            logits = functional.linear(hidden.view(-1, hidden.shape[-1]), weight)
+            losses = loss(logits, labels.reshape(-1)).view(labels.shape)
+            return (losses * weights).sum(), losses.detach()
+
+        return arm
+
+    def liger(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        from liger_kernel.ops.fused_linear_cross_entropy import (  # type: ignore[import-not-found]
+            LigerFusedLinearCrossEntropyFunction,
+        )
+
+        arguments: tuple[Any, ...] = (None, None, -100, 0.0, 0.0, "none")
+        flat = hidden.view(-1, hidden.shape[-1])
+        losses = LigerFusedLinearCrossEntropyFunction.apply(flat, weight, labels.reshape(-1), *arguments)[0]
+        losses = losses.view(labels.shape)
+        return (losses * weights).sum(), losses.detach()
+
+    native, _ = _megatron(device)
+    return {
+        OURS: ours,
+        "logits, then ours": through(_ours("auto")),
+        "logits, then Megatron native": through(native),
+        "Liger fused linear": _gpu_package("liger_kernel.ops.fused_linear_cross_entropy", device) or liger,
+    }
