@@ -41,7 +41,7 @@ Weighting = Callable[[Tensor, slice], Tensor]
 # a pass over the gradient of the weight beside its products.
 _CHUNK_BYTES = 256 << 20
 # Bytes of one product on its way into the gradient of the weight, where that is kept in another dtype.
-_PRODUCT_BYTES = 64 << 20
+_PRODUCT_BYTES = 16 << 20
 
 
 def linear_token_loss(
