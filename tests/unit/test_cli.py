@@ -41,6 +41,7 @@ def test_every_command_has_help(capsys):
         ["logprobs"],
         ["train"],
         ["data", "build"],
+        ["data", "mix"],
         ["data", "select"],
     ):
         with pytest.raises(SystemExit) as stop:
