@@ -173,6 +173,7 @@ def megatron_loss_and_gradients(
 
     from remit_megatron import parallel
     from remit_megatron.batch import to_batch
+    from remit_megatron.forward import ModelForward
     from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
     from remit_megatron.models.convert import load_weights
     from remit_megatron.models.source import resolve
@@ -204,8 +205,7 @@ def megatron_loss_and_gradients(
     step = TrainingStep(
         objective=build_objective("ntp"),
         vocab_size=source.hf_config["vocab_size"],
-        eod_id=0,
-        groups=ProcessGroupCollection.use_mpu_process_groups,
+        forward=ModelForward(eod_id=0, groups=ProcessGroupCollection.use_mpu_process_groups),
     )
     output, loss = step.forward_step(iter([item]), model)
     ours, counted, _ = loss(output)
