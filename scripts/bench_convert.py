@@ -30,7 +30,7 @@ from benchmarking import heading, record, versions
 
 DTYPES = ("bf16", "fp32")
 # Both commands do their own share of work, and a start, on a model of no size.
-EMPTY = {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "head_dim": 4}
+EMPTY = {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def run(folder: Path, hf_config: dict[str, Any], dtype: str) -> tuple[int, dict[
     for prefix, note in (("empty_", ", empty model"), ("", "")):
         if not prefix:
             forget(folder / "hf")
-            program = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +'
+            program = 'cp -r --reflink=never "$0" "$1" && find "$1" -type f -exec sync {} +'
             found["cp"] = measure(["sh", "-c", program, folder / "hf", folder / "copy"])
             shutil.rmtree(folder / "copy")
         convert(f"import{note}", prefix, "import", "--hf", "hf", "checkpoint")
