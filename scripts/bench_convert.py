@@ -158,8 +158,8 @@ def report(args: argparse.Namespace, size: int, found: dict[str, Measured]) -> s
     ]
     for name, one in found.items():
         rate = "" if "empty" in name else f"{size / one.seconds / 1e6:.0f}"
-        memory = f"{one.resident_bytes / 1e6:.0f} | {one.anonymous_bytes / 1e6:.0f}"
-        lines.append(f"| {name} | {one.seconds:.1f} | {one.cpu_seconds:.1f} | {rate} | {memory if name != 'cp' else ' | '} |")
+        memory = " | " if name == "cp" else f"{one.resident_bytes / 1e6:.0f} | {one.anonymous_bytes / 1e6:.0f}"
+        lines.append(f"| {name} | {one.seconds:.1f} | {one.cpu_seconds:.1f} | {rate} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
