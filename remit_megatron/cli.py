@@ -21,10 +21,12 @@ _COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "export": ("models.convert", "add_export_arguments", "run_export", "Megatron checkpoint to a Hugging Face model"),
     "logprobs": ("logprobs", "add_arguments", "run", "log-probability of every token of a text, through Megatron"),
     "train": ("train", "add_arguments", "run", "mid-training"),
+    "plan": ("cluster.command", "add_arguments", "run", "memory, time and layout of a run on a cluster, by arithmetic"),
     "score": ("score", "add_arguments", "run", "the reference's score of every token of a run's data, into a cache"),
 }
 _DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "build": ("data.build", "add_arguments", "run", "documents to token files"),
+    "mix": ("data.mix", "add_arguments", "run", "the sources of a recipe to token files and a blend for a run"),
     "select": (
         "data.select",
         "add_arguments",

@@ -23,6 +23,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from remit_megatron.data.blend_file import expand_existing
 from remit_megatron.errors import UserError
 
 REPOSITORY_MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -122,8 +123,9 @@ class DataConfig:
     """Tokens to train on."""
 
     train: Any = None
-    """Blend for training: a prefix of ``.bin``/``.idx`` files, a list of prefixes (in proportion to their tokens), or a
-    list of ``[weight, prefix]``. Weights are positive and need not sum to 1. Required."""
+    """Blend for training: a prefix of ``.bin``/``.idx`` files, a list of prefixes (in proportion to their tokens), a
+    list of ``[weight, prefix]``, or a blend file that ``remit data mix`` wrote (``.yaml``). Weights are positive and
+    need not sum to 1. Required."""
 
     valid: Any = field(default_factory=list)
     """Blend for evaluation, in the same forms; empty turns evaluation off."""
@@ -436,8 +438,8 @@ def _validate(config: RunConfig) -> None:
                 raise UserError("reference.cache_dir", "nothing", f"the directory of the scores, for reference.{key}")
     if config.reference is not None:
         _validate_fp8(config.reference)
-    config.data.train = read_blend("data.train", config.data.train)
-    config.data.valid = read_blend("data.valid", config.data.valid or [])
+    config.data.train = expand_existing(read_blend("data.train", config.data.train), field="data.train")
+    config.data.valid = expand_existing(read_blend("data.valid", config.data.valid or []), field="data.valid")
     if not config.data.train:
         raise UserError("data.train", "an empty blend", "at least one data set")
 

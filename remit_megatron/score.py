@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)")
     parser.add_argument("--all", action="store_true", help="score the data sets whole, not only what the run reads")
+    parser.add_argument("--check", action="store_true", help="first read every score and mark damaged ones as missing")
     parser.add_argument("--follow", metavar="RUN", help="score ahead of the run in this directory, in its order")
     parser.add_argument(
         "--verify", type=int, nargs="?", const=64, metavar="N", help="score N random samples again (64) and compare"
@@ -45,22 +46,29 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.nproc > 1 and not launch.under_launcher():
         command = ["score", args.config, *args.overrides, *(["--all"] if args.all else [])]
+        command += ["--check"] if args.check else []
         command += ["--follow", args.follow] if args.follow else []
         command += ["--verify", str(args.verify)] if args.verify else []
         return launch.launch(args.nproc, command)
     if args.verify is not None and args.verify < 1:
         raise UserError("--verify", args.verify, "1 sample or more")
-    return score(config, whole=args.all, follow=args.follow, verify=args.verify)
+    return score(config, whole=args.all, check=args.check, follow=args.follow, verify=args.verify)
 
 
 def score(
-    config: RunConfig, *, whole: bool = False, follow: str | Path | None = None, verify: int | None = None
+    config: RunConfig,
+    *,
+    whole: bool = False,
+    check: bool = False,
+    follow: str | Path | None = None,
+    verify: int | None = None,
 ) -> int:
     """Scores on this rank (start it on all ranks of the job). Returns the exit code.
 
     Args:
         config: the run; ``reference`` and ``data`` say what is scored with what, ``megatron`` the layout.
         whole: all samples of the data sets, not only those that the run reads.
+        check: read every score first; damaged ones are computed again.
         follow: directory of a run, to be scored ahead of.
         verify: score so many random samples again and compare, in place of scoring.
 
@@ -92,6 +100,8 @@ def score(
         job = ScoringJob(prepared, blend, cache, groups, needed=needed)
         if verify is not None:
             return job.verify(verify)
+        if check:
+            job.repair()
         units = corpus_units(cache, job.names, needed)
         if follow is not None:
             units = _followed_units(config, blend, Path(follow), sequence_length=arguments.seq_length)

@@ -198,6 +198,27 @@ class ScoringJob:
             "sample_id": torch.tensor(sample),
         }
 
+    def repair(self) -> None:
+        """Reads every score of the needed samples and marks those that are damaged as missing; collective."""
+        found = 0
+        with parallel.same_fate("checking the scores"):
+            if dist.get_rank() == 0:
+                progress = Progress("check", total=sum(map(len, self._needed)), unit="samples")
+                for number, (dataset_id, sample) in enumerate(self._scored()):
+                    if self._cache.read_scores(self.names[dataset_id], sample) is None:
+                        self._cache.forget(self.names[dataset_id], sample)
+                        found += 1
+                    progress.update(number + 1)
+                self._cache.flush()
+                progress.finish()
+                sys.stdout.write(f"{found} damaged scores: they are computed again\n" if found else "no damage\n")
+
+    def _scored(self) -> Iterator[tuple[int, int]]:
+        """What has a score of the samples that are needed: position of the data set, and sample."""
+        for dataset_id, samples in enumerate(self._needed):
+            for sample in samples[self._cache.completeness(self.names[dataset_id])[samples]].tolist():
+                yield dataset_id, sample
+
     # -- verification ------------------------------------------------------------------------------------------------
 
     def verify(self, count: int) -> int:
@@ -206,11 +227,7 @@ class ScoringJob:
         Raises:
             UserError: the cache has none, or other scores than this reference gives.
         """
-        have = [
-            (dataset_id, int(sample))
-            for dataset_id, samples in enumerate(self._needed)
-            for sample in samples[self._cache.completeness(self.names[dataset_id])[samples]]
-        ]
+        have = list(self._scored())
         if not have:
             raise UserError(str(self._cache.directory), "no scores of this run's samples", "some: run `remit score`")
         chosen = [have[i] for i in np.random.default_rng(0).permutation(len(have))[:count]]

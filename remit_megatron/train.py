@@ -17,7 +17,6 @@ from remit_megatron import checkpoints, launch, parallel, run_directory
 from remit_megatron.config import RunConfig, load_config, load_model_description
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
-from remit_megatron.reference.cached import ScoredSamples
 from remit_megatron.run_cache import RunScores, open_run_scores
 
 if TYPE_CHECKING:
@@ -44,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``remit train``; returns the exit code."""
     config = load_config(args.config, args.overrides)
     if args.dry_run:
+        from remit_megatron.dry_run import dry_run
+
         sys.stdout.write(dry_run(config, world_size=args.nproc))
         return EXIT_DONE
     if args.nproc > 1 and not launch.under_launcher():
@@ -64,11 +65,40 @@ class Prepared:
     arguments: argparse.Namespace = field(repr=False)
 
 
+@dataclass
+class Examined:
+    """What was found right of a configuration. None stands for what is not there, which a dry run is allowed."""
+
+    hf_config: dict[str, Any]
+    init: ModelSource | None
+    reference: ModelSource | None
+    tokenizer: Tokenizer | None
+    objective_settings: dict[str, Any]
+    arguments: argparse.Namespace
+
+
 def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     """Checks everything that can be checked without a process group.
 
     Raises:
         UserError: the first thing that is wrong.
+    """
+    found = examine(config, world_size=world_size, rank=rank)
+    assert found.tokenizer is not None
+    return Prepared(
+        config, found.hf_config, found.init, found.reference, found.tokenizer, found.objective_settings, found.arguments
+    )
+
+
+def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[str] | None = None) -> Examined:
+    """`prepare`, which can go on without files that the machine does not have.
+
+    Args:
+        absent: receives a line for each of ``init``, ``data.tokenizer`` and ``reference.checkpoint`` where nothing is;
+            what depends on it is not checked. None, as in a run, refuses it.
+
+    Raises:
+        UserError: the first thing that is wrong. What is there and damaged is wrong in a dry run, too.
     """
     import patches
 
@@ -82,7 +112,11 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     objective = build_objective(config.objective.name, **settings)
     if config.run_dir is None:
         raise UserError("run_dir", "nothing", "the directory of the run")
-    init = None if config.init is None else resolve(config.init, field="init")
+    # Without `model` the architecture comes from init, which then has to be there.
+    init_absent = absent if config.model is not None else None
+    init = None
+    if config.init is not None and not _is_absent("init", config.init, init_absent):
+        init = resolve(config.init, field="init")
     if config.model is not None:
         hf_config = load_model_description(config.model)
     elif init is not None:
@@ -91,8 +125,8 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
         raise UserError("init", "nothing", "a checkpoint or a Hugging Face directory, or `model` for random weights")
     if init is not None and config.model is not None:
         _same_architecture(hf_config, init.hf_config)
-    tokenizer = _tokenizer(config, init)
-    if tokenizer.vocab_size > hf_config["vocab_size"]:
+    tokenizer = _tokenizer(config, init, absent)
+    if tokenizer is not None and tokenizer.vocab_size > hf_config["vocab_size"]:
         raise UserError(
             "data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
         )
@@ -107,11 +141,23 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     if objective.reference_signal != "none":
         if config.reference is None or config.reference.checkpoint is None:
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
-        reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
-        check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
+        if not _is_absent("reference.checkpoint", config.reference.checkpoint, absent):
+            reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
+            if tokenizer is not None:
+                check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
         check_reference_settings(config, arguments, signal=objective.reference_signal)
-        check_reference_precision(config, reference.hf_config, arguments, signal=objective.reference_signal)
-    return Prepared(config, hf_config, init, reference, tokenizer, settings, arguments)
+        # A reference that is not there is taken to be of the student's own shape.
+        described = hf_config if reference is None else reference.hf_config
+        check_reference_precision(config, described, arguments, signal=objective.reference_signal)
+    return Examined(hf_config, init, reference, tokenizer, settings, arguments)
+
+
+def _is_absent(key: str, path: str, absent: list[str] | None) -> bool:
+    """Whether nothing is at ``path`` and that is allowed; noted in ``absent``."""
+    if absent is None or Path(path).exists():
+        return False
+    absent.append(f"{key} {path}")
+    return True
 
 
 def objective_settings(config: RunConfig) -> dict[str, Any]:
@@ -121,8 +167,12 @@ def objective_settings(config: RunConfig) -> dict[str, Any]:
     return {name: getattr(config.objective, name) for name in settings_of(config.objective.name)}
 
 
-def _tokenizer(config: RunConfig, init: ModelSource | None) -> Tokenizer:
+def _tokenizer(config: RunConfig, init: ModelSource | None, absent: list[str] | None) -> Tokenizer | None:
     directory = config.data.tokenizer or (init.tokenizer if init is not None else None)
+    if config.data.tokenizer and _is_absent("data.tokenizer", config.data.tokenizer, absent):
+        return None
+    if directory is None and absent and config.init:
+        return None  # it would be the one beside init, which is noted already
     if directory is None:
         raise UserError("data.tokenizer", "nothing", "a directory with tokenizer.json")
     return load_tokenizer(directory)
@@ -298,16 +348,6 @@ def check_reference_precision(
     check_frozen(config.reference.fp8, config.reference.fp8_recipe, megatron_arguments(reference), arguments)
 
 
-def dry_run(config: RunConfig, *, world_size: int) -> str:
-    """What ``--dry-run`` prints: the resolved configuration and the numbers that follow from it."""
-    from remit_megatron.models.family import family_of
-    from remit_megatron.plan_numbers import describe
-
-    prepared = prepare(config, world_size=world_size)
-    unlisted = family_of(prepared.hf_config).unlisted_parameters(prepared.hf_config)
-    return config.to_yaml() + "\n" + describe(config, prepared.arguments, unlisted=unlisted)
-
-
 def train(config: RunConfig) -> int:
     """Trains on this rank (start it on all ranks of the job). Returns the exit code.
 
@@ -337,6 +377,8 @@ def train(config: RunConfig) -> int:
         consumed = consumed_samples(arguments, resumed_at)
         scores = open_run_scores(prepared, train_samples, rank=environment.rank, consumed=consumed)
         if scores.cache is not None and scores.reads:
+            from remit_megatron.reference.cached import ScoredSamples
+
             train_samples = ScoredSamples(train_samples, scores.cache)
         return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores)
     finally:

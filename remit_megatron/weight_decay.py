@@ -1,7 +1,7 @@
 """Which parameters weight decay applies to, as overrides of Megatron's parameter groups.
 
 Megatron's own rule: everything with one axis (norms, biases) is left out, everything else decays, embeddings included.
-Recipes differ in both: OLMo 2 decays norms and not embeddings, SmolLM3 neither.
+Recipes differ in both: OLMo 2 and SmolLM3 decay norms and not embeddings.
 """
 
 from __future__ import annotations

@@ -76,6 +76,44 @@ def run_config(args: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
+class Corpus:
+    """A blend of one data set of random tokens, as long as a step."""
+
+    def __init__(self, args: argparse.Namespace):
+        import torch
+
+        shape = (args.micro_batch * args.microbatches, args.sequence + 1)
+        self.tokens = torch.randint(1, args.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        self.datasets = [argparse.Namespace(identity="0" * 64)]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        tokens = self.tokens[index]
+        item = {"tokens": tokens[:-1].clone(), "labels": tokens[1:].clone(), "loss_mask": torch.ones(len(tokens) - 1)}
+        return item | {"dataset_id": torch.tensor(0), "sample_id": torch.tensor(index)}
+
+
+def filled_cache(blend: Corpus, directory: Path) -> Any:
+    """A score cache with a random score for every token."""
+    import numpy as np
+
+    from remit_megatron.reference.cache import CacheIdentity, ReferenceCache
+
+    samples, length = blend.tokens.shape
+    identity = CacheIdentity("0" * 64, "0" * 64, length - 1, 0, False, None)
+    cache = ReferenceCache.open(directory, identity=identity, create=True)
+    cache.add_dataset(blend.datasets[0].identity, samples=samples, name="random")
+    scores = np.random.default_rng(0).gamma(2.0, 2.0, size=(samples, length - 1))
+    for sample in range(samples):
+        cache.write(blend.datasets[0].identity, sample, blend.tokens[sample].numpy(), scores[sample])
+    cache.flush()
+    return cache
+
+
 def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], None]], int]:
     """Builds student, optimizer and reference; returns one function per arm, and the number of student parameters."""
     import patches
@@ -87,6 +125,7 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import global_vars, initialize_megatron, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from torch.utils.data import default_collate
 
     from patches.quiet_megatron import redirect
     from remit_megatron import parallel
@@ -96,7 +135,9 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     from remit_megatron.megatron_args import build_arguments
     from remit_megatron.models.build import build_chunks, megatron_arguments, model_config
     from remit_megatron.objectives import build_objective
+    from remit_megatron.reference.cached import CachedScores, ScoredSamples
     from remit_megatron.reference.live import LiveReference
+    from remit_megatron.reference.source import ScoreSource
     from remit_megatron.step import TrainingStep
 
     config = load_config(run_config(args, folder))
@@ -122,20 +163,13 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     forward = ModelForward(eod_id=0, groups=lambda: groups)
     reference = LiveReference(reference_chunks, vocab_size=args.vocabulary, forward=forward)
 
-    class Samples:
-        """Random tokens, the same for every arm."""
+    blend = Corpus(args)
+    cached_samples = ScoredSamples(blend, filled_cache(blend, folder / "cache"))
 
-        def __init__(self, seed: int):
-            self._generator = torch.Generator().manual_seed(seed)
-
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            return self
-
-        def __next__(self) -> dict[str, Any]:
-            shape = (args.micro_batch, args.sequence + 1)
-            text = torch.randint(1, args.vocabulary, shape, generator=self._generator)
-            mask = torch.ones(args.micro_batch, args.sequence)
-            return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "loss_mask": mask}
+    def microbatches(samples: Any) -> Iterator[dict[str, Any]]:
+        """The step's microbatches, put together as a data loader does, in this process and in the step's time."""
+        for first in range(0, len(blend), args.micro_batch):
+            yield default_collate([samples[first + row] for row in range(args.micro_batch)])
 
     def megatron_forward(data_iterator, chunk):
         """The forward step of Megatron's own pretraining script, in its essentials."""
@@ -150,22 +184,28 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
 
         return losses, loss
 
-    def step(objective: str, live: LiveReference | None, *, linear: bool = False) -> TrainingStep:
+    def step(objective: str, source: ScoreSource | None, *, linear: bool = False) -> TrainingStep:
         return TrainingStep(
             objective=build_objective(objective),
             vocab_size=args.vocabulary,
             forward=forward,
-            scores=None if live is None else lambda: live,
+            scores=None if source is None else lambda: source,
             linear=linear,
         )
 
     ntp, remit, linear = step("ntp", None), step("remit", reference), step("ntp", None, linear=True)
+    names = [dataset.identity for dataset in blend.datasets]
+    cached = step("remit", CachedScores(cached_samples.cache, names=names, forward=forward, on_missing="refuse"))
     schedule = get_forward_backward_func()
 
-    def arm(forward_step, run_schedule) -> None:
+    def score() -> None:
+        sizes = {"seq_length": args.sequence, "micro_batch_size": args.micro_batch}
+        reference.score(schedule, [list(microbatches(blend))], **sizes)
+
+    def arm(forward_step, run_schedule, samples: Any = blend) -> None:
         training.train_step(
             forward_step,
-            Samples(0),
+            microbatches(samples),
             model,
             optimizer,
             scheduler,
@@ -178,6 +218,8 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
         "megatron": partial(arm, megatron_forward, schedule),
         "ntp": partial(arm, ntp.forward_step, ntp.wrap_schedule(schedule)),
         "remit": partial(arm, remit.forward_step, remit.wrap_schedule(schedule)),
+        "remit, cached": partial(arm, cached.forward_step, cached.wrap_schedule(schedule), cached_samples),
+        "scoring only": score,
         "ntp, loss.linear": partial(arm, linear.forward_step, linear.wrap_schedule(schedule)),
     }
     return arms, sum(p.numel() for p in model[0].parameters())
@@ -218,6 +260,8 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters
         "megatron": "1",
         "ntp": f"{median_ratio(seconds['ntp'], seconds['megatron']):.3f} x Megatron's own step",
         "remit": f"{median_ratio(seconds['remit'], seconds['ntp']):.3f} x ntp",
+        "remit, cached": f"{median_ratio(seconds['remit, cached'], seconds['ntp']):.3f} x ntp",
+        "scoring only": f"{median_ratio(seconds['ntp'], seconds['scoring only']):.2f} x the tokens/s of ntp",
         "ntp, loss.linear": f"{median_ratio(seconds['ntp, loss.linear'], seconds['ntp']):.3f} x ntp",
     }
     for name, values in seconds.items():

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from remit_megatron.data.blend_file import expand_entry
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.shuffle import Permutation, stream_key
 from remit_megatron.errors import UserError
@@ -209,6 +210,8 @@ class BlendedDataset(torch.utils.data.Dataset):
 def parse_blend(value: Any, *, field: str = "data.train") -> list[BlendEntry]:
     """What a configuration says about data: ``[[0.7, prefix], [0.3, prefix]]``, a prefix, or a list of prefixes.
 
+    A blend file may stand for a prefix; its data sets share the weight in the proportions that it gives them.
+
     Raises:
         UserError: anything else, named as ``data.train[1]``.
     """
@@ -223,7 +226,11 @@ def parse_blend(value: Any, *, field: str = "data.train") -> list[BlendEntry]:
         number = weighted.index(False)
         found = f"{entries[number].prefix}, without a weight"
         raise UserError(f"{field}[{number}]", found, "a [weight, prefix] pair, as the others are")
-    return entries
+    return [
+        BlendEntry(weight, prefix)
+        for number, entry in enumerate(entries)
+        for weight, prefix in expand_entry(*entry, alone=len(entries) == 1, field=f"{field}[{number}]")
+    ]
 
 
 def _parse_entry(item: Any, field: str) -> BlendEntry:

@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chunks
 from remit_megatron.data.indexed import token_dtype
 from remit_megatron.data.manifest import Manifest
-from remit_megatron.data.readers import TextFormat, expand_inputs, iter_chunks, total_bytes
+from remit_megatron.data.readers import LOCAL_FILES, FileStore, TextFormat, expand_inputs, iter_chunks, total_bytes
 from remit_megatron.data.stoppable import stoppable
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.data.writer import DatasetWriter
@@ -124,16 +127,61 @@ def build_dataset(
     Raises:
         UserError: anything wrong with the arguments, the input or the disk; nothing is left behind.
     """
+    return build_files(
+        expand_inputs(inputs),
+        tokenizer,
+        output,
+        workers=workers,
+        text_key=text_key,
+        template=template,
+        on_error=on_error,
+        append_eod=append_eod,
+        max_documents=max_documents,
+        overwrite=overwrite,
+        progress="tokenizing" if progress else None,
+    )
+
+
+def build_files(
+    files: Sequence[str],
+    tokenizer: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    workers: int = 1,
+    text_key: str = "text",
+    template: str | None = None,
+    on_error: str = "stop",
+    append_eod: bool = True,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    overwrite: bool = False,
+    progress: str | None = None,
+    store: FileStore = LOCAL_FILES,
+    origin: dict[str, Any] | None = None,
+) -> Manifest:
+    """`build_dataset` for files that have been found already, wherever they are.
+
+    Args:
+        files: read in this order.
+        max_tokens: stop with the document that brings them to so many, end-of-document tokens included.
+        progress: what progress on standard error says it is; None shows none.
+        store: where the files are.
+        origin: goes into the manifest.
+        tokenizer, output, workers, text_key, template, on_error, append_eod, max_documents, overwrite: as there.
+
+    Raises:
+        UserError: as there.
+    """
     if on_error not in ("stop", "skip"):
         raise UserError("--on-error", on_error, "stop or skip")
-    for option, value in (("--workers", workers), ("--max-documents", max_documents)):
+    for option, value in (("--workers", workers), ("--max-documents", max_documents), ("--tokens", max_tokens)):
         if value is not None and value < 1:
             raise UserError(option, value, "1 or more")
     opened = load_tokenizer(tokenizer, field="--tokenizer")
     text_format = TextFormat(text_key=text_key, template=template)
     eod_id = opened.eod_id if append_eod else None
-    files = expand_inputs(inputs)
-    _refuse_own_input(files, os.fspath(output))
+    if store is LOCAL_FILES:
+        _refuse_own_input(files, os.fspath(output))
     dtype = token_dtype(opened.vocab_size)
     settings = EncodeSettings(
         tokenizer=os.fspath(tokenizer),
@@ -144,11 +192,12 @@ def build_dataset(
         stop_at_bad=on_error == "stop",
     )
     with DatasetWriter(output, dtype=dtype, overwrite=overwrite) as writer:
-        chunks = iter_chunks(files, fields=text_format.fields)
+        chunks = iter_chunks(files, fields=text_format.fields, store=store)
         encoded = encode_chunks(chunks, settings, workers=workers, tokenizer=opened)
         try:
-            shown = Progress("tokenizing", total=total_bytes(files), unit="B") if progress else None
-            skipped = _write_all(encoded, writer, settings=settings, max_documents=max_documents, progress=shown)
+            shown = Progress(progress, total=total_bytes(files, store=store), unit="B") if progress else None
+            limits = (sys.maxsize if limit is None else limit for limit in (max_documents, max_tokens))
+            skipped = _write_all(encoded, writer, *limits, stop_at_bad=settings.stop_at_bad, progress=shown)
         finally:
             encoded.close()  # ends the workers before the output is renamed or removed
         if not writer.documents:
@@ -161,28 +210,31 @@ def build_dataset(
             eod_id=eod_id,
             skipped=skipped,
             inputs=tuple(map(os.path.basename, files)),
+            origin=origin,
         )
 
 
 def _write_all(
     encoded: Iterator[EncodedChunk],
     writer: DatasetWriter,
+    max_documents: int,
+    max_tokens: int,
     *,
-    settings: EncodeSettings,
-    max_documents: int | None,
+    stop_at_bad: bool,
     progress: Progress | None,
 ) -> int:
-    """Writes ``encoded`` until it ends or ``max_documents`` are reached; returns the number of lines skipped."""
+    """Writes ``encoded`` until it ends or a limit is reached; returns the number of lines skipped."""
     skipped = 0
-    limit = sys.maxsize if max_documents is None else max_documents
     for chunk in encoded:
-        room = limit - writer.documents
+        # The document that crosses max_tokens is the last one.
+        enough = int(np.searchsorted(np.cumsum(chunk.lengths, dtype=np.int64), max_tokens - writer.tokens)) + 1
+        room = min(max_documents - writer.documents, enough)
         lengths = chunk.lengths[:room]
         writer.append(chunk.tokens[: lengths.sum()], lengths)
         for bad in chunk.bad:
             if bad.documents_before >= room:
                 break  # behind the last document that was asked for
-            if settings.stop_at_bad:
+            if stop_at_bad:
                 raise UserError(f"{chunk.file}:{bad.number}", bad.found, bad.expected)
             skipped += 1
             if skipped <= _SKIPPED_LINES_SHOWN:
@@ -190,7 +242,7 @@ def _write_all(
                 logger.warning("skipped %s:%d: found %s%s", chunk.file, bad.number, bad.found, last)
         if progress:
             progress.update(chunk.end, note=f"{format_count(writer.tokens)} tokens")
-        if writer.documents >= limit:
+        if writer.documents >= max_documents or writer.tokens >= max_tokens:
             break
     if progress:
         progress.finish(note=f"{format_count(writer.tokens)} tokens")

@@ -37,6 +37,7 @@ class Manifest:
         inputs: file names that the text came from, in order, without folders.
         sample_length: None for text. L where every document is one sample of sequence length L, that is L + 1 tokens
             (`remit data select`): packing with this sequence length gives the documents, untouched and in their order.
+        origin: what `remit data mix` built it from, so that it knows what is finished; None elsewhere.
     """
 
     tokenizer_digest: str
@@ -50,12 +51,14 @@ class Manifest:
     idx: FileRecord
     inputs: tuple[str, ...]
     sample_length: int | None = None
+    origin: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        if self.sample_length is None:
-            del content["sample_length"]
+        for optional in ("sample_length", "origin"):
+            if content[optional] is None:
+                del content[optional]
         return json.dumps(content, indent=1) + "\n"
 
 
@@ -111,6 +114,7 @@ def _parse(path: str, content: Any) -> Manifest:
             idx=FileRecord(size=int(content["idx"]["size"]), sha256=str(content["idx"]["sha256"])),
             inputs=tuple(map(str, content["inputs"])),
             sample_length=None if content.get("sample_length") is None else int(content["sample_length"]),
+            origin=None if content.get("origin") is None else dict(content["origin"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(path, f"a damaged manifest ({type(error).__name__}: {error})", "all fields") from None

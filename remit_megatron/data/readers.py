@@ -17,19 +17,44 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from remit_megatron.errors import UserError
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 KNOWN_SUFFIXES = (
-    *(suffix + packed for suffix in LINE_SUFFIXES for packed in ("", ".gz", ".zst")),
+    *(suffix + packed for suffix in LINE_SUFFIXES for packed in ("", ".gz", ".zst", ".zstd")),
     ".parquet",
     ".arrow",
 )
 _CHUNK_BYTES = 1 << 18
 _LONGEST_LINE = 1 << 30
 _BOM = b"\xef\xbb\xbf"
+
+
+class FileStore(Protocol):
+    """Where files are read from."""
+
+    def open(self, file: str) -> BinaryIO:
+        """The file's bytes, seekable. Errors of reading are OSErrors."""
+        ...
+
+    def size(self, file: str) -> int:
+        """Its bytes, as stored."""
+        ...
+
+
+class LocalFiles:
+    """The file system of this machine."""
+
+    def open(self, file: str) -> BinaryIO:
+        return open(file, "rb")
+
+    def size(self, file: str) -> int:
+        return os.path.getsize(file)
+
+
+LOCAL_FILES = LocalFiles()
 
 
 class Document(NamedTuple):
@@ -163,13 +188,16 @@ def _files_of_directory(directory: str) -> list[str]:
     return list(map(str, files))
 
 
-def total_bytes(files: Sequence[str]) -> int:
+def total_bytes(files: Sequence[str], *, store: FileStore = LOCAL_FILES) -> int:
     """Bytes of all files as stored; the scale of `Chunk.end`."""
-    return sum(map(os.path.getsize, files))
+    return sum(map(store.size, files))
 
 
-def iter_chunks(files: Sequence[str], *, fields: Sequence[str]) -> Iterator[Chunk]:
+def iter_chunks(files: Sequence[str], *, fields: Sequence[str], store: FileStore = LOCAL_FILES) -> Iterator[Chunk]:
     """Cuts ``files`` into chunks in order; of tables, only the columns ``fields`` are read.
+
+    Args:
+        store: where the files are.
 
     Raises:
         UserError: a file that is damaged, cannot be read, or lacks a column.
@@ -177,8 +205,9 @@ def iter_chunks(files: Sequence[str], *, fields: Sequence[str]) -> Iterator[Chun
     before = 0
     for file in files:
         try:
-            size = os.path.getsize(file)
-            parts = _iter_rows(file, size, fields) if file.endswith((".parquet", ".arrow")) else _iter_lines(file)
+            size = store.size(file)
+            tables = file.endswith((".parquet", ".arrow"))
+            parts = _iter_rows(file, size, fields, store) if tables else _iter_lines(file, store)
             for first, records, done in parts:
                 yield Chunk(file, first, records, before + min(done, size))
         except (OSError, EOFError, zlib.error) as error:
@@ -188,8 +217,8 @@ def iter_chunks(files: Sequence[str], *, fields: Sequence[str]) -> Iterator[Chun
         before += size
 
 
-def _iter_lines(file: str) -> Iterator[tuple[int, bytes, int]]:
-    with open(file, "rb") as raw:
+def _iter_lines(file: str, store: FileStore) -> Iterator[tuple[int, bytes, int]]:
+    with store.open(file) as raw:
         number = 1
         stream = _decompressed(raw, file)
         while block := stream.read(_CHUNK_BYTES):
@@ -207,7 +236,7 @@ def _iter_lines(file: str) -> Iterator[tuple[int, bytes, int]]:
 def _decompressed(raw: BinaryIO, file: str) -> BinaryIO:
     if file.endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
-    if file.endswith(".zst"):
+    if file.endswith((".zst", ".zstd")):
         return cast(BinaryIO, io.BufferedReader(_ZstandardStream(raw), 1 << 20))
     return raw
 
@@ -229,12 +258,14 @@ class _ZstandardStream(io.RawIOBase):
         return len(data)
 
 
-def _iter_rows(file: str, size: int, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]], int]]:
+def _iter_rows(
+    file: str, size: int, fields: Sequence[str], store: FileStore
+) -> Iterator[tuple[int, dict[str, list[Any]], int]]:
     import pyarrow
 
     row = 1
     try:
-        for batch, share in _iter_batches(file, fields):
+        for batch, share in _iter_batches(file, fields, store):
             rows_each = max(1, batch.num_rows * _CHUNK_BYTES // max(batch.nbytes, 1))
             for start in range(0, batch.num_rows, rows_each):
                 piece = batch.slice(start, rows_each)
@@ -244,20 +275,21 @@ def _iter_rows(file: str, size: int, fields: Sequence[str]) -> Iterator[tuple[in
         raise OSError(str(error)) from None
 
 
-def _iter_batches(file: str, fields: Sequence[str]) -> Iterator[tuple[Any, float]]:
+def _iter_batches(file: str, fields: Sequence[str], store: FileStore) -> Iterator[tuple[Any, float]]:
     """Record batches with the columns ``fields``, each with the share of the file that is read after it."""
     import pyarrow
     import pyarrow.parquet
 
+    local = store is LOCAL_FILES  # Arrow reads these itself, without the detour over Python
     if file.endswith(".parquet"):
-        with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
+        with pyarrow.parquet.ParquetFile(file if local else store.open(file), pre_buffer=False) as table:
             _check_columns(file, table.schema_arrow, fields)
             rows, done = max(table.metadata.num_rows, 1), 0
             for batch in table.iter_batches(batch_size=1024, columns=list(fields), use_threads=False):
                 done += batch.num_rows
                 yield batch, done / rows
         return
-    with pyarrow.memory_map(file) as source:
+    with pyarrow.memory_map(file) if local else pyarrow.PythonFile(store.open(file), mode="r") as source:
         try:
             stream = pyarrow.ipc.open_stream(source)
         except pyarrow.ArrowInvalid:  # the other of Arrow's two layouts, with a footer

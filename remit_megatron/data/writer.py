@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -103,6 +103,7 @@ class DatasetWriter:
         skipped: int,
         inputs: tuple[str, ...],
         sample_length: int | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> Manifest:
         """Completes the data set; the arguments are fields of `Manifest`."""
         with self._explained():
@@ -124,6 +125,7 @@ class DatasetWriter:
                 idx=FileRecord(index_size, index_digest),
                 inputs=inputs,
                 sample_length=sample_length,
+                origin=origin,
             )
             with open(self._temporary["json"], "wb") as file:
                 file.write(manifest.to_json().encode())

@@ -151,10 +151,16 @@ class _Gradients:
     """The gradients that are wanted, filled chunk by chunk."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, problem: _Problem, *, of_hidden: bool, of_weight: bool):
-        self._weight, self._problem = weight[: problem.shard.columns], problem
+        columns = problem.shard.columns
+        self._weight, self._problem = weight[:columns], problem
         # Contiguous whatever the strides of `hidden`: a chunk of it is then one matrix.
         self.hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if of_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=problem.weight_grad_dtype) if of_weight else None
+        self.weight: Tensor | None = None
+        if of_weight:
+            # Nothing is added up over a single chunk: its product is the gradient.
+            dtype = weight.dtype if len(problem.labels) <= problem.chunk else problem.weight_grad_dtype
+            self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            self.weight[columns if len(problem.labels) else 0 :].zero_()
         self._works: list[Any] = []
 
     def add(self, sequences: slice, rows: Tensor, logits_grad: Tensor) -> None:
@@ -164,16 +170,21 @@ class _Gradients:
             if self._problem.reduce:
                 self._works.append(dist.all_reduce(part, group=self._problem.group, async_op=True))
         if self.weight is not None:
-            self._add_to_weight(self.weight[: self._problem.shard.columns], rows, logits_grad)
+            total = self.weight[: self._problem.shard.columns]
+            self._add_to_weight(total, rows, logits_grad, first_chunk=sequences.start == 0)
 
     @staticmethod
-    def _add_to_weight(total: Tensor, rows: Tensor, logits_grad: Tensor) -> None:
-        if total.dtype == rows.dtype:
+    def _add_to_weight(total: Tensor, rows: Tensor, logits_grad: Tensor, *, first_chunk: bool) -> None:
+        if total.dtype == rows.dtype and first_chunk:
+            torch.mm(logits_grad.t(), rows, out=total)
+        elif total.dtype == rows.dtype:
             total.addmm_(logits_grad.t(), rows)
-            return
-        step = max(1, _PRODUCT_BYTES // (rows.shape[1] * rows.element_size()))
-        for first in range(0, total.shape[0], step):
-            total[first : first + step] += torch.mm(logits_grad[:, first : first + step].t(), rows)
+        else:
+            step = max(1, _PRODUCT_BYTES // (rows.shape[1] * rows.element_size()))
+            for first in range(0, total.shape[0], step):
+                part = total[first : first + step]
+                product = torch.mm(logits_grad[:, first : first + step].t(), rows)
+                part.copy_(product) if first_chunk else part.add_(product)
 
     def finish(self) -> None:
         """Waits for what the chunks have begun."""
@@ -253,11 +264,12 @@ class _LinearTokenLoss(torch.autograd.Function):
             raise RuntimeError("linear_token_loss: found a second backward; expected one (it gives its gradients away)")
         (of_hidden, of_weight), ctx.gradients = ctx.gradients, None
         incoming = grad_outputs[0]
-        if of_hidden is not None:
-            of_hidden.mul_(incoming)
-        if of_weight is not None:
-            of_weight = of_weight.mul_(incoming).to(ctx.weight_dtype)
-        return of_hidden, of_weight, None
+        # On a GPU to look at the number would be to wait for it.
+        if incoming.device.type != "cpu" or incoming != 1:
+            for gradient in (of_hidden, of_weight):
+                if gradient is not None:
+                    gradient.mul_(incoming)
+        return of_hidden, None if of_weight is None else of_weight.to(ctx.weight_dtype), None
 
 
 def _check(

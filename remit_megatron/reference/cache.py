@@ -230,6 +230,13 @@ class ReferenceCache:
             intact[sample] = self._stored(dataset, sample) is not None
         return intact
 
+    def forget(self, dataset: str, sample: int) -> None:
+        """Marks a sample as not scored, so that whatever fills the cache scores it again."""
+        with _explained(self.directory):
+            shard = self._shard(dataset, sample)
+            if shard is not None:
+                shard.forget(sample)
+
     @property
     def damaged(self) -> int:
         """Samples found damaged so far."""

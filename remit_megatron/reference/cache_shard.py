@@ -176,6 +176,12 @@ class Shard:
         write_all(self._writer, entry, self.key.entry_at(sample))
         write_all(self._writer, b"\1", complete)
 
+    def forget(self, sample: int) -> None:
+        """Marks a sample as not scored."""
+        if self._writer is None:
+            self._writer = self._open_writer()
+        write_all(self._writer, b"\0", self.key.complete_at(sample))
+
     def completeness(self) -> np.ndarray:
         """bool [count], as the file says now; from the map alone."""
         return np.frombuffer(self._fetch(HEADER_BYTES, self.key.count), dtype=np.uint8) == 1

@@ -112,6 +112,24 @@ def test_whole_data_sets_and_a_second_visit(pool, material):
     assert difference is not None and float(difference[1]) < 1e-5
 
 
+def test_damage_is_found_and_repaired(pool, material, single):
+    config = scoring(material, "score_damaged")
+    path = write(config)
+    pool.run(said, world_size=1, path=path)
+    (shard,) = Path(config["reference"]["cache_dir"]).glob("*/*.scores")
+    content = bytearray(shard.read_bytes())
+    place = content.rindex(single[min(single)].tobytes())
+    content[place + 9] ^= 4
+    shard.write_bytes(content)
+    (text,) = pool.run(said, world_size=1, path=path)
+    assert "scored 0 samples" in text, "the map says that all is there"
+    (text,) = pool.run(said, world_size=1, path=path, check=True)
+    assert "1 damaged scores" in text and "scored 1 samples" in text
+    np.testing.assert_allclose(scores_of(config)[min(single)], single[min(single)], atol=2e-5)
+    (text,) = pool.run(said, world_size=1, path=path, check=True)
+    assert "no damage" in text
+
+
 def test_verify_finds_another_models_scores(pool, material, single):
     from remit_megatron.data.blend import open_blend
     from tests.distributed.pool import RankFailure

@@ -39,6 +39,8 @@ ALLOWED = {
     "reference": BASE | {"batch", "forward", "parallel", "checkpoints", "kernels", "models", "reference"},
     "linear_loss": BASE | {"batch", "kernels", "objectives"},
     "step": BASE | {"batch", "data", "forward", "kernels", "linear_loss", "objectives", "parallel", "reference"},
+    "cluster": BASE
+    | {"cluster", "config", "megatron_args", "metrics", "models", "objectives", "plan_numbers", "train"},
 }
 # layer -> packages that it must not import.
 FORBIDDEN = {

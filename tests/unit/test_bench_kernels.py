@@ -18,6 +18,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def scripts(monkeypatch):
     """The scripts' folder on the path, as when one of them runs."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    yield
+    if torch.distributed.is_initialized():  # Megatron's arms need a group; other tests make their own
+        torch.distributed.destroy_process_group()
 
 
 def bench(folder: Path, *arguments: str) -> str:

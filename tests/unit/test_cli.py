@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from remit_megatron.cli import _parse, main
+from remit_megatron.cli import _COMMANDS, _DATA_COMMANDS, _parse, main
 
 
 @pytest.mark.parametrize(
@@ -38,9 +41,21 @@ def test_every_command_has_help(capsys):
         ["logprobs"],
         ["train"],
         ["data", "build"],
+        ["data", "mix"],
         ["data", "select"],
     ):
         with pytest.raises(SystemExit) as stop:
             main([*words, "--help"])
         assert stop.value.code == 0
         assert "usage: remit " + " ".join(words) in capsys.readouterr().out
+
+
+def test_no_command_imports_megatron_before_the_patches():
+    """Patches come first, and --help is quick."""
+    modules = sorted({command[0] for command in (*_COMMANDS.values(), *_DATA_COMMANDS.values())})
+    code = "import importlib, sys\n" + "".join(
+        f"importlib.import_module('remit_megatron.{name}')\nassert 'megatron' not in sys.modules, '{name}'\n"
+        for name in modules
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]

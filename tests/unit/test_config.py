@@ -122,12 +122,12 @@ WRONG = {
     "data.tokenizer=null": "data.tokenizer: found nothing; "
     "expected the directory of the tokenizer the data was built with",
     "reference.source=live": "reference.checkpoint: found nothing; expected the directory of the reference model",
-    "reference={checkpoint: c, source: cache}": "reference.source: found 'cache'; "
-    "expected live: the score cache is not part of this version",
+    "reference={checkpoint: c, source: cache}": "reference.cache_dir: found nothing; "
+    "expected the directory of the scores, for reference.source: cache",
     "reference={checkpoint: c, placement: replicated}": "reference.placement: found 'replicated'; "
     "expected pipeline: replicated placement is not part of this version",
-    "reference={checkpoint: c, write_cache: true}": "reference.write_cache: found True; "
-    "expected false: the score cache is not part of this version",
+    "reference={checkpoint: c, write_cache: true}": "reference.cache_dir: found nothing; "
+    "expected the directory of the scores, for reference.write_cache: true",
     "seed": "override: found 'seed'; expected KEY=VALUE with a dotted key, such as objective.epsilon=0.1",
     "seed=[": "override seed: found did not find expected node content; expected valid YAML",
     "seed=${nope}": "seed: found Interpolation key 'nope' not found; expected an interpolation that resolves",

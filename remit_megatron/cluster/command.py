@@ -1,0 +1,241 @@
+"""``remit plan``: memory, time and layout of a run on a cluster, without the cluster.
+
+The configuration is the one of ``remit train``. Neither data nor weights are read: the architecture comes from
+``model``, or from ``init`` where it is here; a reference whose files are elsewhere is taken to be like the student.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remit_megatron.config import RunConfig, load_config, load_model_description
+from remit_megatron.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, UserError
+from remit_megatron.files import write_atomic
+
+if TYPE_CHECKING:
+    from remit_megatron.cluster.planner import Planner, ReferencePlan
+    from remit_megatron.cluster.search import Search
+    from remit_megatron.cluster.simulate import SimulatedRank
+    from remit_megatron.cluster.timing import Machine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``remit plan``."""
+    parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML)")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts of the job")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs of a host (default: 8)")
+    parser.add_argument("--gpu", default="H100", metavar="NAME", help="kind of GPU (default: H100)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="its memory, where it is not the usual one")
+    parser.add_argument(
+        "--headroom",
+        type=float,
+        default=0.08,
+        metavar="SHARE",
+        help="share of the memory left for CUDA, NCCL and fragmentation (default: 0.08)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.40,
+        metavar="SHARE",
+        help="share of the bf16 peak that is reached outside bubbles and communication (default: 0.40)",
+    )
+    parser.add_argument(
+        "--simulate", action="store_true", help="build first, middle and last rank on meta and compare their bytes"
+    )
+    parser.add_argument("--json", metavar="F", help="write the figures to a file as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``remit plan``; returns the exit code: 70 where the simulation finds other bytes than the plan."""
+    _check_options(args)
+    config = load_config(args.config, args.overrides)
+    import patches
+
+    patches.apply()
+    from remit_megatron.cluster.hardware import gpu_named
+    from remit_megatron.cluster.report import as_json, text
+    from remit_megatron.cluster.timing import Machine
+
+    gpu = gpu_named(args.gpu, memory_gib=args.gpu_memory)
+    machine = Machine(gpu=gpu, per_node=args.gpus_per_node, utilization=args.mfu)
+    report = plan(config, machine=machine, nodes=args.nodes, headroom=args.headroom, simulate=args.simulate)
+    sys.stdout.write(text(report))
+    if args.json:
+        write_atomic(Path(args.json), json.dumps(as_json(report), indent=1, default=str) + "\n")
+    return EXIT_DONE if all(rank.agrees for rank in report.simulated) else EXIT_DO_NOT_RESTART
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for option, value in (("--nodes", args.nodes), ("--gpus-per-node", args.gpus_per_node)):
+        if value < 1:
+            raise UserError(option, value, "1 or more")
+    if not 0 < args.mfu <= 1:
+        raise UserError("--mfu", args.mfu, "a share above 0 and at most 1")
+    if not 0 <= args.headroom < 1:
+        raise UserError("--headroom", args.headroom, "a share from 0 to below 1")
+
+
+def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0.08, simulate: bool = False) -> Any:
+    """Plans a run; ``patches.apply()`` comes first.
+
+    Args:
+        config: the run.
+        machine: GPUs, and how much of their peak is reached.
+        nodes: hosts.
+        headroom: share of a GPU's memory that is left alone.
+        simulate: build first, middle and last rank on ``meta``.
+
+    Returns:
+        A :class:`remit_megatron.cluster.report.Report`.
+
+    Raises:
+        UserError: the configuration is wrong, or cannot be laid out on these GPUs.
+    """
+    from remit_megatron.cluster.planner import Planner
+    from remit_megatron.cluster.report import Report
+    from remit_megatron.cluster.search import candidate, own_layout
+    from remit_megatron.models.family import family_of
+    from remit_megatron.objectives import build_objective
+    from remit_megatron.plan_numbers import plan_numbers
+    from remit_megatron.train import check_document_mask, check_linear_loss, check_supported, objective_settings
+
+    objective = build_objective(config.objective.name, **objective_settings(config))
+    hf_config = _architecture(config)
+    arguments = _arguments_of(config, hf_config, nodes * machine.per_node)
+    args = arguments(config, 0)
+    check_supported(config, args)
+    check_document_mask(config, args)
+    if config.loss.linear:
+        check_linear_loss(config, args, objective)
+    _check_node(args, machine)
+    planner = Planner(
+        hf_config,
+        args,
+        machine=machine,
+        reference=_reference(config, hf_config, objective.reference_signal),
+        student_passes=int(objective.needs_global_batch),
+        document_mask=config.data.document_mask,
+        linear_loss=config.loss.linear,
+    )
+    stages = sorted({0, args.pipeline_model_parallel_size // 2, args.pipeline_model_parallel_size - 1})
+    return Report(
+        numbers=plan_numbers(args, unlisted=family_of(hf_config).unlisted_parameters(hf_config)),
+        args=args,
+        planner=planner,
+        own=candidate(planner, own_layout(args), args),
+        stages=[planner.memory(args, stage) for stage in stages],
+        time=planner.time(args),
+        found=_search(config, planner, arguments, limit=machine.gpu.memory * (1 - headroom)),
+        headroom=headroom,
+        simulated=_simulate(planner, hf_config, lambda rank: arguments(config, rank)) if simulate else [],
+    )
+
+
+def _architecture(config: RunConfig) -> dict[str, Any]:
+    if config.model is not None:
+        return load_model_description(config.model)
+    from remit_megatron.models.source import resolve
+
+    assert config.init is not None, "load_config asks for one of the two"
+    return resolve(config.init, field="init").hf_config
+
+
+def _arguments_of(
+    config: RunConfig, hf_config: dict[str, Any], world_size: int
+) -> Callable[[RunConfig, int], argparse.Namespace]:
+    """How a configuration and a rank become validated arguments, as on a cluster of GPUs."""
+    from remit_megatron.megatron_args import build_arguments, read_overrides
+    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.spec import TE
+
+    architecture = megatron_arguments(hf_config)
+    local = read_overrides(config.megatron).get("transformer_impl") == "local"
+
+    def arguments(config: RunConfig, rank: int) -> argparse.Namespace:
+        args = build_arguments(config, architecture, world_size=world_size, rank=rank, gpu=True)
+        if not local:
+            args.transformer_impl = TE  # what a GPU run takes where it is installed, which may not be here
+        return args
+
+    return arguments
+
+
+def _check_node(args: argparse.Namespace, machine: Machine) -> None:
+    if machine.per_node % args.tensor_model_parallel_size:
+        expected = f"a divisor of {machine.per_node}: tensor parallelism stays within a node"
+        raise UserError("megatron.tensor_model_parallel_size", args.tensor_model_parallel_size, expected)
+
+
+def _reference(config: RunConfig, student: dict[str, Any], signal: str) -> ReferencePlan | None:
+    from remit_megatron.cluster.planner import ReferencePlan
+    from remit_megatron.models.source import resolve
+
+    settings = config.reference
+    if signal == "none":
+        return None
+    if settings is None or settings.checkpoint is None:
+        raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
+    cached = settings.source == "cache"
+    placement = "cached" if cached else "replicated" if settings.placement == "replicated" else "pipeline"
+    here = Path(settings.checkpoint).is_dir()
+    hf_config = resolve(settings.checkpoint, field="reference.checkpoint").hf_config if here else student
+    return ReferencePlan(hf_config, placement, signal, assumed=not here)
+
+
+def _search(
+    config: RunConfig,
+    planner: Planner,
+    arguments: Callable[[RunConfig, int], argparse.Namespace],
+    *,
+    limit: float,
+) -> Search:
+    """All layouts; the first ones are those that Megatron's own checks let through."""
+    from remit_megatron.cluster.search import Layout, search
+    from remit_megatron.megatron_args import read_overrides
+    from remit_megatron.train import check_document_mask
+
+    written = read_overrides(config.megatron)
+    # Other ways to say what a layout says.
+    for name in ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"):
+        written.pop(name, None)
+    for end in ("first", "last"):
+        written.pop(f"decoder_{end}_pipeline_num_layers", None)
+    for part in ("embedding", "loss"):
+        written.pop(f"account_for_{part}_in_pipeline_split", None)
+
+    def allowed(layout: Layout) -> bool:
+        try:
+            check_document_mask(config, layout.arguments(planner.args))
+        except UserError:
+            return False
+        return True
+
+    def accepted(layout: Layout) -> bool:
+        try:
+            arguments(dataclasses.replace(config, megatron=written | layout.overrides()), 0)
+        except UserError:
+            return False
+        return True
+
+    return search(planner, limit=limit, allowed=allowed, accepted=accepted)
+
+
+def _simulate(
+    planner: Planner, hf_config: dict[str, Any], arguments: Callable[[int], argparse.Namespace]
+) -> list[SimulatedRank]:
+    from remit_megatron.cluster.simulate import interesting_ranks, simulate_rank
+
+    sharded = planner.inventory(planner.args.tensor_model_parallel_size)
+    whole = planner.inventory(1)
+    return [
+        simulate_rank(hf_config, arguments, rank, sharded=sharded, whole=whole)
+        for rank in interesting_ranks(planner.args.world_size)
+    ]

@@ -1,0 +1,379 @@
+"""``remit data mix``: the sources of a recipe to token files, and a blend file that a run names in ``data.train``.
+
+Each source becomes a data set of its own, ``OUTPUT/NAME.bin`` and so on, complete or absent, so the command may be
+stopped and started again: what is finished is recognized by its manifest and left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from remit_megatron.data.blend_file import write_blend_file
+from remit_megatron.data.build import build_files
+from remit_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from remit_megatron.data.readers import LOCAL_FILES, FileStore, expand_inputs
+from remit_megatron.data.recipe import Recipe, Source, load_recipe
+from remit_megatron.data.stoppable import stoppable
+from remit_megatron.data.tokenizer import load_tokenizer
+from remit_megatron.errors import EXIT_DONE, UserError
+from remit_megatron.progress import format_count
+
+BLEND = "blend.yaml"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``remit data mix``."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, as those in configs/data")
+    parser.add_argument("--root", default=".", metavar="DIR", help="folder that the recipe's files are in (default: .)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face directory, or a tokenizer.json file")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help=f"receives the data sets, one a source, and {BLEND}"
+    )
+    parser.add_argument(
+        "--tokens", metavar="N", help="size of the mix (50e9, 50B): no source is read further than its share of it"
+    )
+    parser.add_argument(
+        "--hub", action="store_true", help="read what has no files below --root from the Hugging Face hub"
+    )
+    parser.add_argument("--allow-missing", action="store_true", help="make the blend without sources that are missing")
+    parser.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes that tokenize (default: one per usable core)"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a bad line stops the build (default), or is counted and skipped",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="build again what was built from something else")
+    parser.add_argument("--dry-run", action="store_true", help="print shares, tokens and what is there; write nothing")
+
+
+State = Literal["done", "changed", "local", "hub", "missing"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One source of a mix, as it stands.
+
+    Attributes:
+        share: of the mix; 0 where the source is left out of it.
+        wanted: tokens; None for all there are.
+        files: local files, in the order in which they are read.
+        manifest: of the data set that is there; None where there is none.
+        state: ``done``, ``changed`` (a data set is there, of something else), ``local`` or ``hub`` (to be built from
+            there), or ``missing``.
+        reason: what is missing or has changed.
+    """
+
+    source: Source
+    share: float
+    wanted: int | None
+    files: tuple[str, ...]
+    manifest: Manifest | None
+    state: State
+    reason: str = ""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mixes what the command line asks for; returns the exit code."""
+    recipe, budget = load_recipe(args.recipe), parse_tokens(args.tokens)
+    options: dict[str, Any] = dict(root=args.root, output=args.output, budget=budget, hub=args.hub)
+    if args.dry_run:
+        plans = plan_mix(recipe, allow_missing=args.allow_missing, **options)
+        sys.stdout.write(_table(plans) + _advice(plans, args.root))
+        return EXIT_DONE
+    if args.tokenizer is None:
+        raise UserError("--tokenizer", "nothing", "a Hugging Face directory, or a tokenizer.json file")
+    with stoppable("remit data mix"):
+        plans = mix(
+            recipe,
+            tokenizer=args.tokenizer,
+            allow_missing=args.allow_missing,
+            workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+            on_error=args.on_error,
+            overwrite=args.overwrite,
+            progress=True,
+            **options,
+        )
+    sys.stdout.write(_table(plans))
+    print(f"{Path(args.output) / BLEND}: {sum(plan.share > 0 for plan in plans)} sources")
+    return EXIT_DONE
+
+
+def parse_tokens(text: str | None) -> int | None:
+    """``50e9``, ``50B``, ``1.2T`` or a plain number, as a whole number of tokens.
+
+    Raises:
+        UserError: something else, or less than 1.
+    """
+    if text is None:
+        return None
+    matched = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)([KMBT]?)", text.strip())
+    number = float(matched[1]) * _UNITS[matched[2]] if matched else 0.0
+    if not 1 <= number < 1e18:
+        raise UserError("--tokens", repr(text), "a number of tokens, as 50e9 or 50B")
+    return round(number)
+
+
+def plan_mix(
+    recipe: Recipe, *, root: str, output: str, budget: int | None = None, hub: bool = False, allow_missing: bool = False
+) -> list[Plan]:
+    """What is there of each source, and how much of it is wanted. Reads file names and manifests only.
+
+    Args:
+        root: folder that the recipe's files are in.
+        output: folder of the data sets.
+        budget: tokens of the whole mix; None wants all of every source.
+        hub: whether sources without local files may be read from the hub.
+        allow_missing: share the mix among the sources that are there.
+
+    Raises:
+        UserError: a file that nothing here reads, or a damaged data set.
+    """
+    found = {source.name: _find(source, recipe, root) for source in recipe.sources}
+    built = {source.name: _built(source, output) for source in recipe.sources}
+    missing = {
+        source.name
+        for source in recipe.sources
+        if isinstance(found[source.name], str) and not built[source.name] and not (hub and source.hub)
+    }
+    names = [source.name for source in recipe.sources]
+    shares = recipe.shares([name for name in names if name not in missing] if allow_missing else None)
+    plans = []
+    for source in recipe.sources:
+        share = shares.get(source.name, 0.0)
+        wanted = None if budget is None else math.ceil(share * budget)
+        files, manifest = found[source.name], built[source.name]
+        if source.name in missing:
+            plans.append(Plan(source, share, wanted, (), None, "missing", str(files)))
+            continue
+        local = () if isinstance(files, str) else files
+        reason = "" if manifest is None else _change(manifest, source, local, root, wanted)
+        state = _state(manifest, reason, local)
+        plans.append(Plan(source, share, wanted, local, manifest, state, reason))
+    return plans
+
+
+def mix(
+    recipe: Recipe,
+    *,
+    tokenizer: str,
+    root: str,
+    output: str,
+    budget: int | None = None,
+    hub: bool = False,
+    allow_missing: bool = False,
+    workers: int = 1,
+    on_error: str = "stop",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> list[Plan]:
+    """Builds every source that is there and not finished, and then the blend file; returns how things stand then.
+
+    Args:
+        tokenizer: for `load_tokenizer`; for data sets that are finished, too.
+        workers, on_error, progress: as for `build_dataset`.
+        overwrite: build again what was built from something else.
+        recipe, root, output, budget, hub, allow_missing: as for `plan_mix`.
+
+    Raises:
+        UserError: as `plan_mix` and `build_dataset`; a data set that was built from something else; or missing
+            sources, after those that are there have been built.
+    """
+    options: dict[str, Any] = dict(root=root, output=output, budget=budget, hub=hub, allow_missing=allow_missing)
+    opened = load_tokenizer(tokenizer, field="--tokenizer")
+    plans = plan_mix(recipe, **options)
+    again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digest))}
+    if again and not overwrite:
+        name, reason = next(iter(again.items()))
+        raise UserError(os.path.join(output, name), reason, "what is asked for now; --overwrite builds it again")
+    for plan in plans:
+        if plan.state in ("local", "hub") or plan.source.name in again:
+            _build(
+                plan,
+                recipe,
+                tokenizer=tokenizer,
+                root=root,
+                output=output,
+                workers=workers,
+                on_error=on_error,
+                overwrite=plan.source.name in again,
+                progress=progress,
+            )
+    plans = plan_mix(recipe, **options)
+    missing = [plan.source.name for plan in plans if plan.state == "missing"]
+    if missing and (not allow_missing or len(missing) == len(plans)):
+        sys.stdout.write(_advice(plans, root))
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        expected = "all of them; or --allow-missing, for a blend without them"
+        raise UserError(str(recipe.path), f"{len(missing)} of {len(plans)} sources missing ({listed})", expected)
+    comment = f"Written by `remit data mix` from {recipe.path.name}."
+    comment += f"\nLeft out, because missing: {', '.join(missing)}." if missing else ""
+    entries = [(plan.share, plan.source.name) for plan in plans if plan.state != "missing"]
+    write_blend_file(Path(output) / BLEND, entries, comment=comment)
+    return plans
+
+
+def _find(source: Source, recipe: Recipe, root: str) -> tuple[str, ...] | str:
+    """Local files of a source, or what is not there. Their order has nothing to do with their names, which often are
+    dates, so that a part of a source is not its oldest part."""
+    files: set[str] = set()
+    for item in source.files:
+        path = os.path.join(root, item)
+        if not os.path.exists(path) and not any(map(os.path.isfile, glob.iglob(path, recursive=True))):
+            return f"nothing at {path}"
+        try:
+            files |= set(expand_inputs([path]))
+        except UserError as error:
+            raise UserError(f"{recipe.path}: {source.name}", error.found, error.expected) from None
+    return tuple(sorted(files, key=lambda file: _scattered(os.path.relpath(file, root))))
+
+
+def _state(manifest: Manifest | None, reason: str, local: tuple[str, ...]) -> State:
+    if manifest is not None:
+        return "changed" if reason else "done"
+    return "local" if local else "hub"
+
+
+def _scattered(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+
+def _outdated(plan: Plan, tokenizer_digest: str) -> str:
+    """Why the data set that is there cannot be used; empty where it can, or there is none."""
+    if plan.manifest is not None and plan.manifest.tokenizer_digest != tokenizer_digest:
+        return f"tokens of tokenizer {plan.manifest.tokenizer_digest[:16]}, not of {tokenizer_digest[:16]}"
+    return plan.reason if plan.state == "changed" else ""
+
+
+def _built(source: Source, output: str) -> Manifest | None:
+    prefix = os.path.join(output, source.name)
+    return read_manifest(prefix) if os.path.exists(manifest_path(prefix)) else None
+
+
+def _inputs_digest(files: Sequence[str], root: str) -> str:
+    described = [(os.path.relpath(file, root), os.path.getsize(file)) for file in files]
+    return hashlib.sha256(json.dumps(sorted(described)).encode()).hexdigest()
+
+
+def _origin(plan: Plan, root: str) -> dict[str, Any]:
+    source = plan.source
+    local = bool(plan.files)
+    return {
+        "text_key": source.text_key if source.template is None else None,
+        "template": source.template,
+        "files": _inputs_digest(plan.files, root) if local else None,
+        "hub": None if local else str(source.hub),
+        "max_tokens": plan.wanted,
+    }
+
+
+def _change(manifest: Manifest, source: Source, files: tuple[str, ...], root: str, wanted: int | None) -> str:
+    """Why a data set is not what would be built now; empty where it is. Its files may be gone by then."""
+    origin = manifest.origin
+    if origin is None:
+        return "a data set that `remit data mix` did not build"
+    if origin["template"] != source.template or (source.template is None and origin["text_key"] != source.text_key):
+        return "built from another text_key or template"
+    if origin["files"] is not None and files and origin["files"] != _inputs_digest(files, root):
+        return "built from other files, or from fewer"
+    if origin["hub"] is not None and origin["hub"] != str(source.hub):
+        return f"built from {origin['hub']}"
+    limit = origin["max_tokens"]
+    cut = limit is not None and manifest.tokens >= limit  # less than the limit is all that the source has
+    if cut and (wanted is None or wanted > manifest.tokens):
+        return f"built for {limit} tokens, and {'all' if wanted is None else wanted} are wanted"
+    return ""
+
+
+def _build(
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    tokenizer: str,
+    root: str,
+    output: str,
+    workers: int,
+    on_error: str,
+    overwrite: bool,
+    progress: bool,
+) -> None:
+    source, store, files = plan.source, LOCAL_FILES, list(plan.files)
+    if not files:
+        store, files = _hub_files(source)
+    try:
+        build_files(
+            files,
+            tokenizer,
+            os.path.join(output, source.name),
+            workers=workers,
+            text_key=source.text_key,
+            template=source.template,
+            on_error=on_error,
+            max_tokens=plan.wanted,
+            overwrite=overwrite,
+            progress=source.name if progress else None,
+            store=store,
+            origin=_origin(plan, root),
+        )
+    except UserError as error:
+        if error.field != "--input":
+            raise
+        raise UserError(f"{recipe.path}: {source.name}", error.found, error.expected) from None
+
+
+def _hub_files(source: Source) -> tuple[FileStore, list[str]]:
+    from remit_megatron.data.hub import HubFiles
+
+    if source.hub is None:
+        # Only what was built before its files were removed, and is to be built again, comes here.
+        raise UserError(source.name, "no files to build it from", "its files below --root")
+    store = HubFiles(source.hub)
+    return store, sorted(store.files, key=_scattered)
+
+
+def _table(plans: Sequence[Plan]) -> str:
+    """One line a source: share, tokens wanted, tokens there, state."""
+    width = max(len(plan.source.name) for plan in plans)
+    lines = [f"{'source':<{width}}  {'share':>9}  {'wanted':>8}  {'tokens':>8}  state\n"]
+    for plan in plans:
+        wanted = "all" if plan.wanted is None else format_count(plan.wanted)
+        tokens = "" if plan.manifest is None else format_count(plan.manifest.tokens)
+        state = f"{plan.state}: {plan.reason}" if plan.reason else plan.state
+        if plan.state in ("local", "hub"):
+            state = (
+                f"to be built, {len(plan.files)} files"
+                if plan.files
+                else f"to be built from the hub, {plan.source.hub}"
+            )
+        elif plan.state == "done" and plan.manifest is not None and plan.wanted and plan.manifest.tokens < plan.wanted:
+            state = f"done: the mix goes through it {plan.wanted / plan.manifest.tokens:.2f} times"
+        lines.append(f"{plan.source.name:<{width}}  {plan.share:>9.4%}  {wanted:>8}  {tokens:>8}  {state}\n")
+    total = sum(plan.wanted or 0 for plan in plans)
+    summed = f"{math.fsum(plan.share for plan in plans):>9.4%}  {format_count(total) if total else 'all':>8}"
+    return "".join([*lines, f"{'sum':<{width}}  {summed}\n"])
+
+
+def _advice(plans: Sequence[Plan], root: str) -> str:
+    """What to do about each source that is missing."""
+    lines = []
+    for plan in plans:
+        if plan.state == "missing":
+            place = f"put its documents at {', '.join(os.path.join(root, item) for item in plan.source.files)}"
+            if plan.source.hub is not None:
+                place += f", or give --hub to read {plan.source.hub}"
+            lines.append(f"{plan.source.name} is missing ({plan.reason}): {place}\n")
+    return "".join(lines)

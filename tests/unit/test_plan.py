@@ -1,0 +1,399 @@
+"""`remit plan`: arithmetic against cases done by hand, against Megatron's own counts, and against the real buffers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import patches
+
+patches.apply()
+
+from megatron.training.training import num_floating_point_operations  # noqa: E402
+
+from remit_megatron import cli  # noqa: E402
+from remit_megatron.cluster import activations, command, search, simulate, state, timing  # noqa: E402
+from remit_megatron.cluster.fake_world import fake_world  # noqa: E402
+from remit_megatron.cluster.hardware import GIB, Gpu, gpu_named  # noqa: E402
+from remit_megatron.cluster.inventory import Inventory, take_inventory  # noqa: E402
+from remit_megatron.cluster.planner import Planner, ReferencePlan  # noqa: E402
+from remit_megatron.cluster.report import settings  # noqa: E402
+from remit_megatron.cluster.state import Bucket, Parameter  # noqa: E402
+from remit_megatron.config import load_config, load_model_description  # noqa: E402
+from remit_megatron.errors import UserError  # noqa: E402
+from remit_megatron.megatron_args import build_arguments  # noqa: E402
+from remit_megatron.models.build import megatron_arguments  # noqa: E402
+from remit_megatron.models.family import family_of  # noqa: E402
+from remit_megatron.plan_numbers import count_parameters, parameters_on_rank  # noqa: E402
+
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+MODELS = ("llama3_1b", "olmo2_1b", "smollm3_3b", "youtu_2b")
+H100 = timing.Machine(gpu_named("H100"), per_node=8, utilization=0.4)
+
+
+def run_file(folder: Path, model: Any = "llama3_1b", *, objective: str = "ntp", **megatron: Any) -> Path:
+    """A run configuration; its data and its reference exist nowhere."""
+    config = {
+        "model": model,
+        "objective": {"name": objective},
+        "reference": {"checkpoint": "checkpoints/nowhere"} if objective != "ntp" else None,
+        "data": {"train": "data/nowhere", "tokenizer": "nowhere"},
+        "megatron": {
+            "seq_length": 4096,
+            "micro_batch_size": 1,
+            "global_batch_size": 512,
+            "train_iters": 1000,
+            "lr": 1e-4,
+        }
+        | megatron,
+        "run_dir": str(folder / "run"),
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def arguments(folder: Path, world_size: int, model: Any = "llama3_1b", *, rank: int = 0, **megatron: Any):
+    config = load_config(run_file(folder, model, **megatron))
+    architecture = megatron_arguments(load_model_description(config.model))
+    return build_arguments(config, architecture, world_size=world_size, rank=rank, gpu=True)
+
+
+# State.
+
+
+def test_buffer_by_hand():
+    """Last parameter first, starts at multiples of 64, end at a multiple of lcm(4, 128)."""
+    (bucket,) = state.lay_out([Parameter(10), Parameter(100), Parameter(64)], shards=4, bucket_size=None)
+    assert bucket == Bucket(0, 256, ((0, 64), (64, 164), (192, 202)))
+    assert [bucket.owned(shard, 4) for shard in range(4)] == [64, 64, 36, 10]
+
+
+def test_buckets_by_hand():
+    """200 elements fill a bucket of 150; the tied table takes one of its own."""
+    parameters = [Parameter(256, shared=True), Parameter(100), Parameter(200)]
+    buckets = state.lay_out(parameters, shards=2, bucket_size=150)
+    assert buckets == [
+        Bucket(0, 256, ((0, 200),)),
+        Bucket(256, 384, ((256, 356),)),
+        Bucket(384, 640, ((384, 640),)),
+    ]
+    assert state.lay_out([Parameter(1)], shards=3, bucket_size=None, high_busbw=True)[0].end == 3 * 65536
+
+
+def test_place_of_a_rank(tmp_path):
+    args = arguments(tmp_path, 64, **{TP: 2, PP: 2, CP: 4})
+    assert args.data_parallel_size == 4
+    assert state.place_of(args, 0) == state.Place(0, 0)
+    assert state.place_of(args, 31) == state.Place(0, 15)
+    # 37 = 1 + 2 * (2 + 4 * (0 + 4 * 1))
+    assert state.place_of(args, 37) == state.Place(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("optimizer", "muon"), ("num_distributed_optimizer_instances", 2), ("use_torch_fsdp2", True)]
+)
+def test_settings_without_a_formula_are_refused(tmp_path, setting, value):
+    args = arguments(tmp_path, 8)
+    setattr(args, setting, value)
+    with pytest.raises(UserError, match=setting):
+        state.check_known(args)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_inventory_holds_what_the_formulas_count(tmp_path, model):
+    args = arguments(tmp_path, 8, model, **{TP: 2, PP: 2, "sequence_parallel": True})
+    hf_config = load_model_description(model)
+    unlisted = family_of(hf_config).unlisted_parameters(hf_config)
+    inventory = take_inventory(hf_config, args, tensor_parallel=2)
+    for stage in range(2):
+        chunks = state.chunks_of_stage(inventory, args, stage)
+        found = sum(parameter.elements for chunk in chunks for parameter in chunk)
+        assert found == parameters_on_rank(args, stage, unlisted=unlisted)
+    args.make_vocab_size_divisible_by = 1
+    whole = take_inventory(hf_config, args, tensor_parallel=1)
+    assert whole.all_parameters == count_parameters(args, unlisted=unlisted)
+
+
+# Activations.
+
+
+def test_activations_of_a_layer_by_hand(tmp_path):
+    """Llama 3.2 1B, 4,096 tokens, bf16; each number is one row of the table in the module."""
+    layer = activations.layer_bytes(arguments(tmp_path, 8))
+    assert layer.norms == 2 * (16_777_216 + 16_384)
+    assert layer.norm_outputs == 2 * 16_777_216
+    assert layer.attention == 2 * (4096 * (48 + 40 + 32) * 64 + 4 * 4096 * 64)
+    assert layer.sums == 524_288
+    assert layer.mlp == 201_326_592
+    assert layer.total == 334_004_224
+
+
+def test_parallelism_divides_activations(tmp_path):
+    whole = activations.layer_bytes(arguments(tmp_path, 8))
+    split = activations.layer_bytes(arguments(tmp_path, 8, **{TP: 4, "sequence_parallel": True}))
+    tables = 2 * 4 * 4096 * 64  # the same on every rank
+    assert split.total - tables == pytest.approx((whole.total - tables) / 4)
+    alone = activations.layer_bytes(arguments(tmp_path, 8, **{TP: 4}))
+    assert alone.norms == whole.norms and alone.mlp == whole.mlp / 4
+
+
+@pytest.mark.parametrize(
+    ("stages", "virtual", "stage", "microbatches", "held"),
+    [
+        (1, None, 0, 8, 1),
+        (4, None, 0, 8, 4),
+        (4, None, 3, 8, 1),
+        (4, None, 0, 2, 2),
+        (4, 2, 0, 8, (6 + 4 + 1) / 2),
+        (4, 2, 3, 8, (4 + 1) / 2),
+        (4, 2, 0, 4, 8 / 2),
+    ],
+)
+def test_microbatches_in_flight(stages, virtual, stage, microbatches, held):
+    args = argparse.Namespace(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=virtual)
+    assert activations.microbatches_in_flight(args, stage, microbatches) == held
+
+
+def test_recomputation_keeps_less(tmp_path):
+    kept = {}
+    for kind in ("none", "mlp", "full"):
+        values = {name: value for name, value in search._recompute_arguments(kind).items() if value is not None}
+        args = arguments(tmp_path, 8, **values)
+        planner = Planner(load_model_description("llama3_1b"), args, machine=H100)
+        kept[kind] = planner.memory(args, 0).activations
+    assert kept["none"].layers == 16 * 334_004_224
+    assert kept["mlp"].layers == 16 * (334_004_224 - 201_326_592) and kept["mlp"].recomputed == 201_326_592
+    assert kept["full"].layers == 16 * 16_777_216
+    assert kept["none"].logits == 4096 * (128_256 * 2 + 26)
+
+
+# Time.
+
+
+def free_machine() -> timing.Machine:
+    """A machine whose communication costs nothing."""
+    return timing.Machine(Gpu("free", 1e15, 80 * GIB, math.inf, math.inf), per_node=8, utilization=1.0)
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 8), (4, 8), (4, 9), (4, 10), (8, 64)])
+def test_time_is_that_of_the_design(tmp_path, stages, microbatches):
+    """With B = 2 F and a reference like the student: 3, 4 and max(4 m, 3 (m + p - 1)) F."""
+    args = arguments(tmp_path, stages, **{PP: stages, "global_batch_size": microbatches})
+    inventory = take_inventory(load_model_description("llama3_1b"), args, tensor_parallel=1)
+    layers_alone = Inventory(**{**vars(inventory), "head": {}})
+    machine = free_machine()
+    forward = timing.forward_time(layers_alone, args, machine)
+    rounds = microbatches + stages - 1
+    times = timing.step_time(
+        layers_alone, args, machine, microbatches=microbatches, parameters=1, reference=(layers_alone, args)
+    )
+    assert times.cached == pytest.approx(3 * rounds * forward.total)
+    assert times.live == pytest.approx(4 * rounds * forward.total)
+    assert times.replicated == pytest.approx(max(4 * microbatches, 3 * rounds) * forward.total)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_operations_are_those_that_megatron_counts(tmp_path, model):
+    """The mfu of metrics.jsonl and of a plan mean the same."""
+    args = arguments(tmp_path, 8, model, **{TP: 2, "sequence_parallel": True})
+    inventory = take_inventory(load_model_description(model), args, tensor_parallel=2)
+    layer, _ = timing.layer_flops(inventory, args)
+    forward = 2 * (args.num_layers * layer + timing.head_flops(inventory, args))
+    assert 3 * forward == pytest.approx(num_floating_point_operations(args, 1), rel=0.01)
+
+
+def test_the_stage_with_the_head_is_the_slowest(tmp_path):
+    args = arguments(tmp_path, 8, **{PP: 4})
+    inventory = take_inventory(load_model_description("llama3_1b"), args, tensor_parallel=1)
+    forward = timing.forward_time(inventory, args, free_machine())
+    layer, _ = timing.layer_flops(inventory, args)
+    head = timing.head_flops(inventory, args)
+    assert forward.compute == pytest.approx((4 * layer + head) / 1e15)
+    assert forward.mean == pytest.approx((16 * layer + head) / 4 / 1e15)
+
+
+# Search.
+
+
+def planner_of(folder: Path, world_size: int, model: str = "olmo2_1b", **megatron: Any) -> Planner:
+    hf_config = load_model_description(model)
+    args = arguments(folder, world_size, model, **megatron)
+    return Planner(hf_config, args, machine=H100, reference=ReferencePlan(hf_config, "pipeline"))
+
+
+def test_layouts_divide_everything(tmp_path):
+    args = planner_of(tmp_path, 16).args
+    found = list(search.layouts(args, gpus_per_node=8))
+    assert len(found) == len(set(found)) > 100
+    for layout in found:
+        assert layout.tensor * layout.pipeline * layout.context * layout.data == 16
+        assert layout.tensor <= 8 and 16 % layout.tensor == 0
+        assert 16 % (layout.pipeline * layout.virtual) == 0  # layers
+        assert 512 % (layout.data * layout.micro_batch) == 0
+        assert layout.virtual == 1 or 512 // (layout.data * layout.micro_batch) % layout.pipeline == 0
+
+
+def test_search_takes_the_fastest_that_fits(tmp_path):
+    planner = planner_of(tmp_path, 16)
+    limit = 12 * GIB
+    found = search.search(planner, limit=limit)
+    assert found.fitting and found.too_large
+    assert all(item.memory <= limit for item in found.fitting)
+    assert all(item.memory > limit for item in found.too_large)
+    best = found.fitting[0]
+    assert best.seconds <= min(item.seconds for item in found.fitting) * 1.01
+    assert found.too_large[0].seconds < best.seconds, "memory is what holds it back"
+    # More memory never makes the best one slower.
+    assert search.search(planner, limit=70 * GIB).fitting[0].seconds <= best.seconds * 1.01
+    assert search.search(planner, limit=GIB).fitting == []
+
+
+def test_search_drops_what_is_not_accepted(tmp_path):
+    planner = planner_of(tmp_path, 16)
+    everything = search.search(planner, limit=70 * GIB)
+    refused = everything.fitting[0].layout
+    found = search.search(planner, limit=70 * GIB, accepted=lambda layout: layout != refused)
+    assert found.fitting[0] == everything.fitting[1]
+    within = search.search(planner, limit=70 * GIB, allowed=lambda layout: layout.context == 1)
+    assert {item.layout.context for item in within.fitting} == {1}
+
+
+def test_a_layout_survives_the_way_through_a_configuration(tmp_path):
+    layout = search.Layout(2, 4, 2, 1, 2, 2, True, "full")
+    config = load_config(run_file(tmp_path, "olmo2_1b"), settings(layout))
+    architecture = megatron_arguments(load_model_description("olmo2_1b"))
+    args = build_arguments(config, architecture, world_size=16, rank=0, gpu=True)
+    assert search.own_layout(args) == layout
+
+
+# Simulation.
+
+SIMULATED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "tied_virtual_1024": (
+        "llama3_1b",
+        1024,
+        {TP: 4, PP: 4, "sequence_parallel": True, "num_virtual_stages_per_pipeline_rank": 2},
+    ),
+    "untied_buckets_16": (
+        "olmo2_1b",
+        16,
+        {TP: 2, PP: 2, "sequence_parallel": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
+    "latent_context_16": ("youtu_2b", 16, {TP: 2, CP: 2, "sequence_parallel": True, "overlap_grad_reduce": True}),
+    "fp32_whole_optimizer_24": (
+        "smollm3_3b",
+        24,
+        {PP: 3, "bf16": False, "use_distributed_optimizer": False, "global_batch_size": 480},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIMULATED)
+def test_simulation_agrees_to_the_byte(tmp_path, case):
+    model, world_size, megatron = SIMULATED[case]
+    if world_size == 1024:
+        megatron = megatron | {"global_batch_size": 1024}
+    hf_config, args = load_model_description(model), arguments(tmp_path, world_size, model, **megatron)
+    sharded = take_inventory(hf_config, args, tensor_parallel=args.tensor_model_parallel_size)
+    whole = take_inventory(hf_config, args, tensor_parallel=1)
+    ranks = simulate.interesting_ranks(world_size)
+    assert ranks == [0, world_size // 2, world_size - 1]
+    for rank in ranks:
+        found = simulate.simulate_rank(
+            hf_config,
+            lambda number: arguments(tmp_path, world_size, model, rank=number, **megatron),
+            rank,
+            sharded=sharded,
+            whole=whole,
+        )
+        assert found.agrees, simulate.describe_difference(found)
+        assert found.built.optimizer > 0 and found.tensors > 10
+    assert not torch.distributed.is_initialized()
+
+
+def test_simulation_finds_a_wrong_plan(tmp_path):
+    hf_config, args = load_model_description("llama3_1b"), arguments(tmp_path, 16)
+    other = take_inventory(hf_config | {"intermediate_size": 8064}, args, tensor_parallel=1)
+    found = simulate.simulate_rank(
+        hf_config, lambda number: arguments(tmp_path, 16, rank=number), 15, sharded=other, whole=other
+    )
+    assert not found.agrees
+    assert "optimizer" in simulate.describe_difference(found) and any("linear_fc1" in text for text in found.misshapen)
+
+
+def test_one_process_group_at_a_time(tmp_path):
+    args = arguments(tmp_path, 8)
+    with fake_world(args, world_size=8, rank=3) as groups:
+        assert groups.dp.size() == 8 and groups.dp.rank() == 3
+        with pytest.raises(RuntimeError, match="process group"), fake_world(args, world_size=8, rank=0):
+            pass
+    assert not torch.distributed.is_initialized()
+
+
+# The command.
+
+
+def test_command_reports(tmp_path, capsys):
+    path = run_file(tmp_path, "olmo2_1b", objective="remit", **{TP: 2, "sequence_parallel": True})
+    output = tmp_path / "plan.json"
+    assert cli.main(["plan", str(path), "--nodes", "2", "--simulate", "--json", str(output)]) == 0
+    text = capsys.readouterr().out
+    for expected in ("16 H100", "2,097,152", "arithmetic, not a measurement", "live, replicated", "best", "runner-up"):
+        assert expected in text
+    assert "taken to be like the student" in text and "all shapes and bytes agree" in text
+    plan = json.loads(output.read_text())
+    seconds = plan["seconds_per_step"]
+    assert seconds["cached"] < seconds["replicated"] <= seconds["live"]
+    assert plan["best"]["seconds"] <= plan["configured"]["seconds"]
+    assert [rank["rank"] for rank in plan["simulation"]] == [0, 8, 15] and plan["numbers"]["steps"] == 1000
+    assert plan["stages"][0]["state"]["parameters"] == plan["simulation"][0]["built"]["parameters"]
+
+
+def test_command_fails_where_the_simulation_differs(tmp_path, capsys, monkeypatch):
+    def wrong(*args: Any, **kwargs: Any) -> state.StateBytes:
+        right = state.state_bytes(*args, **kwargs)
+        return state.StateBytes(right.parameters, right.weights, right.gradients, right.optimizer + 12)
+
+    monkeypatch.setattr(simulate, "state_bytes", wrong)
+    assert cli.main(["plan", str(run_file(tmp_path)), "--nodes", "1", "--simulate"]) == 70
+    assert "optimizer: Megatron" in capsys.readouterr().out
+
+
+def test_nothing_fits(tmp_path, capsys):
+    assert cli.main(["plan", str(run_file(tmp_path)), "--nodes", "1", "--gpu-memory", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text and "none fits" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "0"], "--nodes: found 0"),
+        (["--nodes", "1", "--gpu", "H1000"], "did you mean"),
+        (["--nodes", "1", "--mfu", "1.5"], "--mfu: found 1.5"),
+        (["--nodes", "3", "megatron.global_batch_size=480", f"megatron.{TP}=3"], "tensor_model_parallel_size: found 3"),
+        (["--nodes", "1", f"megatron.{PP}=16"], "tensor 1 x pipeline 16"),
+        (["--nodes", "2", "--gpus-per-node", "4", f"megatron.{TP}=8"], "tensor parallelism stays within a node"),
+        (["--nodes", "3"], "global_batch_size"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_one_line(tmp_path, capsys, options, message):
+    assert cli.main(["plan", str(run_file(tmp_path)), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_plan_needs_no_files_but_the_configuration(tmp_path):
+    config = load_config(run_file(tmp_path, "smollm3_3b", objective="kd"))
+    report = command.plan(config, machine=H100, nodes=1)
+    assert report.planner.reference is not None and report.planner.reference.signal == "hidden"
+    # Hidden states of 64 microbatches of 4,096 tokens, 2,048 wide, in bf16.
+    reference = report.stages[-1].reference
+    assert reference is not None and reference.cached == 64 * 4096 * 2048 * 2
