@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a name in configs/models, or a file like those")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--folder", type=Path, help="where the files are written (default: the system's)")
+    parser.add_argument("--no-empty", action="store_true", help="leave out the two commands on an empty model")
     parser.add_argument("--note", default="", help="a sentence for the record, as on what else the machine did")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write a dated record there")
     return parser.parse_args()
@@ -117,7 +118,7 @@ def same_weights(first: Path, second: Path) -> bool:
     )
 
 
-def run(folder: Path, hf_config: dict[str, Any], dtype: str) -> tuple[int, dict[str, Measured]]:
+def run(folder: Path, hf_config: dict[str, Any], dtype: str, *, empty: bool) -> tuple[int, dict[str, Measured]]:
     """All measurements, with the bytes of the model's weights."""
     child = multiprocessing.get_context("spawn").Process(target=write_models, args=(folder, hf_config, dtype))
     child.start()
@@ -133,7 +134,7 @@ def run(folder: Path, hf_config: dict[str, Any], dtype: str) -> tuple[int, dict[
         found[name] = measure([*remit, *words])
 
     size = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
-    for prefix, note in (("empty_", ", empty model"), ("", "")):
+    for prefix, note in ((("empty_", ", empty model"),) if empty else ()) + (("", ""),):
         if not prefix:
             forget(folder / "hf")
             program = 'cp -r --reflink=never "$0" "$1" && find "$1" -type f -exec sync {} +'
@@ -169,7 +170,7 @@ def main() -> None:
 
     hf_config = load_model_description(args.model)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench_convert_") as folder:
-        size, found = run(Path(folder), hf_config, args.dtype)
+        size, found = run(Path(folder), hf_config, args.dtype, empty=not args.no_empty)
     text = report(args, size, found)
     sys.stdout.write(text)
     if args.record:
