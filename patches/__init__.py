@@ -24,6 +24,7 @@ MODULES = (
     "cpu_random",
     "compile_helpers",
     "schedule",
+    "pipeline_wait",
     "training_log",
     "checkpoint_commit",
     "evaluation_log",

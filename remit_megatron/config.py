@@ -81,8 +81,9 @@ class ReferenceConfig:
     run with ``write_cache`` wrote to ``cache_dir``."""
 
     placement: str = "pipeline"
-    """Where a live reference lives: ``pipeline`` shards it like the student, ``replicated`` keeps all layers on every
-    pipeline rank, ``auto`` picks one that is available. No effect with ``source: cache``."""
+    """Where a live reference lives: ``pipeline`` shards it like the student; ``replicated`` keeps all layers on every
+    pipeline rank, which scores a step ahead in the pipeline's pauses; ``auto`` takes ``replicated`` where the first
+    step leaves memory for it. No effect with ``source: cache`` or without pipeline stages."""
 
     micro_batch_size: int | None = None
     """Samples per forward pass of the reference; null uses the student's. No effect with ``source: cache``."""
@@ -276,10 +277,6 @@ CHOICES = {
     "checkpoint.resume": ("auto", "never"),
     "logging.wandb.mode": ("online", "offline", "disabled"),
 }
-# Values that the schema knows and this version cannot carry out: (value, what to write instead).
-NOT_BUILT = {
-    "reference.placement": ("replicated", "pipeline: replicated placement is not part of this version"),
-}
 
 
 def show(value: object, limit: int = 80) -> str:
@@ -394,9 +391,6 @@ def _validate(config: RunConfig) -> None:
         value = _get(config, key)
         if value is not None and value not in choices:
             raise UserError(key, show(value), f"one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
-    for key, (value, instead) in NOT_BUILT.items():
-        if _get(config, key) == value:
-            raise UserError(key, show(value), instead)
     objective = config.objective
     if objective.epsilon is not None and not 0 <= objective.epsilon <= 1:
         raise UserError("objective.epsilon", objective.epsilon, "a number from 0 to 1, or null for no clipping")

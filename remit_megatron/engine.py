@@ -19,6 +19,7 @@ from remit_megatron.forward import ModelForward
 from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
 from remit_megatron.objectives import build_objective
 from remit_megatron.parallel import RankEnvironment
+from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run_cache import RunScores
 from remit_megatron.run_scores import ScoreParts, build_score_source
@@ -55,8 +56,10 @@ class Engine:
             vocab_size=prepared.hf_config["vocab_size"],
             forward=self.forward,
             scores=None if prepared.reference is None else self.scores,
+            upcoming=self._upcoming_microbatches,
             linear=config.loss.linear,
         )
+        self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
 
     def groups(self) -> Any:
         """Megatron's process groups."""
@@ -77,9 +80,22 @@ class Engine:
             self._prepared,
             self._run_scores,
             forward=self.forward,
+            filler=self._filler,
             signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
             say=self._say,
         )
+
+    def _upcoming_microbatches(self) -> int:
+        """How many microbatches of the coming step can be read now; 0 where no step of this run takes them.
+
+        During a ramp-up of the batch size the coming step may have more.
+        """
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        coming = self._arguments.curr_iteration + 2  # counted from 1, as iterations_to_skip; the present one is + 1
+        if coming > self._arguments.train_iters or coming in self._arguments.iterations_to_skip:
+            return 0
+        return get_num_microbatches()
 
     def _say(self, text: str) -> None:
         if self._recorder is not None:
@@ -96,10 +112,18 @@ class Engine:
         Args:
             recorder: writes the run's files; given on one rank, a last pipeline stage.
         """
-        from patches import checkpoint_commit, evaluation_log, optimizer_overrides, schedule, training_log
+        from patches import (
+            checkpoint_commit,
+            evaluation_log,
+            optimizer_overrides,
+            pipeline_wait,
+            schedule,
+            training_log,
+        )
 
         self._recorder = recorder
         schedule.wrapper = self.step.wrap_schedule
+        pipeline_wait.hook = self._filler.wait
         training_log.hook = self.after_step
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save

@@ -49,8 +49,8 @@ class ModelForward:
         """The next item as a batch."""
         return self.batch(next(data_iterator))
 
-    def run(self, model: Any, batch: Batch, output_processor: Callable[..., Tensor]) -> Tensor:
-        """Hidden states of this stage, or on the last one what ``output_processor`` makes of them."""
+    def inputs(self, batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+        """What a model is called with: tokens, positions and attention mask in their order, and what has a name."""
         tokens, positions, mask, packed = batch.tokens, batch.position_ids, None, None
         if self.document_mask and self.packed_attention:
             from remit_megatron.models.packing import packed_sequences
@@ -59,11 +59,9 @@ class ModelForward:
             tokens, positions = tokens.view(1, -1), positions.reshape(1, -1)
         elif self.document_mask:
             mask = document_attention_mask(batch.document_ids, cp_group=self.groups.cp)
-        return model(
-            tokens,
-            positions,
-            mask,
-            packed_seq_params=packed,
-            output_processor=output_processor,
-            output_processor_context=batch,
-        )
+        return (tokens, positions, mask), {"packed_seq_params": packed}
+
+    def run(self, model: Any, batch: Batch, output_processor: Callable[..., Tensor]) -> Tensor:
+        """Hidden states of this stage, or on the last one what ``output_processor`` makes of them."""
+        inputs, named = self.inputs(batch)
+        return model(*inputs, **named, output_processor=output_processor, output_processor_context=batch)

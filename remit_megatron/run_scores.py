@@ -6,14 +6,16 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from remit_megatron import parallel
 from remit_megatron.forward import ModelForward
 from remit_megatron.objectives import weight_error_bound
 from remit_megatron.reference.cached import CachedScores, RecordedScores
 from remit_megatron.reference.gate import PrecisionGate, Verdict, verdict_line
+from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.live import LiveReference, Signal
+from remit_megatron.reference.placement import placed_reference
 from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 
@@ -40,20 +42,27 @@ class ScoreParts:
 
 
 def build_score_source(
-    prepared: Prepared, scores: RunScores, *, forward: ModelForward, signal: Signal, say: Callable[[str], None]
+    prepared: Prepared,
+    scores: RunScores,
+    *,
+    forward: ModelForward,
+    filler: IdleFiller,
+    signal: Signal,
+    say: Callable[[str], None],
 ) -> ScoreParts:
     """Builds what a run's scores come from; collective over all ranks, after Megatron has its groups.
 
     Args:
         scores: what the run knows of its cache.
         forward: how a microbatch goes through a model.
+        filler: runs what can be done while the student's pipeline waits.
         signal: what the objective wants.
         say: shows a line to whoever watches the run.
     """
     settings = prepared.config.reference
     if prepared.reference is None or settings is None:
         return ScoreParts()
-    live = _live(prepared, forward=forward, signal=signal, say=say) if scores.live else None
+    live = _live(prepared, forward=forward, filler=filler, signal=signal, say=say) if scores.live else None
     gate = live if isinstance(live, PrecisionGate) else None
     if scores.cache is None:
         return ScoreParts(live, gate=gate)
@@ -73,20 +82,18 @@ def build_score_source(
     return ScoreParts(source, writer, gate)
 
 
-def _live(prepared: Prepared, *, forward: ModelForward, signal: Signal, say: Callable[[str], None]) -> ScoreSource:
-    """The frozen model on the student's groups: in the run's precision, or behind the gate in FP8."""
+def _live(
+    prepared: Prepared, *, forward: ModelForward, filler: IdleFiller, signal: Signal, say: Callable[[str], None]
+) -> ScoreSource:
+    """The frozen model on the student's ranks: in the run's precision, or behind the gate in FP8."""
     source, settings = prepared.reference, prepared.config.reference
     assert source is not None and settings is not None
-    load = functools.partial(
-        LiveReference.load,
-        source,
-        prepared.arguments,
-        forward=forward,
-        signal=signal,
-        micro_batch_size=settings.micro_batch_size,
-    )
+    common: dict[str, Any] = dict(forward=forward, signal=signal, micro_batch_size=settings.micro_batch_size)
     if settings.fp8 is None:
-        return load()
+        # What a cache lacks is scored in the step that needs it, not ahead.
+        placement = settings.placement if settings.source == "live" else "pipeline"
+        return placed_reference(source, prepared.arguments, placement=placement, filler=filler, **common)
+    load = functools.partial(LiveReference.load, source, prepared.arguments, **common)
 
     def report(verdict: Verdict) -> None:
         text = verdict_line(verdict, f"{settings.fp8} ({settings.fp8_recipe})")

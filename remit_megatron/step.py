@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from remit_megatron.linear_loss import LinearLoss
 from remit_megatron.objectives import DistributionObjective, Objective, ScoredTokens, SelectingObjective
 from remit_megatron.objectives.selection import ORDER_LIMIT
 from remit_megatron.reference.live import LiveReference
-from remit_megatron.reference.source import ScoreSource
+from remit_megatron.reference.source import ScoreSource, looking_ahead
 
 # Sums that an objective may leave out stand for zero.
 STATISTICS = (
@@ -84,6 +85,8 @@ class TrainingStep:
         vocab_size: true vocabulary size, without padding.
         forward: how a microbatch goes through a model.
         scores: gives the source of reference scores once it exists; None for objectives that need none.
+        upcoming: how many microbatches of the coming step may be read now, for sources that look ahead; 0 where the
+            run ends.
         linear: whether output layer and loss are computed together, without a microbatch's logits.
     """
 
@@ -94,6 +97,7 @@ class TrainingStep:
         vocab_size: int,
         forward: ModelForward,
         scores: Callable[[], ScoreSource] | None = None,
+        upcoming: Callable[[], int] = lambda: 0,
         linear: bool = False,
     ):
         self.objective = objective
@@ -103,6 +107,8 @@ class TrainingStep:
         self.clock = StepClock()
         # The reference exists only once Megatron has set up its groups, inside its own start.
         self._scores_of = scores
+        self._upcoming = upcoming
+        self._fetched: list[list[Item]] = []  # per model chunk, microbatches read ahead of their step
 
     @property
     def groups(self) -> Any:
@@ -220,26 +226,40 @@ class TrainingStep:
                     **settings,
                 )
             sources = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-            buffers = [[_owned(next(source)) for _ in range(num_microbatches)] for source in sources]
+            buffers = self._read(sources, num_microbatches)
             self.clock.mark()
             shared = {k: v for k, v in settings.items() if k not in ("collect_non_loss_data", "force_all_reduce")}
             scores = source.score(schedule, buffers, **shared)
             self.clock.mark()
             hidden = self.objective.reference_signal == "hidden"
             _attach(buffers, "reference_hidden" if hidden else "reference_loss", scores)
-            if self.objective.needs_global_batch:
-                _attach(buffers, "selected", self._select(schedule, model, buffers, **shared))
-            iterators = [iter(buffer) for buffer in buffers]
-            return schedule(
-                forward_step_func=forward_step_func,
-                data_iterator=iterators if isinstance(data_iterator, list) else iterators[0],
-                model=model,
-                num_microbatches=num_microbatches,
-                forward_only=False,
-                **settings,
-            )
+            ahead, filling = looking_ahead(source), nullcontext()
+            if ahead is not None:
+                self._fetched = self._read(sources, self._upcoming())
+                filling = ahead.ahead(self._fetched[-1], microbatches=num_microbatches, model=model)
+            with filling:
+                if self.objective.needs_global_batch:
+                    _attach(buffers, "selected", self._select(schedule, model, buffers, **shared))
+                iterators = [iter(buffer) for buffer in buffers]
+                return schedule(
+                    forward_step_func=forward_step_func,
+                    data_iterator=iterators if isinstance(data_iterator, list) else iterators[0],
+                    model=model,
+                    num_microbatches=num_microbatches,
+                    forward_only=False,
+                    **settings,
+                )
 
         return scored_schedule
+
+    def _read(self, sources: list[Iterator[Item]], microbatches: int) -> list[list[Item]]:
+        """The next microbatches, per model chunk; those that were read ahead come first."""
+        fetched, self._fetched = self._fetched or [[] for _ in sources], []
+        assert all(len(items) <= microbatches for items in fetched), "the number of microbatches never decreases"
+        return [
+            items + [_owned(next(source)) for _ in range(microbatches - len(items))]
+            for items, source in zip(fetched, sources, strict=True)
+        ]
 
     def _select(
         self, schedule: Callable[..., list], model: Any, buffers: list[list[Item]], **settings: Any

@@ -281,12 +281,29 @@ def check_reference_settings(config: RunConfig, arguments: argparse.Namespace, *
     if size is not None and size % student_size:
         expected = f"a multiple of megatron.micro_batch_size {student_size}"
         raise UserError("reference.micro_batch_size", size, expected)
+    _check_placement(config, arguments, signal=signal)
     if signal != "loss":
         expected = f"{{}}: {config.objective.name} needs whole distributions, which no cache holds"
         if settings.source == "cache":
             raise UserError("reference.source", "cache", expected.format("live"))
         if settings.write_cache:
             raise UserError("reference.write_cache", "true", expected.format("false"))
+
+
+def _check_placement(config: RunConfig, arguments: argparse.Namespace, *, signal: str) -> None:
+    settings = config.reference
+    assert settings is not None
+    if settings.placement != "replicated" or settings.source != "live" or arguments.pipeline_model_parallel_size == 1:
+        return
+    reason = None
+    if signal != "loss":
+        reason = f"{config.objective.name} needs whole distributions, not one number per token"
+    elif settings.fp8 is not None:
+        reason = "reference.fp8 compares two references in the pipeline"
+    elif arguments.rerun_mode != "disabled":
+        reason = f"megatron.rerun_mode {arguments.rerun_mode} repeats steps, and samples are read a step ahead"
+    if reason is not None:
+        raise UserError("reference.placement", "replicated", f"pipeline: {reason}")
 
 
 def check_reference(

@@ -128,7 +128,7 @@ class LinearProblem:
         if self._truth is None:
             self._truth = self._definition()
         true, true_of_hidden, rows, true_of_weight = self._truth
-        loss_error = float(((losses.view(-1).double() - true).abs() / true.clamp(min=1)).max())
+        loss_error = float(((losses.detach().view(-1).double() - true).abs() / true.clamp(min=1)).max())
         if of_hidden is None or of_weight is None:
             return loss_error, 0.0
         pairs = ((of_hidden.view_as(true_of_hidden), true_of_hidden), (of_weight[rows], true_of_weight))

@@ -199,7 +199,7 @@ def _layouts(report: Report) -> str:
             lines.append(f"  runner-up     {other.layout}")
             lines.append(f"                {reason(other, best)}")
         lines += _too_fast(found, best)
-        lines.append("  to take the best: " + " ".join(settings(best.layout)))
+        lines.append("  to take the best: " + " ".join(settings(best.layout, report.args)))
     return "\n".join(lines) + "\n"
 
 
@@ -231,13 +231,18 @@ def runners_up(found: Search) -> list[Candidate]:
     return others[:_RUNNERS_UP]
 
 
-def settings(layout: Layout) -> list[str]:
-    """Overrides that ask for a layout, as on the command line."""
+def settings(layout: Layout, args: argparse.Namespace) -> list[str]:
+    """Overrides that turn the layout of ``args`` into ``layout``, as on the command line."""
+    wanted = layout.overrides() | {"num_layers_per_virtual_pipeline_stage": None}
+    if args.recompute_granularity is None and layout.recompute == "none":
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("recompute_")}
     words = []
-    for name, value in layout.overrides().items():
-        if value is not None and (name != "context_parallel_size" or value > 1):
-            shown = str(value).lower() if isinstance(value, bool) else value
-            words.append(f"megatron.{name}={shown}".replace("'", "").replace(" ", ""))
+    for name, value in wanted.items():
+        own = getattr(args, name)
+        if (value is None and own is None) or (name == "context_parallel_size" and value == own == 1):
+            continue
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        words.append(f"megatron.{name}={shown}".replace("'", "").replace(" ", ""))
     return words
 
 

@@ -70,10 +70,6 @@ class Recipe:
     path: Path
     sources: tuple[Source, ...]
 
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
     def shares(self, present: Iterable[str] | None = None) -> dict[str, float]:
         """Share of each source by name; they sum to 1.
 

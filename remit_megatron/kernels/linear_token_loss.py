@@ -37,11 +37,11 @@ from remit_megatron.kernels.token_loss import Backend, Impl, select_backend
 
 Weighting = Callable[[Tensor, slice], Tensor]
 
-# Bytes of one chunk's logits, where a sequence does not take more. Enough rows for the products to run at full rate.
-_CHUNK_BYTES = {"cpu": 32 << 20}
-_CHUNK_BYTES_ELSEWHERE = 256 << 20
+# Bytes of one chunk's logits, where a sequence does not take more: a thousand tokens and more, since every chunk costs
+# a pass over the gradient of the weight beside its products.
+_CHUNK_BYTES = 256 << 20
 # Bytes of one product on its way into the gradient of the weight, where that is kept in another dtype.
-_PRODUCT_BYTES = 64 << 20
+_PRODUCT_BYTES = 16 << 20
 
 
 def linear_token_loss(
@@ -82,15 +82,15 @@ def linear_token_loss(
         vocab_size: true size of the vocabulary; rows of the weight from there on are padding, enter no softmax and get
             gradient 0. Default: all rows count.
         vocab_start: global id of this rank's first row, for shards of unequal height. Default: equal shards.
-        chunk_sequences: sequences whose logits exist at once, 1 or more. Default: as many as fit 32 MiB of logits on a
-            CPU, 256 MiB elsewhere, and at least one.
+        chunk_sequences: sequences whose logits exist at once, 1 or more. Default: as many as fit 256 MiB of logits, and
+            at least one.
         ignore_index: tokens with this label get loss 0 and gradient 0.
         loss_mask: [..., s] any dtype; tokens with 0 get loss 0 and gradient 0. It does not scale.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``. False where what made ``hidden`` does it
             in its own backward, such as sequence parallelism's gather (all-gather forward, reduce-scatter backward).
         weight_grad_dtype: dtype in which the gradient of the weight is added up over the chunks: float32, or that of
             the weight, which halves the buffer and rounds once more with each chunk. Autograd gets it in the dtype
-            of the weight.
+            of the weight: the two exist side by side at the end of backward. With a single chunk nothing is added up.
         impl: as in `token_loss`.
 
     Returns:
@@ -107,7 +107,6 @@ def linear_token_loss(
         labels, vocab_size=shard.vocab_size, ignore_index=ignore_index, loss_mask=loss_mask
     )
     length = labels.shape[-1]
-    budget = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_ELSEWHERE)
     sequence_bytes = max(1, length * shard.columns * hidden.element_size())
     problem = _Problem(
         labels=flat_labels.view(-1, length) if length else flat_labels.view(0, 0),
@@ -116,7 +115,7 @@ def linear_token_loss(
         shard=shard,
         group=tp_group,
         backend=select_backend(impl, hidden.device),
-        chunk=chunk_sequences or max(1, budget // sequence_bytes),
+        chunk=chunk_sequences or max(1, _CHUNK_BYTES // sequence_bytes),
         reduce=reduce_hidden_grad and vs.group_size(tp_group) > 1,
         weight_grad_dtype=weight_grad_dtype,
     )

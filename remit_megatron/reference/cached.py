@@ -200,11 +200,12 @@ class RecordedScores:
     """
 
     def __init__(self, source: ScoreSource, writer: ScoreWriter | None, *, forward: ModelForward):
-        self._source, self._writer, self._forward = source, writer, forward
+        self.source = source
+        self._writer, self._forward = writer, forward
 
     def score(self, schedule: Schedule, buffers: list[list[Item]], **settings: Any) -> list[Tensor]:
         """See :meth:`ScoreSource.score`."""
-        scores = self._source.score(schedule, buffers, **settings)
+        scores = self.source.score(schedule, buffers, **settings)
         groups = self._forward.groups
         if scores and groups.tp.rank() == 0:
             whole = whole_scores(scores, groups)

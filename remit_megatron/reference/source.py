@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,28 @@ class ScoreSource(Protocol):
             Elsewhere an empty list.
         """
         ...
+
+
+@runtime_checkable
+class LookAhead(Protocol):
+    """A `ScoreSource` that can score microbatches of the coming step while the present one runs."""
+
+    def ahead(self, items: Sequence[Item], *, microbatches: int, model: Any) -> AbstractContextManager[None]:
+        """Scores items within the context, in the pauses of what else runs there. All ranks of the job call it.
+
+        Args:
+            items: microbatches of the coming step; a later :meth:`ScoreSource.score` gets these very objects.
+            microbatches: of the present step.
+            model: the student's chunks on this rank, whose schedule runs within the context.
+        """
+        ...
+
+
+def looking_ahead(source: ScoreSource) -> LookAhead | None:
+    """The source, or the one that it stands around (its attribute ``source``), if that one looks ahead."""
+    while not isinstance(source, LookAhead) and hasattr(source, "source"):
+        source = source.source  # pyright: ignore[reportAttributeAccessIssue]
+    return source if isinstance(source, LookAhead) else None
 
 
 def merge_items(items: Sequence[Item]) -> Item:

@@ -130,7 +130,14 @@ def _clean_up() -> None:
         from megatron.core.tensor_parallel import random as megatron_random
         from megatron.training import training
 
-        from patches import checkpoint_commit, evaluation_log, optimizer_overrides, schedule, training_log
+        from patches import (
+            checkpoint_commit,
+            evaluation_log,
+            optimizer_overrides,
+            pipeline_wait,
+            schedule,
+            training_log,
+        )
 
         training.destroy_global_state()
         for name in training._STARTUP_TIMESTAMPS:
@@ -138,7 +145,7 @@ def _clean_up() -> None:
         parallel_state.destroy_model_parallel()
         megatron_random._CUDA_RNG_STATE_TRACKER = None
         megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-        schedule.wrapper = training_log.hook = evaluation_log.hook = None
+        schedule.wrapper = training_log.hook = evaluation_log.hook = pipeline_wait.hook = None
         checkpoint_commit.before = checkpoint_commit.after = optimizer_overrides.hook = None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -54,7 +54,7 @@ def train_linear_rank(path: str) -> dict[str, Any]:
 
     kernel = sys.modules["remit_megatron.kernels.linear_token_loss"]
     counts = {"chunks": 0, "token_loss": 0}
-    originals = (kernel._apply, step.token_loss, dict(kernel._CHUNK_BYTES))
+    originals = (kernel._apply, step.token_loss, kernel._CHUNK_BYTES)
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -64,13 +64,12 @@ def train_linear_rank(path: str) -> dict[str, Any]:
         return call
 
     kernel._apply, step.token_loss = counted("chunks", originals[0]), counted("token_loss", originals[1])
-    kernel._CHUNK_BYTES["cpu"] = 1
+    kernel._CHUNK_BYTES = 1
     try:
         assert linear_loss.linear_token_loss is kernel.linear_token_loss
         code = train(load_config(path))
     finally:
-        kernel._apply, step.token_loss = originals[:2]
-        kernel._CHUNK_BYTES.update(originals[2])
+        kernel._apply, step.token_loss, kernel._CHUNK_BYTES = originals
     return {"code": code} | counts
 
 

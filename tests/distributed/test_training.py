@@ -21,6 +21,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "dp2_distributed_optimizer": (2, {"use_distributed_optimizer": True}),
+    "dp2_overlap": (
+        2,
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
     "tp2_dp2_sp_distributed_optimizer": (
         4,
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True},

@@ -124,8 +124,8 @@ WRONG = {
     "reference.source=live": "reference.checkpoint: found nothing; expected the directory of the reference model",
     "reference={checkpoint: c, source: cache}": "reference.cache_dir: found nothing; "
     "expected the directory of the scores, for reference.source: cache",
-    "reference={checkpoint: c, placement: replicated}": "reference.placement: found 'replicated'; "
-    "expected pipeline: replicated placement is not part of this version",
+    "reference={checkpoint: c, placement: replicate}": "reference.placement: found 'replicate'; "
+    "expected one of pipeline, replicated, auto; did you mean replicated?",
     "reference={checkpoint: c, write_cache: true}": "reference.cache_dir: found nothing; "
     "expected the directory of the scores, for reference.write_cache: true",
     "seed": "override: found 'seed'; expected KEY=VALUE with a dotted key, such as objective.epsilon=0.1",

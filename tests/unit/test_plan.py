@@ -265,9 +265,21 @@ def test_search_drops_what_is_not_accepted(tmp_path):
     assert {item.layout.context for item in within.fitting} == {1}
 
 
-def test_a_layout_survives_the_way_through_a_configuration(tmp_path):
-    layout = search.Layout(2, 4, 2, 1, 2, 2, True, "full")
-    config = load_config(run_file(tmp_path, "olmo2_1b"), settings(layout))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        search.Layout(2, 4, 2, 1, 2, 2, True, "full"),
+        search.Layout(1, 2, 1, 2, 4, 1, False, "mlp"),
+        search.Layout(1, 1, 1, 1, 16, 1, False, "none"),
+    ],
+    ids=str,
+)
+def test_the_printed_overrides_ask_for_the_layout(tmp_path, layout):
+    """From a configuration that has everything otherwise."""
+    other = {TP: 4, PP: 2, "sequence_parallel": True, "num_layers_per_virtual_pipeline_stage": 2, "micro_batch_size": 4}
+    other |= {CP: 2, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+    before = arguments(tmp_path, 16, "olmo2_1b", **other)
+    config = load_config(tmp_path / "run.yaml", settings(layout, before))
     architecture = megatron_arguments(load_model_description("olmo2_1b"))
     args = build_arguments(config, architecture, world_size=16, rank=0, gpu=True)
     assert search.own_layout(args) == layout
