@@ -130,6 +130,36 @@ def imported(pool, material) -> dict[str, Path]:
     return found | {"tied": found[TIED]}
 
 
+def save_whole(hf: str, output: str) -> None:
+    """What ``remit import`` replaces: a model in memory, saved by Megatron's own writer."""
+    import patches
+
+    patches.apply()
+    from megatron.core import dist_checkpointing
+
+    from remit_megatron.models.build import build_chunks, default_arguments, model_config
+    from remit_megatron.models.convert import load_weights
+    from remit_megatron.models.loading import sharded_weights
+    from remit_megatron.models.processes import process_groups
+
+    source = resolve(hf)
+    with process_groups(alone=True) as groups:
+        arguments = default_arguments(transformer_impl="local")
+        chunks = build_chunks(model_config(source.hf_config, arguments), groups, mixed_precision=False)
+        load_weights(chunks, source)
+        state = {"model": sharded_weights(chunks[0]), "checkpoint_version": 3.0, "iteration": 0}
+        Path(output).mkdir()
+        dist_checkpointing.save(state, output, content_metadata={"singleton_local_shards": False})
+
+
+def stored_metadata(directory: Path) -> dict[str, Any]:
+    """Everything in ``.metadata`` but the random name and the path of the writer."""
+    import pickle
+
+    metadata = vars(pickle.loads((directory / ".metadata").read_bytes()))  # the test's own file
+    return {name: value for name, value in metadata.items() if name != "storage_meta"}
+
+
 def same_model(first: Path, second: Path) -> None:
     """Weights, configuration, tokenizer: bit for bit."""
     left, right = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
@@ -150,7 +180,24 @@ def test_round_trip_is_exact(pool, material, imported, name):
     output = material["root"] / f"{name}_exported"
     pool.run(run_export, world_size=1, checkpoint=str(imported[name]), output=str(output))
     same_model(material[name], output)
+    # The whole file: header and order are those of the safetensors package.
+    assert (output / "model.safetensors").read_bytes() == (material[name] / "model.safetensors").read_bytes()
     assert not [path.name for path in material["root"].iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_import_writes_what_megatron_would(pool, material, imported, name):
+    """Plan, metadata and weights of the streamed checkpoint: those of a model in memory, to the last byte."""
+    whole = material["root"] / f"{name}_whole"
+    pool.run(save_whole, world_size=1, hf=str(material[name]), output=str(whole))
+    found, expected = stored_metadata(imported[name]), stored_metadata(whole)
+    assert found.keys() == expected.keys() and "all_local_plans" in found
+    for field, value in expected.items():
+        assert found[field] == value, field
+    ours = {path.name for path in imported[name].iterdir()} - {"hf", "manifest.json"}
+    assert ours == {path.name for path in whole.iterdir()} == {".metadata", "__0_0.distcp", "metadata.json"}
+    for file in ("__0_0.distcp", "metadata.json"):
+        assert (imported[name] / file).read_bytes() == (whole / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -259,6 +306,42 @@ def test_import_refuses_and_leaves_nothing(pool, material, request, change, expe
     output = material["root"] / f"bad_{name}_checkpoint"
     (line,) = pool.run(refused, world_size=1, function_name="run_import", hf=str(directory), output=str(output))
     assert expected in line and "expected" in line
+    assert not [path for path in material["root"].iterdir() if output.name in path.name]
+
+
+def import_on_a_full_disk(hf: str, output: str) -> str:
+    """Runs out of space at the fifth weight; what the caller sees."""
+    import errno
+    import os
+
+    import patches
+
+    patches.apply()
+    from remit_megatron.models import to_megatron
+
+    left = iter(range(5))
+    read = to_megatron.HuggingFaceWeights.read
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), output)
+        return read(*args, **kwargs)
+
+    to_megatron.HuggingFaceWeights.read = failing
+    try:
+        to_megatron.import_model(hf, output)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    finally:
+        to_megatron.HuggingFaceWeights.read = read
+    raise AssertionError("not refused")
+
+
+def test_import_that_breaks_off_leaves_nothing(pool, material):
+    """The error itself reaches the command line, not torch's BaseException around it."""
+    output = material["root"] / "full_disk"
+    (line,) = pool.run(import_on_a_full_disk, world_size=1, hf=str(material["tied"]), output=str(output))
+    assert line == f"{output}: No space left on device"
     assert not [path for path in material["root"].iterdir() if output.name in path.name]
 
 
