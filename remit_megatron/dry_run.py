@@ -8,7 +8,7 @@ from pathlib import Path
 from remit_megatron.config import RunConfig
 from remit_megatron.data.blend_file import is_blend_file
 from remit_megatron.data.manifest import manifest_path
-from remit_megatron.train import examine
+from remit_megatron.prepare import examine
 
 
 def dry_run(config: RunConfig, *, world_size: int) -> str:

@@ -27,7 +27,7 @@ from remit_megatron.step import TrainingStep
 from remit_megatron.weight_decay import weight_decay_overrides
 
 if TYPE_CHECKING:
-    from remit_megatron.train import Prepared
+    from remit_megatron.prepare import Prepared
 
 
 class Engine:

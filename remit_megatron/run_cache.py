@@ -14,7 +14,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.reference.cache import CacheIdentity, ReferenceCache
 
 if TYPE_CHECKING:
-    from remit_megatron.train import Prepared
+    from remit_megatron.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 

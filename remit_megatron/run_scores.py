@@ -20,8 +20,8 @@ from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 
 if TYPE_CHECKING:
+    from remit_megatron.prepare import Prepared
     from remit_megatron.run_cache import RunScores
-    from remit_megatron.train import Prepared
 
 logger = logging.getLogger(__name__)
 

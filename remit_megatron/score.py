@@ -16,9 +16,10 @@ from remit_megatron.config import RunConfig, load_config
 from remit_megatron.data.blend import BlendedDataset
 from remit_megatron.data.shuffle import stream_key
 from remit_megatron.errors import UserError
+from remit_megatron.prepare import Prepared, prepare
 from remit_megatron.reference.score_work import WorkUnit, corpus_units, run_units
 from remit_megatron.run_cache import open_cache
-from remit_megatron.train import Prepared, open_datasets, prepare
+from remit_megatron.run_data import open_datasets
 
 # Megatron's arguments that belong to training; a job that only runs forward has none of them.
 _TRAINING = (

@@ -35,7 +35,7 @@ from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 
 if TYPE_CHECKING:
-    from remit_megatron.train import Prepared
+    from remit_megatron.prepare import Prepared
 
 _ROUND = 4  # microbatches per pipeline stage that go through the schedule at once
 _POLL_SECONDS = 1.0

@@ -99,13 +99,14 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
     Raises:
         UserError: the configuration is wrong, or cannot be laid out on these GPUs.
     """
+    from remit_megatron.checks import check_document_mask, check_linear_loss, check_supported
     from remit_megatron.cluster.planner import Planner
     from remit_megatron.cluster.report import Report
     from remit_megatron.cluster.search import candidate, own_layout
     from remit_megatron.models.family import family_of
     from remit_megatron.objectives import build_objective
     from remit_megatron.plan_numbers import plan_numbers
-    from remit_megatron.train import check_document_mask, check_linear_loss, check_supported, objective_settings
+    from remit_megatron.prepare import objective_settings
 
     objective = build_objective(config.objective.name, **objective_settings(config))
     hf_config = _architecture(config)
@@ -198,9 +199,9 @@ def _search(
     limit: float,
 ) -> Search:
     """All layouts; the first ones are those that Megatron's own checks let through."""
+    from remit_megatron.checks import check_document_mask
     from remit_megatron.cluster.search import Layout, search
     from remit_megatron.megatron_args import read_overrides
-    from remit_megatron.train import check_document_mask
 
     written = read_overrides(config.megatron)
     # Other ways to say what a layout says.

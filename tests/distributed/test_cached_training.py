@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from remit_megatron.config import load_config
-from remit_megatron.errors import UserError
+from remit_megatron.errors import EXIT_START_ME_AGAIN, UserError
+from remit_megatron.prepare import prepare, total_steps
 from remit_megatron.reference.cache import ReferenceCache
 from remit_megatron.run_cache import open_run_scores
-from remit_megatron.train import open_datasets, prepare, total_steps
-from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train
+from remit_megatron.run_data import open_datasets
+from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train, train_rank
 from tests.distributed.test_training import material as material  # a fixture
+from tests.tiny import write_documents
 
 COMPARED = ("lm_loss", "objective_loss", "grad_norm", "weight_mean", "weight_std", "delta_mean", "delta_std")
 
@@ -86,6 +88,33 @@ def test_every_layout_reads_the_same_scores(pool, material, live, layout):
     world_size, megatron = LAYOUTS[layout]
     config = cached(material, layout, live["float32"]["cache"], reference={"on_missing": "refuse"}, **megatron)
     agree(live["float32"]["metrics"], train(pool, config, world_size=world_size))
+
+
+def test_resumed_within_an_epoch_on_other_layouts(pool, material, live, tmp_path):
+    """Stopped twice, each time going on with other ranks and microbatches: not one token reads another's score."""
+    from remit_megatron.data.build import build_dataset
+
+    documents = write_documents(tmp_path / "documents.jsonl", count=110, seed=6)
+    build_dataset([str(documents)], tokenizer=str(material["tokenizer"]), output=str(tmp_path / "corpus"))
+    small = material | {"corpus": tmp_path / "corpus", "root": tmp_path}
+    expected = configuration(small, tmp_path / "live", REMIT, global_batch_size=12)
+    expected["reference"] |= {"write_cache": True, "cache_dir": str(tmp_path / "cache"), "dtype": "float32"}
+    straight = train(pool, expected, world_size=1)
+    (record,) = ReferenceCache.open(tmp_path / "cache").datasets().values()
+    assert 24 < record.samples < 48, "the first stop lies within the first epoch, the second within the second"
+    parts = [
+        (EXIT_START_ME_AGAIN, 3, {"micro_batch_size": 1}),
+        (EXIT_START_ME_AGAIN, 4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (0, 1, {"micro_batch_size": 4}),
+    ]
+    for code, world_size, megatron in parts:
+        settings = {"global_batch_size": 12, "exit_interval": 2} | megatron
+        config = cached(small, "parts", tmp_path / "cache", reference={"on_missing": "refuse"}, **settings)
+        path = tmp_path / "parts.yaml"
+        path.write_text(json.dumps(config))
+        assert pool.run(train_rank, world_size=world_size, config={}, path=str(path)) == [code] * world_size
+    found = [json.loads(line) for line in (tmp_path / "cached_parts" / "metrics.jsonl").read_text().splitlines()]
+    agree(straight, found)
 
 
 def test_another_micro_batch_and_sixteen_bits(pool, material, live):
@@ -166,7 +195,6 @@ def test_other_inputs_are_refused_with_both_values(material, live):
 
 def test_a_changed_text_is_refused(material, live, tmp_path):
     from remit_megatron.data.build import build_dataset
-    from tests.tiny import write_documents
 
     documents = write_documents(tmp_path / "documents.jsonl", count=400, seed=4)
     build_dataset([str(documents)], tokenizer=str(material["tokenizer"]), output=str(tmp_path / "corpus"))

@@ -138,7 +138,7 @@ def test_it_trains_as_through_logits(pool, material, logits, layout, objective):
     ],
 )
 def test_what_needs_logits_is_refused(material, objective, megatron, message):
-    from remit_megatron.train import prepare
+    from remit_megatron.prepare import prepare
 
     config = configuration(material, material["root"] / "refused", objective, **megatron)
     with pytest.raises(UserError, match=f"loss.linear: found true; expected {message}"):

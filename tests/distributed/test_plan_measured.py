@@ -84,7 +84,7 @@ def planned_ranks(path: Path, *, world_size: int) -> list[dict[str, float]]:
     from remit_megatron.cluster.state import place_of
     from remit_megatron.cluster.timing import Machine
     from remit_megatron.config import load_config
-    from remit_megatron.train import prepare
+    from remit_megatron.prepare import prepare
 
     prepared = prepare(load_config(path), world_size=world_size)
     planner = Planner(

@@ -134,7 +134,7 @@ def test_refused_where_nothing_could_be_measured(material):
     patches.apply()
     from remit_megatron.config import load_config
     from remit_megatron.errors import UserError
-    from remit_megatron.train import prepare
+    from remit_megatron.prepare import prepare
 
     run_dir = material["root"] / "fp8_refused"
     run_dir.mkdir()

@@ -12,7 +12,7 @@ import pytest
 
 from remit_megatron.config import load_config
 from remit_megatron.errors import EXIT_START_ME_AGAIN, UserError
-from remit_megatron.train import prepare
+from remit_megatron.prepare import prepare
 from tests.distributed.test_training import REMIT, configuration, train, train_rank
 from tests.distributed.test_training import material as material  # a fixture
 

@@ -40,7 +40,7 @@ ALLOWED = {
     "linear_loss": BASE | {"batch", "kernels", "objectives"},
     "step": BASE | {"batch", "data", "forward", "kernels", "linear_loss", "objectives", "parallel", "reference"},
     "cluster": BASE
-    | {"cluster", "config", "megatron_args", "metrics", "models", "objectives", "plan_numbers", "train"},
+    | {"checks", "cluster", "config", "megatron_args", "metrics", "models", "objectives", "plan_numbers", "prepare"},
 }
 # layer -> packages that it must not import.
 FORBIDDEN = {

@@ -10,7 +10,7 @@ import pytest
 from remit_megatron.config import load_config, load_model_description
 from remit_megatron.dry_run import dry_run
 from remit_megatron.errors import UserError
-from remit_megatron.train import examine, prepare
+from remit_megatron.prepare import examine, prepare
 from tests.tiny import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -239,8 +239,8 @@ def test_configuration_says_what_it_takes(override):
 
 
 def test_the_fp8_head_is_refused_where_the_loss_takes_its_weight():
+    from remit_megatron.checks import check_linear_loss
     from remit_megatron.objectives import build_objective
-    from remit_megatron.train import check_linear_loss
 
     config = load_config(ROOT / "configs/runs/example_remit.yaml", ["loss.linear=true"])
     check_linear_loss(config, default_arguments(), build_objective("remit"))

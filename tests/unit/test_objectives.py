@@ -324,8 +324,8 @@ def test_settings_are_keys_of_the_configuration():
 
 
 def test_dropout_is_refused_beside_a_global_selection():
+    from remit_megatron.checks import check_dropout
     from remit_megatron.config import ObjectiveConfig, RunConfig
-    from remit_megatron.train import check_dropout
 
     config = RunConfig(objective=ObjectiveConfig(name="rho1", scope="global_batch"))
     check_dropout(config, Namespace(hidden_dropout=0.0, attention_dropout=0.0))
