@@ -132,5 +132,5 @@ def missing_samples(cache: ReferenceCache, blend: Any, first: int, last: int) ->
     samples, int64."""
     missing = []
     for dataset, samples in zip(blend.datasets, blend.samples_between(first, last), strict=True):
-        missing.append(samples[~cache.completeness(dataset.identity)[samples]])
+        missing.append(samples[~cache.completeness(dataset.identity, samples)])
     return missing

@@ -93,12 +93,13 @@ class ScoringJob:
         progress = Progress("score", total=total * self._sequence_length, unit="tokens")
         with self._signals():
             rounds = self._leader_rounds(units) if self._leads else iter(())
-            shown = time.monotonic()
+            shown, pause = time.monotonic(), _POLL_SECONDS
             while (samples := self._told(next(rounds, None) if self._leads else None)) is not None:
                 self._score(samples, record=True)
-                if dist.get_rank() == 0 and time.monotonic() - shown >= _POLL_SECONDS:
-                    shown = time.monotonic()
+                if dist.get_rank() == 0 and (now := time.monotonic()) - shown >= pause:
                     progress.update((total - self._missing()) * self._sequence_length)
+                    shown = time.monotonic()
+                    pause = max(_POLL_SECONDS, 100 * (shown - now))  # looking takes a hundredth of the time at most
         if self._writer is not None:
             self._writer.close()
         failures = [text for text in parallel.gather_objects(self._failure()) if text]
@@ -216,7 +217,7 @@ class ScoringJob:
     def _scored(self) -> Iterator[tuple[int, int]]:
         """What has a score of the samples that are needed: position of the data set, and sample."""
         for dataset_id, samples in enumerate(self._needed):
-            for sample in samples[self._cache.completeness(self.names[dataset_id])[samples]].tolist():
+            for sample in samples[self._cache.completeness(self.names[dataset_id], samples)].tolist():
                 yield dataset_id, sample
 
     # -- verification ------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ class ScoringJob:
     def _missing(self) -> int:
         """Samples that are still to be scored, by anybody."""
         return sum(
-            int((~self._cache.completeness(name)[samples]).sum())
+            int((~self._cache.completeness(name, samples)).sum())
             for name, samples in zip(self.names, self._needed, strict=True)
         )
 

@@ -18,7 +18,6 @@ ones. A process sleeps in one place at a time, so a rank never does two things a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
@@ -30,6 +29,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarking import heading, record, versions
 
 HIDDEN, VOCABULARY, LENGTH = 8, 16, 8
 PARTS = 4  # quanta per stage, virtual ones included
@@ -287,28 +288,8 @@ def work(rank: int, port: int, args: argparse.Namespace, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def report(args: argparse.Namespace, results: dict[str, dict[str, list[float]]]) -> tuple[str, dict[str, Any]]:
-    """A table in Markdown, and what stands in it."""
-    import importlib.metadata
-
-    import torch
-
-    from remit_megatron.doctor_probes import cpu_model
-
-    command = " ".join(["python scripts/bench_pipeline.py", *sys.argv[1:]])
-    lines = [
-        f"## {datetime.date.today().isoformat()}: filling the pauses of a pipeline, {cpu_model()}",
-        "",
-        f"`{command}`",
-        "",
-        f"{args.stages} stages in as many processes on {len(os.sched_getaffinity(0))} cores, Gloo, "
-        f"F = {args.forward_ms:g} ms, {PARTS} quanta per (virtual) stage; torch {torch.__version__}, "
-        f"megatron-core {importlib.metadata.version('megatron-core')}. Arms interleaved, median of {args.rounds} "
-        "steps; the bar is 1.10 x the ideal of the replicated arm.",
-        "",
-        "| microbatches | virtual stages | arm | median s | in F | ideal in F | measured / ideal |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def rows_of(args: argparse.Namespace, results: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """What stands in the table, a row for each arm of each case."""
     rows = []
     for case, seconds in results.items():
         microbatches, virtual = map(int, case.split(":"))
@@ -316,21 +297,37 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, list[float]]])
         for arm in ARMS:
             median = statistics.median(seconds[arm])
             passes = median / args.forward_ms * 1000
-            row = {
-                "microbatches": microbatches,
-                "virtual": virtual,
-                "arm": arm,
-                "seconds": median,
-                "passes": passes,
-                "ideal": ideal[arm],
-                "ratio": passes / ideal[arm],
-            }
-            rows.append(row)
-            lines.append(
-                f"| {microbatches} | {virtual} | {arm} | {median:.3f} | {passes:.1f} | {ideal[arm]:.1f} "
-                f"| {row['ratio']:.3f} |"
+            rows.append(
+                {
+                    "microbatches": microbatches,
+                    "virtual": virtual,
+                    "arm": arm,
+                    "seconds": median,
+                    "passes": passes,
+                    "ideal": ideal[arm],
+                    "ratio": passes / ideal[arm],
+                }
             )
-    return "\n".join(lines) + "\n", {"rows": rows}
+    return rows
+
+
+def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
+    """A table in Markdown."""
+    lines = [
+        heading("filling the pauses of a pipeline"),
+        f"{args.stages} stages in as many processes on {len(os.sched_getaffinity(0))} cores, Gloo, "
+        f"F = {args.forward_ms:g} ms, {PARTS} quanta per (virtual) stage; {versions('megatron-core')}. Arms "
+        f"interleaved, median of {args.rounds} steps; the bar is 1.10 x the ideal of the replicated arm.",
+        "",
+        "| microbatches | virtual stages | arm | median s | in F | ideal in F | measured / ideal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['microbatches']} | {row['virtual']} | {row['arm']} | {row['seconds']:.3f} "
+            f"| {row['passes']:.1f} | {row['ideal']:.1f} | {row['ratio']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -348,16 +345,13 @@ def main() -> int:
         if any(process.exitcode for process in processes):
             return 1
         results = {case: json.loads((Path(folder) / f"{n}.json").read_text()) for n, case in enumerate(args.cases)}
-    text, record = report(args, results)
+    rows = rows_of(args, results)
+    text = report(args, rows)
     sys.stdout.write(text)
     if args.record is not None:
-        args.record.mkdir(parents=True, exist_ok=True)
-        path = args.record / "pipeline.md"
-        old = path.read_text() if path.exists() else "# Filling the pauses of a pipeline\n"
-        path.write_text(old.rstrip("\n") + "\n\n" + text)
         settings = {name: str(value) for name, value in vars(args).items()}
-        raw = args.record / f"pipeline-{datetime.date.today().isoformat()}.json"
-        raw.write_text(json.dumps({"arguments": settings, **record, "seconds": results}, indent=1) + "\n")
+        raw = {"arguments": settings, "rows": rows, "seconds": results}
+        record(args.record, "pipeline", title="Filling the pauses of a pipeline", text=text, raw=raw)
     return 0
 
 

@@ -200,10 +200,17 @@ class ReferenceCache:
                 raise ValueError(f"dataset: found {dataset}, which is not declared; expected add_dataset before write")
             shard.write(sample, token_hash(tokens), encode(losses, self.dtype))
 
-    def completeness(self, dataset: str) -> np.ndarray:
-        """Which samples have been scored, bool [samples], from the completeness maps alone.
+    def completeness(self, dataset: str, samples: np.ndarray | None = None) -> np.ndarray:
+        """Which samples have been scored, from the completeness maps alone.
 
         A damaged score counts as complete here until it is read.
+
+        Args:
+            dataset: identity of a declared data set.
+            samples: integers [n], the samples in question; only their shards are looked at. None: all.
+
+        Returns:
+            bool [n], or bool [samples of the data set].
 
         Raises:
             UserError: the data set has not been declared, or a shard is damaged as a whole.
@@ -212,12 +219,16 @@ class ReferenceCache:
         if record is None:
             known = ", ".join(other.name for other in self.datasets().values()) or "none"
             raise UserError(str(self.directory), f"no data set {dataset}", f"one that was scored (it has {known})")
+        if samples is None:
+            shards = range(-(-record.samples // self._per_shard))
+        else:
+            shards = np.flatnonzero(np.bincount(samples // self._per_shard)).tolist()
         complete = np.zeros(record.samples, dtype=bool)
-        for first in range(0, record.samples, self._per_shard):
-            shard = self._shard(dataset, first)
+        for index in shards:
+            shard = self._shard(dataset, index * self._per_shard)
             if shard is not None:
-                complete[first : first + shard.key.count] = shard.completeness()
-        return complete
+                complete[shard.key.first : shard.key.first + shard.key.count] = shard.completeness()
+        return complete if samples is None else complete[samples]
 
     def intact(self, dataset: str) -> np.ndarray:
         """As `completeness`, and with a right checksum: bool [samples]. Reads all scores.

@@ -28,8 +28,12 @@ class WorkUnit:
 
     def missing(self, cache: ReferenceCache, names: Sequence[str]) -> list[tuple[int, int]]:
         """Those that are not in the cache."""
-        complete = {dataset_id: cache.completeness(names[dataset_id]) for dataset_id, _ in self.samples}
-        return [(dataset_id, sample) for dataset_id, sample in self.samples if not complete[dataset_id][sample]]
+        dataset_ids, samples = np.array(self.samples, dtype=np.int64).reshape(-1, 2).T
+        complete = np.zeros(len(self.samples), dtype=bool)
+        for dataset_id in sorted({dataset_id for dataset_id, _ in self.samples}):
+            members = dataset_ids == dataset_id
+            complete[members] = cache.completeness(names[dataset_id], samples[members])
+        return [sample for sample, done in zip(self.samples, complete.tolist(), strict=True) if not done]
 
 
 def unit_samples(sequence_length: int) -> int:

@@ -20,6 +20,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.reference import CacheIdentity, ReferenceCache, cache_shard
 from remit_megatron.reference.cache_format import token_hash
 from remit_megatron.reference.cache_shard import ShardKey, samples_per_shard
+from remit_megatron.reference.score_work import WorkUnit
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 16
@@ -92,6 +93,46 @@ def test_round_trip(tmp_path, monkeypatch, dtype, length):
         "00000003.scores",
         "dataset.json",
     ]
+
+
+def test_completeness_of_some_samples_opens_only_their_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_shards(monkeypatch)
+    cache = make(tmp_path / "cache", samples=22)
+    for sample in (0, 5, 6, 21):
+        cache.write(DATASET, sample, tokens_of(sample), losses_of(sample))
+    cache.close()
+    opened: list[int] = []
+    original = cache_shard.Shard.__init__
+
+    def noted(self, path: Path, key: ShardKey) -> None:
+        opened.append(key.index)
+        original(self, path, key)
+
+    monkeypatch.setattr(cache_shard.Shard, "__init__", noted)
+    asked = np.array([21, 6, 20, 5, 6, 4])
+    assert cache.completeness(DATASET, asked).tolist() == [True, True, False, True, True, False]
+    assert opened == [1, 5]
+    assert cache.completeness(DATASET, np.array([], dtype=np.int64)).tolist() == []
+    assert np.flatnonzero(cache.completeness(DATASET)).tolist() == [0, 5, 6, 21]
+
+
+def test_a_piece_of_work_asks_for_its_own_samples_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_shards(monkeypatch)
+    cache = make(tmp_path / "cache", samples=22)
+    cache.add_dataset(OTHER, samples=9, name="other")
+    for dataset, sample in ((DATASET, 3), (DATASET, 17), (OTHER, 8)):
+        cache.write(dataset, sample, tokens_of(sample, dataset=dataset), losses_of(sample, dataset=dataset))
+    asked: list[tuple[str, list[int]]] = []
+    original = ReferenceCache.completeness
+
+    def noted(self, dataset: str, samples: np.ndarray) -> np.ndarray:
+        asked.append((dataset, samples.tolist()))
+        return original(self, dataset, samples)
+
+    monkeypatch.setattr(ReferenceCache, "completeness", noted)
+    unit = WorkUnit("piece", [(1, 8), (0, 17), (1, 0), (0, 2), (0, 3)])
+    assert unit.missing(cache, (DATASET, OTHER)) == [(1, 0), (0, 2)]
+    assert asked == [(DATASET, [17, 2, 3]), (OTHER, [8, 0])]
 
 
 def test_error_bounds(tmp_path):
