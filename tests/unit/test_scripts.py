@@ -200,19 +200,23 @@ def test_entry_point_gives_a_home_where_there_is_none(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "remit doctor\n")
 
 
-# train.sbatch.
+# train.sbatch and score.sbatch.
+
+SLURM_SCRIPTS = REPOSITORY / "scripts" / "slurm"
 
 
 class Job:
-    """train.sbatch as Slurm would run it: a copy elsewhere, its own programs recorded."""
+    """A batch script as Slurm would run it: a copy elsewhere, its own programs recorded."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, command: str = "train"):
         self.submitted_from = folder / "repository"
         self.bin = folder / "bin"
         self.script = folder / "spool" / "slurm_script"
         self.script.parent.mkdir()
-        shutil.copy(REPOSITORY / "scripts" / "slurm" / "train.sbatch", self.script)
-        self.submitted_from.mkdir()
+        shutil.copy(SLURM_SCRIPTS / f"{command}.sbatch", self.script)
+        shared = self.submitted_from / "scripts" / "slurm" / "ranks.sh"
+        shared.parent.mkdir(parents=True)
+        shutil.copy(SLURM_SCRIPTS / "ranks.sh", shared)
         (self.submitted_from / "run.yaml").write_text("")
         (self.submitted_from / "remit_megatron.sqsh").write_text("")
         program(self.bin, "srun", 'printf "%s\\n" "srun $*" "rendezvous $MASTER_ADDR $MASTER_PORT"; exit "$FAKE_CODE"')
@@ -254,6 +258,25 @@ def test_sbatch_starts_one_task_per_gpu_in_the_container(job: Job) -> None:
     assert rendezvous == "rendezvous n7 10017"
 
 
+@pytest.mark.parametrize("code", [0, 75])
+def test_sbatch_of_a_scoring_job(tmp_path: Path, code: int) -> None:
+    """The same as for training but for the command; a job of an array has an id of its own."""
+    done = Job(tmp_path, "score").run("run.yaml", "--all", "seed=7", code=code, SLURM_JOB_NAME="remit-score")
+    assert done.returncode == code
+    command, rendezvous, *requeued = done.stdout.splitlines()
+    assert command.endswith(" remit score run.yaml --all seed=7") and "--container-image=" in command
+    assert rendezvous == "rendezvous n7 10017"
+    assert requeued == (["scontrol requeue 20017"] if code else [])
+    assert all(line.startswith("remit-score: ") for line in done.stderr.splitlines())
+
+
+def test_sbatch_from_elsewhere(job: Job) -> None:
+    (job.submitted_from / "scripts" / "slurm" / "ranks.sh").unlink()
+    done = job.run("run.yaml")
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
+    assert "scripts/slurm/ranks.sh: no such file; expected to be submitted from the repository" in done.stderr
+
+
 def test_sbatch_without_a_container(job: Job) -> None:
     missing = job.run("run.yaml", REMIT_CONTAINER="")
     assert missing.returncode == 2 and ".venv/bin/remit: not there" in missing.stderr
@@ -289,11 +312,14 @@ def test_sbatch_says_what_is_missing(
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_sbatch_is_never_asked_for_a_name_that_serialises_other_runs() -> None:
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_sbatch_is_never_asked_for_a_name_that_serialises_other_runs(command: str) -> None:
     """All runs share the default job name: a singleton dependency would queue them behind each other."""
-    header = (REPOSITORY / "scripts" / "slurm" / "train.sbatch").read_text()
+    header = (SLURM_SCRIPTS / f"{command}.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", header, re.MULTILINE))
     assert "dependency" not in options
     assert options["output"] == "%x-%j.out" and options["open-mode"] == "append"
-    assert options["signal"] == "TERM@300", "without B: the signal goes to the ranks"
+    assert options["signal"] == {"train": "TERM@300", "score": "TERM@120"}[command], (
+        "without B: the signal goes to the ranks"
+    )
     assert options["ntasks-per-node"] == options["gpus-per-node"]
