@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def versions(*distributions: str) -> str:
 
 def heading(subject: str) -> str:
     """Title and command line of a record."""
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv])
     return f"## {datetime.date.today().isoformat()}: {subject}, {device_name()}\n\n`{command}`\n"
 
 

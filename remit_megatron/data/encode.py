@@ -123,6 +123,7 @@ def _start_worker(settings: EncodeSettings) -> None:
     global _worker
     # Ctrl-C reaches the whole foreground group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Encoder(settings)
@@ -139,6 +140,16 @@ def _end_with_parent() -> None:
 def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
     assert _worker is not None
     return _worker(chunk)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Around what may start a worker, which inherits it: until it ignores Ctrl-C it would end with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -180,7 +191,8 @@ def encode_chunks(
     pending: deque[Future[EncodedChunk]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            with _interrupts_blocked():
+                pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) >= 2 * workers:
                 yield pending.popleft().result()
         while pending:
