@@ -27,6 +27,7 @@ MODULES = (
     "pipeline_wait",
     "training_log",
     "checkpoint_commit",
+    "save_without_a_server",
     "evaluation_log",
     "optimizer_overrides",
     "distributed_optimizer_resume",

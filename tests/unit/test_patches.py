@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 
 import pytest
@@ -101,3 +102,21 @@ class TestCpuDevice:
         sum(range(100_000))
         second.record()
         assert 0 < first.elapsed_time(second) < 10_000
+
+
+def test_a_synchronous_save_starts_no_process(tmp_path):
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from remit_megatron.models.processes import process_groups
+
+    before = multiprocessing.active_children()
+    with process_groups(alone=True):
+        values = torch.arange(12.0).view(3, 4)
+        part = {"weight": ShardedTensor.from_rank_offsets("weight", values)}
+        dist_checkpointing.save(part, str(tmp_path))
+        assert multiprocessing.active_children() == before
+        assert filesystem_async._results_queue is None, "asynchronous saves have the queue that they need"
+        target = {"weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(3, 4))}
+        assert torch.equal(dist_checkpointing.load(target, str(tmp_path))["weight"], values)
