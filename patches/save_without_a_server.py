@@ -2,8 +2,8 @@
 
 Target    megatron-core 0.19.2, megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy.save
 Why       The writer reports through a queue that a server process holds, for the sake of asynchronous saves; in a
-          synchronous one both ends are in the same thread. The server is a spawned Python that imports torch again (half a
-          GB and seconds for each rank), and where its rank is killed it stays for ever.
+          synchronous one both ends are in the same thread. The server is a spawned Python that imports torch again,
+          half a GB and seconds for each rank, and where its rank is killed it stays for ever.
 Test      tests/unit/test_patches.py::test_a_synchronous_save_starts_no_process
 Upstream  not reported
 Drop when synchronous saves use a queue of their own process
