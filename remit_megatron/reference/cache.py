@@ -248,6 +248,21 @@ class ReferenceCache:
             if shard is not None:
                 shard.forget(sample)
 
+    def forget_damaged(self, dataset: str, sample: int) -> bool:
+        """`forget`, if what the cache has of the sample is damaged.
+
+        Returns:
+            True if it was. False: the cache has nothing of it, or by now a good score.
+
+        Raises:
+            UserError: the cache cannot be written, or the shard is damaged as a whole.
+        """
+        shard = self._shard(dataset, sample)
+        if shard is None or shard.read(sample) is not True:
+            return False
+        self.forget(dataset, sample)
+        return True
+
     @property
     def damaged(self) -> int:
         """Samples found damaged so far."""

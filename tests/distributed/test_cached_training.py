@@ -164,13 +164,46 @@ def test_what_is_missing_is_scored_and_added(pool, material, live, layout):
         np.testing.assert_allclose(partial.read_scores(dataset, sample), whole.read_scores(dataset, sample), atol=1e-4)
 
 
-def refused(config: dict[str, Any]) -> str:
-    """What the run says before it starts."""
+def exit_code(path: str) -> int:
+    """One rank of ``remit train``, as the command line ends it."""
+    from remit_megatron import cli
+
+    return cli.main(["train", path])
+
+
+def test_a_run_gets_over_a_damaged_score_by_starting_again(pool, material, live):
+    """The score of one rank's sample is damaged, though complete: both ranks leave with 75, and the next start trains
+    through as if nothing had been."""
+    cache = material["root"] / "cache_damaged"
+    shutil.copytree(live["float32"]["cache"], cache)
+    config = cached(material, "damaged", cache)
+    prepared = prepare(load_config(write(config)), world_size=1)
+    blend = open_datasets(prepared, STEPS * 8)[0]
+    _, sample = blend.locate(8 * 2 + 2)  # third step, second microbatch: rank 1's
+    opened = ReferenceCache.open(cache)
+    shard = opened._shard(blend.datasets[0].identity, sample)
+    with open(shard.path, "r+b") as file:
+        file.seek(shard.key.entry_at(sample) + 100)
+        file.write(b"damage")
+    assert opened.completeness(blend.datasets[0].identity)[sample]
+    for code in (EXIT_START_ME_AGAIN, 0):
+        assert pool.run(exit_code, world_size=2, path=write(config)) == [code] * 2
+    assert opened.intact(blend.datasets[0].identity)[sample]
+    found = [json.loads(line) for line in (Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    agree(live["float32"]["metrics"], found[-STEPS:])
+
+
+def write(config: dict[str, Any]) -> str:
     run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "input.yaml").write_text(json.dumps(config))
+    return str(run_dir / "input.yaml")
+
+
+def refused(config: dict[str, Any]) -> str:
+    """What the run says before it starts."""
     with pytest.raises(UserError) as failure:
-        prepared = prepare(load_config(run_dir / "input.yaml"), world_size=1)
+        prepared = prepare(load_config(write(config)), world_size=1)
         samples = total_steps(prepared.arguments) * prepared.arguments.global_batch_size
         open_run_scores(prepared, open_datasets(prepared, samples)[0], rank=0, consumed=0)
     return str(failure.value)
