@@ -83,7 +83,17 @@ class Engine:
             filler=self._filler,
             signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
             say=self._say,
+            stopped=self._stopped,
         )
+
+    def _stopped(self) -> bool:
+        """Whether Megatron's signal came to this process; its own question, after each step, is a collective."""
+        if not self._arguments.exit_signal_handler:
+            return False
+        from megatron.training.global_vars import get_signal_handler
+
+        handler: Any = get_signal_handler()
+        return handler._signal_received
 
     def _upcoming_microbatches(self) -> int:
         """How many microbatches of the coming step can be read now; 0 where no step of this run takes them.

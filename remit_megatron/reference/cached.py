@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ class CachedScores:
         writer: keeps what ``live`` computed.
         replica: ranks that hold one replica of the student (Gloo), or None for one rank. They must agree on what is
             missing: a cache that others write to may look different to two ranks.
+        stopped: whether this process was told to stop; not collective. Asked while the run waits.
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class CachedScores:
         live: ScoreSource | None = None,
         writer: ScoreWriter | None = None,
         replica: dist.ProcessGroup | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ):
         self._cache, self._names, self._forward = cache, names, forward
-        self._on_missing, self._live, self._replica = on_missing, live, replica
+        self._on_missing, self._live, self._replica, self._stopped = on_missing, live, replica, stopped
         self._recorded = None if live is None or writer is None else RecordedScores(live, writer, forward=forward)
 
     def score(self, schedule: Schedule, buffers: list[list[Item]], **settings: Any) -> list[Tensor]:
@@ -145,7 +147,8 @@ class CachedScores:
         killed, and a job whose ranks were killed is not started again by itself.
 
         Raises:
-            StartAgain: the next start will find that something is missing, and load the reference.
+            StartAgain: the next start will find that something is missing, and load the reference; or a rank was told
+                to stop while they waited.
             UserError: something is missing that a start does not bring back, or as :meth:`ReferenceCache.read`.
         """
         started = reminded = time.monotonic()
@@ -161,12 +164,17 @@ class CachedScores:
                     failure = self._refusal(lacking)
             except UserError as error:
                 failure = error
-            missing, failed = parallel.on_any_rank(bool(lacking), failure is not None)
+            missing, stopped, failed = parallel.on_any_rank(bool(lacking), self._stopped(), failure is not None)
             if failed:
                 failures = [found for found in parallel.gather_objects(failure) if found is not None]
                 raise min(failures, key=lambda found: isinstance(found, StartAgain))
             if not missing:
                 break
+            if stopped:  # Megatron looks only after a step, and there may be none before this job's time is over
+                raise StartAgain(
+                    f"told to stop while waiting for scores in {self._cache.directory}: started again, the run goes on "
+                    "from its newest checkpoint"
+                )
             now = time.monotonic()
             if remind := now - reminded >= _REMIND_SECONDS:
                 self._forget_damaged(lacking)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +195,44 @@ def test_a_run_gets_over_a_damaged_score_by_starting_again(pool, material, live)
     assert opened.intact(blend.datasets[0].identity)[sample]
     found = [json.loads(line) for line in (Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
     agree(live["float32"]["metrics"], found[-STEPS:])
+
+
+def signalled(path: str, log: str) -> tuple[int, float]:
+    """`exit_code` of a rank, of which rank 0 gets a real SIGTERM when it waits; and seconds since it began to wait."""
+    began = []
+
+    def send() -> None:
+        while "waiting for the scores" not in (Path(log).read_text() if Path(log).exists() else ""):
+            time.sleep(0.05)
+        began.append(time.monotonic())
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    code = exit_code(path)
+    thread.join()
+    return code, time.monotonic() - began[0]
+
+
+def test_a_waiting_run_stops_when_it_is_told(pool, material, live):
+    """One rank waits, the other has all it needs, and that one gets the signal: both leave with 75, within seconds."""
+    cache = material["root"] / "cache_waited_for"
+    shutil.copytree(live["float32"]["cache"], cache)
+    config = cached(material, "stopped", cache, reference={"on_missing": "wait"}, save_interval=2)
+    blend = open_datasets(prepare(load_config(write(config)), world_size=1), STEPS * 8)[0]
+    dataset, (_, sample) = blend.datasets[0], blend.locate(8 * 2 + 2)  # third step, second microbatch: rank 1's
+    opened = ReferenceCache.open(cache)
+    scores = opened.read_scores(dataset.identity, sample)
+    assert scores is not None
+    opened.forget(dataset.identity, sample)
+    log = Path(config["run_dir"]) / "logs" / "rank_1.log"
+    for code, seconds in pool.run(signalled, world_size=2, path=write(config), log=str(log)):
+        assert code == EXIT_START_ME_AGAIN and seconds < 20
+    opened.write(dataset.identity, sample, dataset[sample], scores)
+    assert pool.run(exit_code, world_size=2, path=write(config)) == [0, 0]
+    found = [json.loads(line) for line in (Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    agree(live["float32"]["metrics"], found)
 
 
 def write(config: dict[str, Any]) -> str:

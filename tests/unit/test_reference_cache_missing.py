@@ -91,6 +91,16 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_start_again(tmp_path, mo
     assert cache.completeness(DATASET).all()
 
 
+def test_a_run_that_is_told_to_stop_does_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(cached, "_POLL_SECONDS", 0.01)
+    cache = filled(tmp_path / "cache")
+    cache.forget(DATASET, 2)
+    looks = iter([False, False, True])
+    with pytest.raises(StartAgain, match="told to stop while waiting"):
+        ask(source(cache, "wait", stopped=lambda: next(looks)), 2)
+    assert torch.isfinite(ask(source(cache, "wait", stopped=lambda: True), 1)[0]).all(), "Megatron sees to that one"
+
+
 def test_waiting_marks_what_stays_damaged(tmp_path, monkeypatch):
     """As `remit score` sees it: complete at first (it may be on its way), then missing, so that it is scored."""
     monkeypatch.setattr(cached, "_POLL_SECONDS", 0.01)
