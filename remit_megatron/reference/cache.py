@@ -19,7 +19,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,11 +274,21 @@ class ReferenceCache:
             for shard in self._shards.values():
                 shard.flush()
 
-    def close(self) -> None:
-        """Flushes and closes the files. The object may be used again; it opens what it needs."""
-        self.flush()
-        while self._shards:
-            self._shards.popitem()[1].close()
+    def close(self, *, sync: bool = True) -> None:
+        """Flushes and closes the files, all of them also where that fails. The object may be used again.
+
+        Args:
+            sync: False leaves out the flush.
+
+        Raises:
+            UserError: something that was written could not be made durable.
+        """
+        with _explained(self.directory), ExitStack() as files:
+            for shard in self._shards.values():
+                files.callback(shard.close)
+            files.callback(self._shards.clear)
+            if sync:
+                self.flush()
 
     def __enter__(self) -> ReferenceCache:
         return self

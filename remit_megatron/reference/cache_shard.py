@@ -192,10 +192,12 @@ class Shard:
             os.fsync(self._writer)
 
     def close(self) -> None:
-        """Closes the file; does not sync."""
-        os.close(self._reader)
-        if self._writer is not None:
-            os.close(self._writer)
+        """Closes the file; does not sync, but over NFS this is where a full disk may be noticed."""
+        try:
+            if self._writer is not None:
+                os.close(self._writer)
+        finally:
+            os.close(self._reader)
 
     def _open_writer(self) -> int:
         writer = os.open(self.path, os.O_RDWR)
