@@ -112,7 +112,7 @@ class ReferenceCache:
         Args:
             dataset: `PackedDataset.identity`.
             samples: number of its samples.
-            name: base name of its files, without endings; for people, and to notice when a text has changed.
+            name: of its files, without endings; for people, and to notice when a text has changed.
 
         Raises:
             UserError: a data set of this name has been declared with another identity, so its text has changed.

@@ -19,7 +19,7 @@ from remit_megatron.config import load_config
 from remit_megatron.errors import EXIT_START_ME_AGAIN, UserError
 from remit_megatron.prepare import prepare, total_steps
 from remit_megatron.reference.cache import ReferenceCache
-from remit_megatron.run_cache import open_run_scores
+from remit_megatron.run_cache import dataset_names, open_cache, open_run_scores
 from remit_megatron.run_data import open_datasets
 from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train, train_rank
 from tests.distributed.test_training import material as material  # a fixture
@@ -278,6 +278,56 @@ def test_a_changed_text_is_refused(material, live, tmp_path):
         config["data"]["train"] = [[1.0, str(tmp_path / "corpus")]]
         line = refused(config)
         assert "data set corpus" in line and "text changed" in line
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "names"),
+    [
+        (["data/corpus"], ["corpus"]),
+        (["data/web/train", "data/math/train", "code"], ["web/train", "math/train", "code"]),
+        (["/a/x/web/train", "/a/y/web/train", "/b/train"], ["x/web/train", "y/web/train", "b/train"]),
+        (["/train", "/a/train", "/b/a/train"], ["train", "a/train", "b/a/train"]),
+        (["./one/data", "two/../two/data"], ["one/data", "two/data"]),
+    ],
+)
+def test_names_of_data_sets(prefixes, names):
+    assert dataset_names(prefixes) == names
+
+
+def test_data_sets_of_one_file_name_share_a_cache(material, tmp_path):
+    """Declared when the cache is made, found when it is read, and a text that changes is noticed under its name."""
+    from remit_megatron.data.build import build_dataset
+
+    def build(folder: str, seed: int) -> str:
+        documents = write_documents(tmp_path / f"{seed}.jsonl", count=60, seed=seed)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        build_dataset(
+            [str(documents)],
+            tokenizer=str(material["tokenizer"]),
+            output=str(tmp_path / folder / "train"),
+            overwrite=True,
+        )
+        return str(tmp_path / folder / "train")
+
+    train = [[0.7, build("web", 1)], [0.3, build("math", 2)]]
+
+    def opened(on_missing: str):
+        config = cached(material, "same_name", tmp_path / "cache", reference={"on_missing": on_missing})
+        config["data"]["train"] = train
+        prepared = prepare(load_config(write(config)), world_size=1)
+        blend = open_datasets(prepared, 8)[0]
+        return open_cache(prepared, blend, rank=0, create=on_missing == "score"), blend
+
+    cache, blend = opened("score")
+    assert sorted(record.name for record in cache.datasets().values()) == ["math/train", "web/train"]
+    for dataset, name in zip(blend.datasets, ("web/train", "math/train"), strict=True):
+        assert cache.datasets()[dataset.identity] == (name, len(dataset))
+    cache, _ = opened("refuse")
+    assert len(cache.datasets()) == 2
+    build("math", 3)
+    for on_missing in ("score", "refuse"):
+        with pytest.raises(UserError, match=r"data set math/train.*the text changed"):
+            opened(on_missing)
 
 
 def test_refuse_says_what_is_missing_before_it_starts(material, live):
