@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from remit_megatron.checkpoints import read_manifest
 from remit_megatron.config import load_config
 from remit_megatron.errors import EXIT_START_ME_AGAIN, UserError
 from remit_megatron.prepare import prepare, total_steps
@@ -195,6 +196,36 @@ def test_a_run_gets_over_a_damaged_score_by_starting_again(pool, material, live)
     assert opened.intact(blend.datasets[0].identity)[sample]
     found = [json.loads(line) for line in (Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
     agree(live["float32"]["metrics"], found[-STEPS:])
+
+
+def refusal(path: str) -> str | None:
+    """What one rank of ``remit train`` finds wrong."""
+    try:
+        train_rank({}, path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_resumed_with_another_batch_size_looks_for_what_is_still_to_be_read(pool, material, tmp_path):
+    """Two steps of 8 samples, then steps of 16: the run goes on at sample 16 and not at 2 x 16."""
+    config = configuration(material, tmp_path / "run", REMIT, train_samples=64, exit_interval=2)
+    del config["megatron"]["train_iters"]
+    config["reference"] |= {"write_cache": True, "cache_dir": str(tmp_path / "cache")}
+    assert pool.run(exit_code, world_size=1, path=write(config)) == [EXIT_START_ME_AGAIN]
+    (record,) = ReferenceCache.open(tmp_path / "cache").datasets().values()
+    assert record.samples > 64, "every sample of the run is another one"
+    del config["megatron"]["exit_interval"]
+    config["megatron"]["global_batch_size"] = 16
+    config["reference"] |= {"write_cache": False, "source": "cache", "on_missing": "refuse"}
+    (line,) = pool.run(refusal, world_size=1, path=write(config))
+    assert line is not None and "found no scores of 48 samples" in line
+    config["reference"]["on_missing"] = "score"
+    assert pool.run(exit_code, world_size=1, path=write(config)) == [0]
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["consumed_tokens"] // 64 for step in found] == [8, 16, 32, 48], "as Megatron counts, too"
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("iter_*"))
+    assert [read_manifest(checkpoint).properties["consumed_samples"] for checkpoint in checkpoints] == [16, 48]
 
 
 def signalled(path: str, log: str) -> tuple[int, float]:
