@@ -52,7 +52,7 @@ run_ranks() {
   case $code in
     0) say "done" ;;
     75)
-      say "stopped after saving; requeued to go on"
+      say "stopped before its end; requeued to go on"
       # Asked for last: Slurm ends this script for it.
       scontrol requeue "$SLURM_JOB_ID" || say "could not be requeued; submit it again to go on"
       ;;
