@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``remit data mix``."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, as those in configs/data")
     parser.add_argument("--root", default=".", metavar="DIR", help="folder that the recipe's files are in (default: .)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face directory, or a tokenizer.json file")
+    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face directory, checkpoint, or tokenizer.json")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help=f"receives the data sets, one a source, and {BLEND}"
     )
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(_table(plans) + _advice(plans, args.root))
         return EXIT_DONE
     if args.tokenizer is None:
-        raise UserError("--tokenizer", "nothing", "a Hugging Face directory, or a tokenizer.json file")
+        raise UserError("--tokenizer", "nothing", "a Hugging Face directory, a checkpoint or a tokenizer.json file")
     with stoppable("remit data mix"):
         plans = mix(
             recipe,

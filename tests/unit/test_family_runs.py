@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from remit_megatron.cli import main
 from remit_megatron.config import load_config, load_model_description
+from remit_megatron.data.manifest import read_manifest
+from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.dry_run import dry_run
 from remit_megatron.errors import UserError
 from remit_megatron.prepare import examine, prepare
-from tests.tiny import make_tokenizer
+from tests.families import FIRST_CASES, make_case
+from tests.tiny import make_tokenizer, write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs/runs"
@@ -131,6 +135,28 @@ def test_weight_decay_and_masks_are_the_families_own():
         "smollm3_3b": (True, False, True),
         "youtu_2b": (None, None, False),
     }
+
+
+@pytest.mark.parametrize("case", [case for case in FIRST_CASES if not case.startswith("llama-")])
+def test_a_paper_run_takes_the_checkpoints_that_import_writes(case, tmp_path, monkeypatch):
+    """From the Hugging Face model to a prepared run, by the commands of docs/data.md, without another tokenizer."""
+    family = next(name for name in PAPER if name.startswith(case.split("-")[0]))
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    for seed, role in enumerate(("base", "rl")):
+        make_case(tmp_path / f"hf_{role}", case, seed=seed, tokenizer=tokenizer)
+        assert main(["import", "--hf", f"hf_{role}", "--output", f"checkpoints/{family}_{role}"]) == 0
+    documents = write_documents(tmp_path / "text.jsonl", count=300, seed=3)
+    (tmp_path / "data").mkdir()
+    words = ["--input", str(documents), "--tokenizer", f"checkpoints/{family}_base", "--output", "data/text"]
+    assert main(["data", "build", *words, "--workers", "1"]) == 0
+    # Only the sizes are others than the file's.
+    small = ["model=null", "data.train=data/text", "megatron.seq_length=64"]
+    prepared = prepare(load_config(RUNS / f"{family}_remit_paper.yaml", small), world_size=1)
+    assert prepared.init is not None and prepared.init.path == Path(f"checkpoints/{family}_base")
+    assert prepared.reference is not None and prepared.reference.iteration == 0
+    assert prepared.tokenizer.digest == load_tokenizer(tokenizer).digest == read_manifest("data/text").tokenizer_digest
+    assert prepared.tokenizer.eod_id == 0, "what its configuration files say is found beside it"
 
 
 # Dry runs where the files are not.
