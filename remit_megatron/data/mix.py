@@ -191,11 +191,14 @@ def mix(
 
     Raises:
         UserError: as `plan_mix` and `build_dataset`; a data set that was built from something else; or missing
-            sources, after those that are there have been built.
+            sources: with a budget before anything is built, since what is wanted of a source then depends on which
+            others there are, and without one after those that are there have been built.
     """
     options: dict[str, Any] = dict(root=root, output=output, budget=budget, hub=hub, allow_missing=allow_missing)
     opened = load_tokenizer(tokenizer, field="--tokenizer")
     plans = plan_mix(recipe, **options)
+    if budget is not None:
+        _check_missing(plans, recipe, root=root, allow_missing=allow_missing)
     again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digest))}
     if again and not overwrite:
         name, reason = next(iter(again.items()))
@@ -214,17 +217,23 @@ def mix(
                 progress=progress,
             )
     plans = plan_mix(recipe, **options)
-    missing = [plan.source.name for plan in plans if plan.state == "missing"]
-    if missing and (not allow_missing or len(missing) == len(plans)):
-        sys.stdout.write(_advice(plans, root))
-        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        expected = "all of them; or --allow-missing, for a blend without them"
-        raise UserError(str(recipe.path), f"{len(missing)} of {len(plans)} sources missing ({listed})", expected)
+    missing = _check_missing(plans, recipe, root=root, allow_missing=allow_missing)
     comment = f"Written by `remit data mix` from {recipe.path.name}."
     comment += f"\nLeft out, because missing: {', '.join(missing)}." if missing else ""
     entries = [(plan.share, plan.source.name) for plan in plans if plan.state != "missing"]
     write_blend_file(Path(output) / BLEND, entries, comment=comment)
     return plans
+
+
+def _check_missing(plans: Sequence[Plan], recipe: Recipe, *, root: str, allow_missing: bool) -> list[str]:
+    """Names of the sources that are missing; refuses them where they are not allowed, or are all there are."""
+    missing = [plan.source.name for plan in plans if plan.state == "missing"]
+    if missing and (not allow_missing or len(missing) == len(plans)):
+        sys.stdout.write(_advice(plans, root))
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        expected = "all of them; or --allow-missing, for a blend of the others in proportion"
+        raise UserError(str(recipe.path), f"{len(missing)} of {len(plans)} sources missing ({listed})", expected)
+    return missing
 
 
 def _find(source: Source, recipe: Recipe, root: str) -> tuple[str, ...] | str:

@@ -157,6 +157,20 @@ def test_missing_sources(root, run, builds, capsys):
     assert "Left out" not in (root.parent / "out/blend.yaml").read_text()
 
 
+def test_with_a_budget_missing_sources_are_refused_first(root, run, builds, capsys):
+    """What is built for the whole recipe is too little for a mix of some of its sources."""
+    (root / "raw/lines.jsonl").unlink()
+    assert run("--tokens", "200") == 2 and builds == []
+    captured = capsys.readouterr()
+    assert "lines is missing (" in captured.out and "expected all of them; or --allow-missing" in captured.err
+    assert run("--tokens", "200", "--allow-missing") == 0 and builds == ["folder", "table", "pairs"]
+    assert read_manifest(root.parent / "out/folder").tokens >= 0.75 * 200
+
+    (root / "raw/lines.jsonl").write_bytes(lines_of(TEXTS["lines"]))
+    del builds[:]
+    assert run("--tokens", "200") == 0 and builds == ["lines"], "of the others there is more than enough"
+
+
 def test_a_mix_of_nothing_is_refused(root, run, capsys):
     (root.parent / "empty.yaml").write_text("sources: [{name: none, weight: 1}]")
     assert run("--allow-missing", recipe="empty.yaml") == 2
