@@ -335,6 +335,26 @@ def test_a_mix_from_the_hub_is_the_mix_from_files(hub, root, run, builds, capsys
     assert {path.name: path.read_bytes() for path in out.glob("*.bin")} == from_hub
 
 
+def test_building_again_asks_for_the_hub_too(hub, root, run, builds, capsys):
+    """What was built is known without its files. To build it again, the network is used where that is asked for."""
+    there = "hub: {name: owner/corpus, revision: v1, files: raw/lines.jsonl}"
+    sources = [f"{{name: far, weight: 1, {there}}}", "{name: gone, weight: 1, files: raw/gone.jsonl}"]
+    (root.parent / "far.yaml").write_text(f"sources: [{sources[0]}]")
+    (root.parent / "both.yaml").write_text(f"sources: [{', '.join(sources)}]")
+    (root / "raw/gone.jsonl").write_bytes(lines_of(TEXTS["lines"]))
+    assert run("--hub", "--tokens", "100", recipe="both.yaml") == 0 and builds == ["far", "gone"]
+    (root / "raw/gone.jsonl").unlink()
+    del builds[:]
+    before = {path.name: path.read_bytes() for path in (root.parent / "out").iterdir()}
+    for options, named in ((["--overwrite"], "far"), (["--overwrite", "--hub"], "gone")):
+        assert run("--tokens", "200", *options, recipe="both.yaml") == 2 and builds == [], "found before any is built"
+        error = capsys.readouterr().err
+        assert f"both.yaml: {named}: found no files to build it again from; expected its files below --root" in error
+        assert ("or --hub to read owner/corpus@v1" in error) == (named == "far")
+    assert {path.name: path.read_bytes() for path in (root.parent / "out").iterdir()} == before
+    assert run("--tokens", "200", "--overwrite", "--hub", recipe="far.yaml") == 0 and builds == ["far"]
+
+
 class Unreachable:
     """A file system whose every call fails as an HTTP library does: with an error of its own kind."""
 
