@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from remit_megatron.cli import main
-from remit_megatron.config import load_config, load_model_description
+from remit_megatron.config import DataConfig, ObjectiveConfig, RunConfig, load_config, load_model_description
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.dry_run import dry_run
 from remit_megatron.errors import UserError
 from remit_megatron.prepare import examine, prepare
-from tests.families import FIRST_CASES, make_case
+from tests.families import FIRST_CASES, hf_values, make_case
 from tests.tiny import make_tokenizer, write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,38 @@ def test_a_paper_run_takes_the_checkpoints_that_import_writes(case, tmp_path, mo
     assert prepared.reference is not None and prepared.reference.iteration == 0
     assert prepared.tokenizer.digest == load_tokenizer(tokenizer).digest == read_manifest("data/text").tokenizer_digest
     assert prepared.tokenizer.eod_id == 0, "what its configuration files say is found beside it"
+
+
+# `model` beside `init`.
+
+
+def examined(model: dict[str, Any], init: Path, tokenizer: Path) -> None:
+    settings = {"seq_length": 64, "train_iters": 10, "lr": 1e-3}
+    data = DataConfig(train=[[1.0, "data/a"]], tokenizer=str(tokenizer))
+    objective = ObjectiveConfig(name="ntp")
+    config = RunConfig(model=model, init=str(init), objective=objective, data=data, run_dir="runs/x", megatron=settings)
+    examine(config, world_size=1)
+
+
+@pytest.mark.parametrize("case", FIRST_CASES)
+def test_what_a_run_chooses_may_differ_from_the_checkpoint(case, tmp_path):
+    """transformers writes the default of its class where the authors' file has no initializer_range."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    init = make_case(tmp_path / "init", case, tokenizer=tokenizer)
+    model = hf_values(case)
+    examined(model | {"initializer_range": 0.0123, "max_position_embeddings": 512}, init, tokenizer)
+    examined(model | {"attention_dropout": 0.1}, init, tokenizer)
+    found = refused(lambda: examined(model | {"intermediate_size": 96}, init, tokenizer))
+    assert found == "init: found a checkpoint with ffn_hidden_size 80; expected 96, as `model` says"
+
+
+def test_what_only_the_checkpoint_speaks_of_counts_too(tmp_path):
+    """The weights of SmolLM3 fit a Llama, and mean something else in it."""
+    case, tokenizer = "smollm3-own_list_untied", make_tokenizer(tmp_path / "tokenizer")
+    init = make_case(tmp_path / "init", case, tokenizer=tokenizer)
+    model = {name: value for name, value in hf_values(case).items() if not name.startswith("no_rope")}
+    found = refused(lambda: examined(model | {"model_type": "llama"}, init, tokenizer))
+    assert found.startswith("init: found a checkpoint with no_rope_freq [")
 
 
 # Dry runs where the files are not.
