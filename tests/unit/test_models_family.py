@@ -8,7 +8,7 @@ import pytest
 
 from remit_megatron.errors import UserError
 from remit_megatron.models.family import families, family_of, rope_of
-from tests.families import FAMILIES, hf_values
+from tests.families import FAMILIES, FIRST_CASES, hf_values
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -224,6 +224,20 @@ def test_refusals_of_other_families_name_the_field(config, changes, field):
     with pytest.raises(UserError) as caught:
         family_of(changed).arguments(changed)
     assert field in caught.value.field
+
+
+@pytest.mark.parametrize("case", FIRST_CASES)
+def test_two_spellings_of_rope_are_refused_unless_one_is_empty(case):
+    """transformers would take rope_scaling and drop the other, its theta too."""
+    config = hf_values(case)
+    assert config["rope_parameters"]
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    for changed in (config | {"rope_scaling": yarn}, config | {"rope_scaling": yarn, "rope_parameters": {}}):
+        with pytest.raises(UserError, match=r"config.json rope_scaling: found .*yarn.* null beside rope_parameters"):
+            family_of(changed).arguments(changed | {"rope_theta": 1e4})
+    for empty in (None, {}):
+        changed = config | {"rope_scaling": empty}
+        assert family_of(changed).arguments(changed) == family_of(config).arguments(config)
 
 
 def test_a_window_that_is_off_is_no_window():
