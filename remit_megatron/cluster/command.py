@@ -232,10 +232,15 @@ def _search(
 def _simulate(
     planner: Planner, hf_config: dict[str, Any], arguments: Callable[[int], argparse.Namespace]
 ) -> list[SimulatedRank]:
+    from remit_megatron.cluster.inventory import take_inventory
     from remit_megatron.cluster.simulate import interesting_ranks, simulate_rank
+    from remit_megatron.models.spec import transformer_impl
 
-    sharded = planner.inventory(planner.args.tensor_model_parallel_size)
-    whole = planner.inventory(1)
+    # The plan is compared for the layers that can be built here; those of the run may hold more.
+    args = argparse.Namespace(**vars(planner.args))
+    args.transformer_impl = transformer_impl(args.transformer_impl)
+    sharded = take_inventory(hf_config, args, tensor_parallel=args.tensor_model_parallel_size)
+    whole = take_inventory(hf_config, args, tensor_parallel=1)
     return [
         simulate_rank(hf_config, arguments, rank, sharded=sharded, whole=whole)
         for rank in interesting_ranks(planner.args.world_size)

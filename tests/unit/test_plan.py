@@ -30,6 +30,7 @@ from remit_megatron.errors import UserError  # noqa: E402
 from remit_megatron.megatron_args import build_arguments  # noqa: E402
 from remit_megatron.models.build import megatron_arguments  # noqa: E402
 from remit_megatron.models.family import family_of  # noqa: E402
+from remit_megatron.models.spec import TE  # noqa: E402
 from remit_megatron.plan_numbers import count_parameters, parameters_on_rank  # noqa: E402
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -119,6 +120,31 @@ def test_inventory_holds_what_the_formulas_count(tmp_path, model):
     args.make_vocab_size_divisible_by = 1
     whole = take_inventory(hf_config, args, tensor_parallel=1)
     assert whole.all_parameters == count_parameters(args, unlisted=unlisted)
+
+
+@pytest.fixture
+def without_transformer_engine(monkeypatch):
+    monkeypatch.setattr("remit_megatron.models.spec.transformer_engine_usable", lambda: False)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_inventory_of_layers_that_cannot_be_built_here(tmp_path, without_transformer_engine, model, tensor):
+    """Transformer Engine's hold the down projections of latent attention whole: (1536 + 512 + 64) x 2048 a layer."""
+    args = arguments(tmp_path, 8, model, **{TP: tensor, "sequence_parallel": True})
+    hf_config = load_model_description(model)
+    local = take_inventory(hf_config, args, tensor_parallel=tensor)
+    args.transformer_impl = TE
+    found = take_inventory(hf_config, args, tensor_parallel=tensor)
+    unlisted = family_of(hf_config).unlisted_parameters(hf_config)
+    assert found.all_parameters == parameters_on_rank(args, 0, unlisted=unlisted)
+    held = 32 * (1536 + 512 + 64) * 2048 * (tensor - 1) // tensor if model == "youtu_2b" else 0
+    assert found.all_parameters - local.all_parameters == held
+    assert list(found.layer) == list(local.layer)
+    if tensor == 2:
+        args.make_vocab_size_divisible_by = 1
+        whole = take_inventory(hf_config, args, tensor_parallel=1)
+        assert whole.all_parameters == count_parameters(args, unlisted=unlisted)
 
 
 # Activations.
@@ -365,6 +391,26 @@ def test_command_reports(tmp_path, capsys):
     assert seconds["cached"] < seconds["replicated"] <= seconds["live"]
     assert plan["best"]["seconds"] <= plan["configured"]["seconds"]
     assert [rank["rank"] for rank in plan["simulation"]] == [0, 8, 15] and plan["numbers"]["steps"] == 1000
+    assert plan["stages"][0]["state"]["parameters"] == plan["simulation"][0]["built"]["parameters"]
+
+
+def test_the_plan_is_for_transformer_engine_and_the_simulation_for_what_can_be_built(
+    tmp_path, capsys, without_transformer_engine
+):
+    """Youtu on two tensor-parallel ranks: 16 layers of a stage with half of the down projections more."""
+    path = run_file(tmp_path, "youtu_2b", **{TP: 2, PP: 2, "sequence_parallel": True})
+    output = tmp_path / "plan.json"
+    assert cli.main(["plan", str(path), "--nodes", "1", "--simulate", "--json", str(output)]) == 0
+    text, plan = capsys.readouterr().out, json.loads(output.read_text())
+    assert "all shapes and bytes agree" in text
+    assert "local ones, on both sides: Transformer Engine's, which the memory above is for, cannot be built" in text
+    first = plan["simulation"][0]
+    assert first["layers"] == "local"
+    more = plan["stages"][0]["state"]["parameters"] - first["built"]["parameters"]
+    assert more == 16 * (1536 + 512 + 64) * 2048 // 2
+    own = [str(path), "--nodes", "1", "--simulate", "megatron.transformer_impl=local", "--json", str(output)]
+    assert cli.main(["plan", *own]) == 0 and "layers: local ones\n" in capsys.readouterr().out
+    plan = json.loads(output.read_text())
     assert plan["stages"][0]["state"]["parameters"] == plan["simulation"][0]["built"]["parameters"]
 
 
