@@ -155,15 +155,19 @@ def _arguments_of(
     """How a configuration and a rank become validated arguments, as on a cluster of GPUs."""
     from remit_megatron.megatron_args import build_arguments, read_overrides
     from remit_megatron.models.build import megatron_arguments
-    from remit_megatron.models.spec import TE
+    from remit_megatron.models.spec import LOCAL, TE
 
     architecture = megatron_arguments(hf_config)
-    local = read_overrides(config.megatron).get("transformer_impl") == "local"
+    local = read_overrides(config.megatron).get("transformer_impl") == LOCAL
 
     def arguments(config: RunConfig, rank: int) -> argparse.Namespace:
+        # Transformer Engine is what a GPU run takes where it is installed. It may not be here, and is then refused.
+        asked = {"transformer_impl": TE}
+        written = {name: value for name, value in config.megatron.items() if read_overrides({name: value}) != asked}
+        config = dataclasses.replace(config, megatron=written)
         args = build_arguments(config, architecture, world_size=world_size, rank=rank, gpu=True)
         if not local:
-            args.transformer_impl = TE  # what a GPU run takes where it is installed, which may not be here
+            args.transformer_impl = TE
         return args
 
     return arguments

@@ -448,6 +448,16 @@ def test_what_cannot_be_laid_out_is_one_line(tmp_path, capsys, options, message)
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
+@pytest.mark.parametrize("name", ["transformer_impl", "transformer-impl"])
+def test_the_layers_that_are_assumed_may_be_named(tmp_path, capsys, without_transformer_engine, name):
+    path = str(run_file(tmp_path, "olmo2_1b"))
+    assert cli.main(["plan", path, "--nodes", "1"]) == 0
+    assumed = capsys.readouterr().out
+    assert "Transformer Engine, which is taken to be installed there" in assumed
+    assert cli.main(["plan", path, "--nodes", "1", "--simulate", f"megatron.{name}=transformer_engine"]) == 0
+    assert capsys.readouterr().out.startswith(assumed)
+
+
 def test_plan_needs_no_files_but_the_configuration(tmp_path):
     config = load_config(run_file(tmp_path, "smollm3_3b", objective="kd"))
     report = command.plan(config, machine=H100, nodes=1)
