@@ -152,11 +152,13 @@ def _time(report: Report) -> str:
     peak = max(report.stages, key=lambda stage: stage.total)
     sources = [("no reference", None, time.cached)]
     if peak.reference is not None:
+        held = peak.reference
         sources = [
-            ("live, pipeline", peak.reference.pipeline, time.live),
-            ("live, replicated", peak.reference.replicated, time.replicated),
-            ("cached", peak.reference.cached, time.cached),
+            ("live, pipeline", held.pipeline, time.live),
+            ("live, replicated", held.replicated, time.replicated),
+            ("cached", held.cached, time.cached),
         ]
+        sources = [source for source in sources if source[1] is not None]
     scores = [["scores", "GiB", "s/step", "tokens/s", "whole run", "reference's share"]]
     for name, memory, seconds in sources:
         assert seconds is not None

@@ -462,6 +462,42 @@ def test_plan_needs_no_files_but_the_configuration(tmp_path):
     config = load_config(run_file(tmp_path, "smollm3_3b", objective="kd"))
     report = command.plan(config, machine=H100, nodes=1)
     assert report.planner.reference is not None and report.planner.reference.signal == "hidden"
-    # Hidden states of 64 microbatches of 4,096 tokens, 2,048 wide, in bf16.
-    reference = report.stages[-1].reference
-    assert reference is not None and reference.cached == 64 * 4096 * 2048 * 2
+    # The weights, and hidden states of 64 microbatches of 4,096 tokens, 2,048 wide, in bf16.
+    reference, stage = report.stages[-1].reference, report.stages[-1]
+    assert reference is not None
+    assert reference.pipeline == stage.state.parameters * 2 + 64 * 4096 * 2048 * 2 == stage.reference_bytes
+
+
+def test_whole_distributions_are_had_on_the_pipeline_only(tmp_path, capsys):
+    path, output = run_file(tmp_path, "olmo2_1b", objective="kd"), tmp_path / "plan.json"
+    assert cli.main(["plan", str(path), "--nodes", "1", "--json", str(output)]) == 0
+    text, plan = capsys.readouterr().out, json.loads(output.read_text())
+    assert "live, pipeline" in text and "replicated" not in text and "cached" not in text
+    assert plan["seconds_per_step"]["replicated"] is None and plan["seconds_per_step"]["live"] > 0
+    assert plan["stages"][0]["reference"]["replicated"] is plan["stages"][0]["reference"]["cached"] is None
+    # A replicated reference is one on the pipeline where there are no stages; layouts with stages would be refused.
+    report = command.plan(load_config(path, ["reference.placement=replicated"]), machine=H100, nodes=1)
+    assert report.stages[0].placement == "pipeline"
+    assert {item.layout.pipeline for item in report.found.fitting} == {1}
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        ("kd", ["reference.source=cache", "reference.cache_dir=x"], "reference.source: found cache; expected live"),
+        ("kd", ["reference.write_cache=true", "reference.cache_dir=x"], "reference.write_cache: found true"),
+        ("kd", ["reference.placement=replicated", f"megatron.{PP}=2"], "reference.placement: found replicated"),
+        ("remit", ["reference.micro_batch_size=3", "megatron.micro_batch_size=2"], "reference.micro_batch_size"),
+        ("rho1", ["objective.scope=global_batch", "megatron.hidden_dropout=0.1"], "megatron.hidden_dropout"),
+    ],
+)
+def test_what_the_run_refuses_of_a_reference_is_refused(tmp_path, capsys, objective, options, message):
+    path = run_file(tmp_path, "olmo2_1b", objective=objective)
+    assert cli.main(["plan", str(path), "--nodes", "1", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_leaves_out_layouts_that_the_reference_does_not_fit(tmp_path):
+    config = load_config(run_file(tmp_path, "olmo2_1b", objective="remit"), ["reference.micro_batch_size=2"])
+    report = command.plan(config, machine=H100, nodes=1)
+    assert {item.layout.micro_batch for item in report.found.fitting} == {1, 2}
