@@ -1,4 +1,4 @@
-"""The runs of the three families: every file is right as it stands, and its numbers are those of the paper."""
+"""What is in configs/runs: every file is right as it stands, and the families' numbers are those of the paper."""
 
 from __future__ import annotations
 
@@ -193,6 +193,29 @@ def test_what_only_the_checkpoint_speaks_of_counts_too(tmp_path):
 
 
 # Dry runs where the files are not.
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_passes_the_dry_run(path, tmp_path, monkeypatch, capsys):
+    """As it stands, with nothing of it on this machine and no other option."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "not found here: data.train " in text and "tokens in all" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_a_number_of_ranks_is_of_one_replica(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = str(RUNS / "example_remit.yaml")
+    assert main(["train", path, "--dry-run"]) == 0
+    assert "2 = tensor 1 x pipeline 2 x context 1 x data 1\n" in capsys.readouterr().out
+    words = ["megatron.context-parallel-size=2", "megatron.transformer_impl=local", "--dry-run"]
+    assert main(["train", path, *words]) == 0
+    assert "4 = tensor 1 x pipeline 2 x context 2 x data 1\n" in capsys.readouterr().out
+    assert main(["train", path, "--nproc", "4", "--dry-run"]) == 0
+    assert "4 = tensor 1 x pipeline 2 x context 1 x data 2\n" in capsys.readouterr().out
+    assert main(["train", path, "--nproc", "1", "--dry-run"]) == 2
 
 
 def test_a_dry_run_says_what_it_did_not_find():
