@@ -30,7 +30,7 @@ class Family:
 
     Attributes:
         name: how people call it.
-        model_types: ``model_type`` values of config.json that mean this family, aliases included.
+        model_types: ``model_type`` values of config.json that mean this family: that of transformers, then aliases.
         arguments: config.json content to Megatron arguments, by their ``dest``; raises UserError for a field with a
             value that this family does not support.
         layer_spec: specification of one transformer layer. Called with the TransformerConfig, whose

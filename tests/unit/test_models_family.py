@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -254,6 +255,19 @@ def test_every_family_is_tested():
         assert {value["tie_word_embeddings"] for value in values} == {True, False}, f"{family}: tied and untied"
         heads = [(value["num_attention_heads"], value["num_key_value_heads"]) for value in values]
         assert any(query % 4 or query != key for query, key in heads), f"{family}: not only even heads"
+
+
+def test_an_entry_in_families_is_all_that_a_new_family_needs(monkeypatch):
+    new = dataclasses.replace(families()["llama"], name="new", model_types=("new_type", "its_alias"))
+    monkeypatch.setattr("tests.families.families", lambda: {"new": new})
+    monkeypatch.setitem(FAMILIES, "new", {"tied": {"tie_word_embeddings": True}})
+    assert hf_values("new-tied")["model_type"] == "new_type"
+
+
+def test_the_first_model_type_is_that_of_transformers():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert all(family.model_types[0] in CONFIG_MAPPING for family in families().values())
 
 
 def test_unknown_family_lists_the_known_ones():
