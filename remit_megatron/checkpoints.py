@@ -42,7 +42,7 @@ class Manifest:
 
     Attributes:
         files: relative name to ``{"size": bytes, "sha256": hex}``.
-        properties: whatever its writer wanted to remember (iteration, tokenizer digest, ...).
+        properties: whatever its writer wanted to remember (iteration, samples trained on, tokenizer digest, ...).
     """
 
     files: dict[str, dict[str, Any]]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from remit_megatron import __version__
-from remit_megatron.errors import EXIT_BAD_INPUT, EXIT_DO_NOT_RESTART, UserError
+from remit_megatron.errors import EXIT_BAD_INPUT, EXIT_DO_NOT_RESTART, EXIT_START_ME_AGAIN, StartAgain, UserError
 
 # command -> (module, name of its add-arguments function, name of its run function, one line for --help)
 _COMMANDS: dict[str, tuple[str, str, str, str]] = {
@@ -86,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _one_line(str(error))
         return EXIT_BAD_INPUT
+    except StartAgain as stop:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(" ".join(str(stop).split()) + "\n")
+        return EXIT_START_ME_AGAIN
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_BAD_INPUT

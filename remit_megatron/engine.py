@@ -45,6 +45,7 @@ class Engine:
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
+        self._consumed: dict[int, int] = {}  # samples up to a save that has begun, by its iteration
         config = prepared.config
         self.forward = ModelForward(
             eod_id=prepared.tokenizer.eod_id,
@@ -84,7 +85,17 @@ class Engine:
             filler=self._filler,
             signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
             say=self._say,
+            stopped=self._stopped,
         )
+
+    def _stopped(self) -> bool:
+        """Whether Megatron's signal came to this process; its own question, after each step, is a collective."""
+        if not self._arguments.exit_signal_handler:
+            return False
+        from megatron.training.global_vars import get_signal_handler
+
+        handler: Any = get_signal_handler()
+        return handler._signal_received
 
     def _upcoming_microbatches(self) -> int:
         """How many microbatches of the coming step can be read now; 0 where no step of this run takes them.
@@ -197,6 +208,7 @@ class Engine:
 
     def before_save(self, iteration: int) -> None:
         """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
+        self._consumed[iteration] = self._arguments.consumed_train_samples  # an asynchronous save ends steps later
         if self._score_parts.writer is not None:
             # What a resumed run will not compute again is on disk before its checkpoint.
             self._score_parts.writer.flush()
@@ -210,6 +222,7 @@ class Engine:
         """Declares the checkpoint complete: model files, digests (shared out), manifest, pointer, retention."""
         directory = checkpoints.iteration_directory(self._root, iteration)
         rank, world_size = self._environment.rank, self._environment.world_size
+        consumed = self._consumed.pop(iteration)
         with parallel.same_fate("saving a checkpoint"):
             if rank == 0:
                 self._add_model_files(directory)
@@ -222,8 +235,13 @@ class Engine:
             if rank == 0:
                 files = {name: entry for part in parts for name, entry in part.items()}
                 self._last_checkpoint_size = sum(entry["size"] for entry in files.values())
-                tokenizer = self._prepared.tokenizer.digest
-                checkpoints.write_manifest(directory, files=files, iteration=iteration, tokenizer=tokenizer)
+                checkpoints.write_manifest(
+                    directory,
+                    files=files,
+                    iteration=iteration,
+                    consumed_samples=consumed,
+                    tokenizer=self._prepared.tokenizer.digest,
+                )
                 checkpoints.point_to(self._root, iteration)
                 checkpoints.retain(self._root, self._prepared.config.checkpoint.keep)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2  # one clear line, nothing lost; starting again unchanged gives the same
 EXIT_DO_NOT_RESTART = 70  # failed for a reason that a restart does not mend
-EXIT_START_ME_AGAIN = 75  # stopped by a signal after saving; start again to go on
+EXIT_START_ME_AGAIN = 75  # stopped on purpose before the end; start again to go on
 
 
 class UserError(Exception):
@@ -25,3 +25,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.field}: found {self.found}; expected {self.expected}"
+
+
+class StartAgain(Exception):
+    """The run stops before its end and goes on when it is started again: one line, exit code 75.
+
+    All ranks raise it together, with one text: a rank that left alone would leave the others in a collective.
+    """

@@ -101,6 +101,15 @@ def gather_objects(value) -> list:
     return values
 
 
+def on_any_rank(*flags: bool) -> list[bool]:
+    """Each flag: whether it is set on any rank. Collective over all ranks; quick enough for every step."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.uint8, device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.bool().tolist()
+
+
 def replica_group(data_parallel_rank: int) -> dist.ProcessGroup | None:
     """The ranks that hold one replica of the model (those with the same data-parallel rank), over Gloo.
 

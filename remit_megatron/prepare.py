@@ -158,9 +158,3 @@ def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None
 def total_steps(arguments: argparse.Namespace) -> int:
     """Iterations of the whole run; its length is given in iterations or in samples."""
     return arguments.train_iters or arguments.train_samples // arguments.global_batch_size
-
-
-def consumed_samples(arguments: argparse.Namespace, iteration: int) -> int:
-    """A lower bound of the samples that a run has trained on after ``iteration`` steps (exact without a ramp-up)."""
-    start = arguments.global_batch_size if arguments.rampup_batch_size is None else int(arguments.rampup_batch_size[0])
-    return iteration * start

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +115,7 @@ def open_cache(prepared: Prepared, blend: Any, *, rank: int, create: bool) -> Re
 
 def _declare(cache: ReferenceCache, blend: Any, *, create: bool) -> None:
     known = cache.datasets()
-    for dataset in blend.datasets:
-        name = Path(dataset.prefix).name
+    for dataset, name in zip(blend.datasets, dataset_names([data.prefix for data in blend.datasets]), strict=True):
         if dataset.identity in known:
             continue
         if create:
@@ -125,6 +127,24 @@ def _declare(cache: ReferenceCache, blend: Any, *, create: bool) -> None:
             raise UserError(f"data set {name}", f"identity {dataset.identity[:16]}", expected)
         scored = ", ".join(record.name for record in known.values()) or "none"
         raise UserError(str(cache.directory), f"scores of {scored}", f"of {name} too: run `remit score` for this data")
+
+
+def dataset_names(prefixes: Sequence[str | os.PathLike]) -> list[str]:
+    """What a cache calls the data sets of one blend: base names of their files, and where several have the same, as
+    many folders before it as tell them apart: ``web/train`` and ``math/train``.
+
+    Args:
+        prefixes: paths without endings; no two of the same files.
+    """
+    parts = [Path(os.path.abspath(prefix)).parts[1:] for prefix in prefixes]
+    assert len(set(parts)) == len(parts), prefixes
+    lengths = [1] * len(parts)
+    while True:
+        names = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        if not shared:
+            return names
+        lengths = [length + (name in shared) for length, name in zip(lengths, names, strict=True)]
 
 
 def missing_samples(cache: ReferenceCache, blend: Any, first: int, last: int) -> list[np.ndarray]:

@@ -49,6 +49,7 @@ def build_score_source(
     filler: IdleFiller,
     signal: Signal,
     say: Callable[[str], None],
+    stopped: Callable[[], bool],
 ) -> ScoreParts:
     """Builds what a run's scores come from; collective over all ranks, after Megatron has its groups.
 
@@ -58,6 +59,7 @@ def build_score_source(
         filler: runs what can be done while the student's pipeline waits.
         signal: what the objective wants.
         say: shows a line to whoever watches the run.
+        stopped: whether this process was told to stop; not collective.
     """
     settings = prepared.config.reference
     if prepared.reference is None or settings is None:
@@ -78,6 +80,7 @@ def build_score_source(
         live=live,
         writer=writer,
         replica=None if live is None else parallel.replica_group(forward.groups.dp.rank()),
+        stopped=stopped,
     )
     return ScoreParts(source, writer, gate)
 

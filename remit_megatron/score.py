@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,22 @@ from remit_megatron.data.blend import BlendedDataset
 from remit_megatron.data.shuffle import stream_key
 from remit_megatron.errors import UserError
 from remit_megatron.prepare import Prepared, prepare
-from remit_megatron.reference.score_work import WorkUnit, corpus_units, run_units
+from remit_megatron.reference.score_work import CorpusWork, RunWork
 from remit_megatron.run_cache import open_cache
 from remit_megatron.run_data import open_datasets
 
-# Megatron's arguments that belong to training; a job that only runs forward has none of them.
+# Beginnings of Megatron's arguments that belong to training; a job that only runs forward has none of them.
 _TRAINING = (
-    "adam", "check_for_nan", "clip_grad", "eval_", "exit_", "global_batch_size", "lr", "micro_batch_size", "min_lr",
-    "optimizer", "overlap_grad", "overlap_param", "rampup_batch_size", "recompute", "save", "train_", "use_distributed",
-    "weight_decay",
+    "accumulate_allreduce", "adam", "align_", "async_", "check_for_nan", "check_weight_hash", "ckpt_", "clip_grad",
+    "data_parallel", "ddp_", "decoupled_", "defer_embedding", "delay_wgrad", "end_weight_decay", "eval_", "exit_",
+    "exp_avg", "first_last_layers", "fp4", "fp8", "global_batch_size", "grad_reduce", "gradient_", "hysteresis",
+    "initial_loss_scale", "keep_fp8", "lion_", "loss_scale", "lr", "main_", "micro_batch_size", "min_loss_scale",
+    "min_lr", "muon_", "num_distributed_optimizer", "optimizer", "overlap_cpu", "overlap_grad", "overlap_param",
+    "rampup_batch_size", "recompute", "rerun_", "reuse_grad", "save", "sgd_", "start_weight_decay", "train_",
+    "use_distributed", "use_precision_aware", "weight_decay", "wgrad_",
 )  # fmt: skip
+# A rank that is done waits for the others, and these perhaps for the lease of a job that was killed.
+_TIMEOUT_MINUTES = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``remit score``; returns the exit code."""
+    if args.verify is not None and args.verify < 1:
+        raise UserError("--verify", args.verify, "1 sample or more")
     config = load_config(args.config, args.overrides)
     if args.nproc > 1 and not launch.under_launcher():
         command = ["score", args.config, *args.overrides, *(["--all"] if args.all else [])]
@@ -51,8 +60,6 @@ def run(args: argparse.Namespace) -> int:
         command += ["--follow", args.follow] if args.follow else []
         command += ["--verify", str(args.verify)] if args.verify else []
         return launch.launch(args.nproc, command)
-    if args.verify is not None and args.verify < 1:
-        raise UserError("--verify", args.verify, "1 sample or more")
     return score(config, whole=args.all, check=args.check, follow=args.follow, verify=args.verify)
 
 
@@ -88,7 +95,8 @@ def score(
         virtual_pipeline_model_parallel_size=arguments.virtual_pipeline_model_parallel_size,
         context_parallel_size=arguments.context_parallel_size,
     )
-    with process_groups(**layout) as groups:
+    timeout = max(arguments.distributed_timeout_minutes, _TIMEOUT_MINUTES)
+    with process_groups(**layout, timeout_minutes=timeout) as groups:
         blend: Any = None
         for turn in (environment.rank == 0, environment.rank != 0):
             with parallel.same_fate("opening the data"):
@@ -103,10 +111,11 @@ def score(
             return job.verify(verify)
         if check:
             job.repair()
-        units = corpus_units(cache, job.names, needed)
         if follow is not None:
-            units = _followed_units(config, blend, Path(follow), sequence_length=arguments.seq_length)
-        return job.fill(units)
+            work = _followed_work(config, blend, Path(follow), sequence_length=arguments.seq_length)
+        else:
+            work = partial(CorpusWork, job.names, needed, sequence_length=arguments.seq_length)
+        return job.fill(work)
 
 
 def prepare_scoring(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
@@ -158,9 +167,9 @@ def run_samples(config: RunConfig, *, whole: bool = False) -> int:
     raise UserError(f"megatron.{name}", "nothing", "the run's, so that its samples are known; or --all")
 
 
-def _followed_units(
+def _followed_work(
     config: RunConfig, blend: BlendedDataset, run_dir: Path, *, sequence_length: int
-) -> Iterator[WorkUnit]:
+) -> Callable[[], RunWork]:
     """The pieces of a run that is going on, checked to be of this configuration."""
     file = run_dir / "config.yaml"
     if not file.is_file():
@@ -171,13 +180,18 @@ def _followed_units(
         ("data.train", config.data.train, other.data.train),
         ("data.packing_seed", config.data.packing_seed, other.data.packing_seed),
         ("samples of the run", run_samples(config), run_samples(other)),
+        ("reference.cache_dir", _cache_directory(config), _cache_directory(other)),
     ):
         if ours != theirs:
             raise UserError(f"--follow: {name}", theirs, f"{ours}, as in this configuration")
     key = stream_key("run", config.seed, json.dumps(config.data.train), config.data.packing_seed, run_samples(config))
-    return run_units(
-        blend, f"run{key:x}", sequence_length=sequence_length, consumed=lambda: _consumed(run_dir, sequence_length)
-    )
+    consumed = partial(_consumed, run_dir, sequence_length)
+    return partial(RunWork, blend, f"run{key:x}", sequence_length=sequence_length, consumed=consumed)
+
+
+def _cache_directory(config: RunConfig) -> Path | None:
+    settings = config.reference
+    return None if settings is None or not settings.cache_dir else Path(settings.cache_dir).resolve()
 
 
 def _consumed(run_dir: Path, sequence_length: int) -> int:

@@ -11,8 +11,10 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +29,11 @@ from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
 from remit_megatron.forward import Item, ModelForward
 from remit_megatron.progress import Progress
 from remit_megatron.reference.cache import ReferenceCache
+from remit_megatron.reference.cache_format import decode, encode
 from remit_megatron.reference.cached import RecordedScores, whole_scores
-from remit_megatron.reference.leases import Leases
+from remit_megatron.reference.leases import Leases, Taken
 from remit_megatron.reference.live import LiveReference
-from remit_megatron.reference.score_work import WorkUnit
+from remit_megatron.reference.score_work import Work, WorkUnit
 from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 
@@ -39,7 +42,63 @@ if TYPE_CHECKING:
 
 _ROUND = 4  # microbatches per pipeline stage that go through the schedule at once
 _POLL_SECONDS = 1.0
+_LOOK_AGAIN_SECONDS = 5.0  # at a piece that somebody else had
+_CHECKED_TOGETHER = 1024  # samples
 _VERIFY_LIMIT = 0.005  # mean |dw|, as for a reference in FP8
+
+
+@dataclass
+class _Compared:
+    """Scores that were computed again beside those of the cache.
+
+    Attributes:
+        tokens: compared.
+        largest, total: of the absolute differences, in nats.
+        bound: of the sum of |dw|: half the absolute difference, centered in its sequence as the weights are.
+        one_sided: tokens whose score is finite on one side only.
+        damaged: a sample whose score is damaged, if there is one.
+    """
+
+    tokens: int = 0
+    largest: float = 0.0
+    total: float = 0.0
+    bound: float = 0.0
+    one_sided: int = 0
+    damaged: int | None = None
+
+    def add(self, sample: int, stored: np.ndarray | None, computed: np.ndarray) -> None:
+        """Float32 [L] each, as the cache rounds them."""
+        if stored is None:
+            self.damaged = sample
+            return
+        both = np.isfinite(stored) & np.isfinite(computed)
+        self.tokens += len(stored)
+        self.one_sided += int((np.isfinite(stored) != np.isfinite(computed)).sum())
+        difference = computed[both].astype(np.float64) - stored[both]
+        if len(difference):
+            self.largest = max(self.largest, float(np.abs(difference).max()))
+            self.total += float(np.abs(difference).sum())
+            self.bound += float(np.abs(difference - difference.mean()).sum()) / 2
+
+    def __add__(self, other: _Compared) -> _Compared:
+        return _Compared(
+            self.tokens + other.tokens,
+            max(self.largest, other.largest),
+            self.total + other.total,
+            self.bound + other.bound,
+            self.one_sided + other.one_sided,
+            other.damaged if self.damaged is None else self.damaged,
+        )
+
+    @property
+    def weights(self) -> float:
+        """Bound of the mean |dw|."""
+        return self.bound / max(1, self.tokens)
+
+    def __str__(self) -> str:
+        mean = self.total / max(1, self.tokens)
+        text = f"mean |difference| {mean:.2g} nats, largest {self.largest:.2g}, mean |dw| at most {self.weights:.2g}"
+        return text + (f", {self.one_sided} tokens finite on one side only" if self.one_sided else "")
 
 
 class ScoringJob:
@@ -87,12 +146,16 @@ class ScoringJob:
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
-    def fill(self, units: Iterator[WorkUnit]) -> int:
-        """Works until all units are complete or a signal says stop; returns the exit code. Collective."""
+    def fill(self, work: Callable[[], Work]) -> int:
+        """Works until all pieces are complete or a signal says stop; returns the exit code. Collective.
+
+        Args:
+            work: makes the pieces, on the rank of each replica that takes them.
+        """
         total = self._missing()
         progress = Progress("score", total=total * self._sequence_length, unit="tokens")
         with self._signals():
-            rounds = self._leader_rounds(units) if self._leads else iter(())
+            rounds = self._leader_rounds(work()) if self._leads else iter(())
             shown, pause = time.monotonic(), _POLL_SECONDS
             while (samples := self._told(next(rounds, None) if self._leads else None)) is not None:
                 self._score(samples, record=True)
@@ -118,19 +181,28 @@ class ScoringJob:
                 sys.stdout.write("stopped by a signal: start again to go on\n")
         return EXIT_START_ME_AGAIN if stopped else EXIT_DONE
 
-    def _leader_rounds(self, units: Iterator[WorkUnit]) -> Iterator[list[tuple[int, int]]]:
+    def _leader_rounds(self, work: Work) -> Iterator[list[tuple[int, int]]]:
         """What this replica scores next, until everything is complete or a signal came."""
         assert self._writer is not None
         leases = Leases(self._cache.directory / "leases")
         size = _ROUND * self._groups.pp.size() * self._arguments.micro_batch_size
-        elsewhere: list[WorkUnit] = []
-        for unit in self._with_patience(units, elsewhere):
-            if not unit.missing(self._cache, self.names):
+        # Numbers of pieces that others have, and when to look again: those whose owner was killed must not be left to
+        # the end, since a run may be waiting for them.
+        elsewhere: deque[tuple[float, int]] = deque()
+        # What a killed job was at may look complete and not be: its last writes need not have reached the disk.
+        suspect = leases.names()
+        for number in self._due(work.order(), elsewhere):
+            unit = work[number]
+            if unit.name not in suspect and not unit.missing(self._cache, self.names):
                 continue
-            if not leases.take(unit.name):
-                elsewhere.append(unit)
+            taken = leases.take(unit.name)
+            if taken is None:
+                elsewhere.append((time.monotonic() + _LOOK_AGAIN_SECONDS, number))
                 continue
+            suspect.discard(unit.name)
             try:
+                if taken is Taken.ABANDONED:
+                    self._forget_damage(unit.samples)
                 missing = unit.missing(self._cache, self.names)
                 for first in range(0, len(missing), size):
                     if self._stopped or self._writer.failure is not None:
@@ -141,16 +213,28 @@ class ScoringJob:
             finally:
                 leases.release(unit.name)
 
-    def _with_patience(self, units: Iterator[WorkUnit], elsewhere: list[WorkUnit]) -> Iterator[WorkUnit]:
-        """The units, and then those that others had, again and again until they are complete or free."""
-        for unit in units:
-            if self._stopped:
+    def _due(self, order: Iterator[int], elsewhere: deque[tuple[float, int]]) -> Iterator[int]:
+        """Numbers of pieces: those of ``elsewhere`` when it is time, else the next in order; ends when both have."""
+        while not self._stopped:
+            if elsewhere and elsewhere[0][0] <= time.monotonic():
+                yield elsewhere.popleft()[1]
+            elif (number := next(order, None)) is not None:
+                yield number
+            elif elsewhere:
+                time.sleep(_POLL_SECONDS)
+            else:
                 return
-            yield unit
-        while elsewhere and not self._stopped:
-            time.sleep(_POLL_SECONDS)
-            again, elsewhere[:] = list(elsewhere), []
-            yield from again
+
+    def _forget_damage(self, samples: Sequence[tuple[int, int]]) -> int:
+        """Marks those of ``samples`` as missing whose score is there and damaged; returns how many. Reads all."""
+        found = 0
+        for dataset_id, sample in self._scored(samples):
+            if self._cache.read_scores(self.names[dataset_id], sample) is None:
+                self._cache.forget(self.names[dataset_id], sample)
+                found += 1
+        if found:
+            self._cache.flush()
+        return found
 
     def _told(self, samples: list[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
         """What the leader says, on every rank of the replica."""
@@ -200,25 +284,27 @@ class ScoringJob:
         }
 
     def repair(self) -> None:
-        """Reads every score of the needed samples and marks those that are damaged as missing; collective."""
-        found = 0
+        """Reads every score of the needed samples and marks those that are damaged as missing. Collective; every rank
+        reads its share."""
+        share = [samples[dist.get_rank() :: dist.get_world_size()] for samples in self._needed]
+        progress = Progress("check", total=sum(map(len, share)), unit="samples")
+        found = done = 0
         with parallel.same_fate("checking the scores"):
-            if dist.get_rank() == 0:
-                progress = Progress("check", total=sum(map(len, self._needed)), unit="samples")
-                for number, (dataset_id, sample) in enumerate(self._scored()):
-                    if self._cache.read_scores(self.names[dataset_id], sample) is None:
-                        self._cache.forget(self.names[dataset_id], sample)
-                        found += 1
-                    progress.update(number + 1)
-                self._cache.flush()
-                progress.finish()
-                sys.stdout.write(f"{found} damaged scores: they are computed again\n" if found else "no damage\n")
+            for dataset_id, samples in enumerate(share):
+                for part in np.array_split(samples, max(1, len(samples) // _CHECKED_TOGETHER)):
+                    found += self._forget_damage([(dataset_id, sample) for sample in part.tolist()])
+                    done += len(part)
+                    if dist.get_rank() == 0:
+                        progress.update(done)
+        found = sum(parallel.gather_objects(found))
+        if dist.get_rank() == 0:
+            progress.finish()
+            sys.stdout.write(f"{found} damaged scores: they are computed again\n" if found else "no damage\n")
 
-    def _scored(self) -> Iterator[tuple[int, int]]:
-        """What has a score of the samples that are needed: position of the data set, and sample."""
-        for dataset_id, samples in enumerate(self._needed):
-            for sample in samples[self._cache.completeness(self.names[dataset_id], samples)].tolist():
-                yield dataset_id, sample
+    def _scored(self, samples: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Those of ``samples`` that are marked complete."""
+        missing = set(WorkUnit("", list(samples)).missing(self._cache, self.names))
+        return (sample for sample in samples if sample not in missing)
 
     # -- verification ------------------------------------------------------------------------------------------------
 
@@ -228,39 +314,51 @@ class ScoringJob:
         Raises:
             UserError: the cache has none, or other scores than this reference gives.
         """
-        have = list(self._scored())
-        if not have:
+        # One rank looks: others might see another state of a cache that is being filled.
+        chosen = parallel.gather_objects(self._drawn(count) if dist.get_rank() == 0 else None)[0]
+        if not chosen:
             raise UserError(str(self._cache.directory), "no scores of this run's samples", "some: run `remit score`")
-        chosen = [have[i] for i in np.random.default_rng(0).permutation(len(have))[:count]]
         share = chosen[self._groups.dp.rank() :: self._groups.dp.size()]
-        largest, total, bound, tokens = 0.0, 0.0, 0.0, 0
+        found = _Compared()
         size = self._arguments.micro_batch_size
         for first in range(0, len(share), size):
             samples = share[first : first + size]
             scores = whole_scores(self._score(samples, record=False), self._groups)
-            if not self._leads:
-                continue
-            for (dataset_id, sample), found in zip(samples, scores[0], strict=False):
-                stored = self._cache.read(self.names[dataset_id], sample, self._blend.datasets[dataset_id][sample])
-                if stored is None:
-                    expected = "a score, as the completeness map says: score again to repair it"
-                    raise UserError(str(self._cache.directory), f"sample {sample} damaged", expected)
-                difference = (found.float().cpu() - torch.from_numpy(stored)).nan_to_num()
-                largest = max(largest, float(difference.abs().max()))
-                total += float(difference.abs().sum())
-                bound += float((difference - difference.mean()).abs().sum()) / 2
-                tokens += len(stored)
-        parts = parallel.gather_objects((largest, total, bound, tokens))
-        largest, tokens = max(part[0] for part in parts), max(1, sum(part[3] for part in parts))
-        mean, weights = (sum(part[i] for part in parts) / tokens for i in (1, 2))
-        text = f"{len(chosen)} samples: mean |difference| {mean:.2g} nats, largest {largest:.2g}"
-        text += f", mean |dw| at most {weights:.2g}"
-        if weights > _VERIFY_LIMIT:
+            if self._leads:
+                for (dataset_id, sample), losses in zip(samples, scores[0], strict=False):
+                    tokens = self._blend.datasets[dataset_id][sample]
+                    stored = self._cache.read(self.names[dataset_id], sample, tokens)
+                    found.add(sample, stored, self._as_stored(losses))
+        whole = sum(parallel.gather_objects(found), start=_Compared())
+        text = f"{len(chosen)} samples: {whole}"
+        if whole.damaged is not None:
+            expected = "whole scores: `remit score --check` finds all that are damaged and scores them again"
+            raise UserError(str(self._cache.directory), f"sample {whole.damaged} damaged", expected)
+        if whole.one_sided or whole.weights > _VERIFY_LIMIT:
             expected = f"mean |dw| of at most {_VERIFY_LIMIT}: these scores are not this reference's"
             raise UserError(str(self._cache.directory), text, expected)
         if dist.get_rank() == 0:
             sys.stdout.write(f"verified {text}\n")
         return EXIT_DONE
+
+    def _as_stored(self, losses: Tensor) -> np.ndarray:
+        """What the cache would hold of them."""
+        return decode(encode(losses.float().cpu().numpy(), self._cache.dtype), self._cache.dtype)
+
+    def _drawn(self, count: int) -> list[tuple[int, int]]:
+        """``count`` different samples at random of those that have scores, or all of them."""
+        scored = [
+            samples[self._cache.completeness(name, samples)]
+            for name, samples in zip(self.names, self._needed, strict=True)
+        ]
+        ends = np.cumsum([len(samples) for samples in scored])
+        generator = np.random.default_rng()
+        places = generator.choice(ends[-1], size=min(count, ends[-1]), replace=False) if ends[-1] else []
+        dataset_ids = np.searchsorted(ends, places, side="right").tolist()
+        return [
+            (dataset_id, int(scored[dataset_id][place - ends[dataset_id]]))
+            for dataset_id, place in zip(dataset_ids, places, strict=True)
+        ]
 
     # -- what all of it needs ----------------------------------------------------------------------------------------
 

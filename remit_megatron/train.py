@@ -15,7 +15,7 @@ from typing import Any
 from remit_megatron import checkpoints, launch, parallel, run_directory
 from remit_megatron.config import RunConfig, load_config
 from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
-from remit_megatron.prepare import Prepared, consumed_samples, prepare, total_steps
+from remit_megatron.prepare import Prepared, prepare, total_steps
 from remit_megatron.run_cache import RunScores, open_run_scores
 from remit_megatron.run_data import open_data
 
@@ -80,7 +80,7 @@ def train(config: RunConfig) -> int:
                 sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done\n")
             return EXIT_DONE
         train_samples, valid_samples = open_data(prepared, environment)
-        consumed = consumed_samples(arguments, resumed_at)
+        consumed = _consumed_samples(arguments, resumed_at)
         scores = open_run_scores(prepared, train_samples, rank=environment.rank, consumed=consumed)
         if scores.cache is not None and scores.reads:
             from remit_megatron.reference.cached import ScoredSamples
@@ -114,6 +114,15 @@ def _resume(config: RunConfig, arguments: argparse.Namespace, environment: paral
             sys.stdout.write(f"resuming at step {found} from {root}\n")
     arguments.load = str(root)
     return found
+
+
+def _consumed_samples(arguments: argparse.Namespace, iteration: int) -> int:
+    """Samples that the run has trained on up to its checkpoint of ``iteration``, as Megatron counts them; 0 where the
+    checkpoint does not say. Not the product with the batch size, which may be another one now."""
+    if not iteration:
+        return 0
+    manifest = checkpoints.read_manifest(checkpoints.iteration_directory(arguments.save, iteration))
+    return int(manifest.properties.get("consumed_samples", 0))
 
 
 def _train(

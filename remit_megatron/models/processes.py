@@ -21,6 +21,7 @@ def process_groups(
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
     alone: bool = False,
+    timeout_minutes: int = 10,
 ) -> Iterator[ProcessGroupCollection]:
     """Megatron's process groups for the duration of the block.
 
@@ -28,6 +29,7 @@ def process_groups(
         tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size,
             context_parallel_size: the layout; the remaining factor of the world is data parallel.
         alone: one process whatever the environment says (import, export).
+        timeout_minutes: how long a rank waits for the others.
 
     Raises:
         UserError: the layout does not divide the number of processes.
@@ -40,7 +42,7 @@ def process_groups(
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     else:
-        initialize(environment)
+        initialize(environment, timeout_minutes=timeout_minutes)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,

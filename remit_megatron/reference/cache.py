@@ -17,15 +17,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from remit_megatron.errors import UserError
+from remit_megatron.files import fsync_file
 from remit_megatron.reference.cache_format import (
     DTYPES,
     CacheIdentity,
@@ -45,14 +47,20 @@ __all__ = ["CacheIdentity", "DatasetRecord", "ReferenceCache"]
 
 logger = logging.getLogger(__name__)
 
-_OPEN_SHARDS = 64
+
+def _open_shards() -> int:
+    """How many shards one object may have open: 1,024, or an eighth of the files that the process may open, if that is
+    less (one that is written takes two), and never below 64."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if limit == resource.RLIM_INFINITY else min(max(limit // 8, 64), 1024)
 
 
 class ReferenceCache:
     """Reads and writes one score cache; made by `open`.
 
     Picklable: another process opens the files itself. May be used in forked data loader workers. Not for several
-    threads at once. Memory does not depend on the size of the cache; 64 shards are open at most.
+    threads at once. Memory does not depend on the size of the cache. At most 1,024 shards are open, fewer where the
+    limit of open files is below 8,192.
 
     Attributes:
         directory: where it is.
@@ -71,7 +79,9 @@ class ReferenceCache:
         self._digest = manifest_digest(self.identity, self.dtype)
         self._per_shard = samples_per_shard(self.identity.sequence_length, self.dtype)
         self._records: dict[str, DatasetRecord] = {}
-        self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
+        self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()  # open, the one used last at the end
+        self._most_open = _open_shards()
+        self._unsynced: set[Path] = set()  # closed shards with something written that is not durable yet
         self._damaged: set[tuple[str, int]] = set()
 
     @classmethod
@@ -112,7 +122,7 @@ class ReferenceCache:
         Args:
             dataset: `PackedDataset.identity`.
             samples: number of its samples.
-            name: base name of its files, without endings; for people, and to notice when a text has changed.
+            name: of its files, without endings; for people, and to notice when a text has changed.
 
         Raises:
             UserError: a data set of this name has been declared with another identity, so its text has changed.
@@ -220,15 +230,27 @@ class ReferenceCache:
             known = ", ".join(other.name for other in self.datasets().values()) or "none"
             raise UserError(str(self.directory), f"no data set {dataset}", f"one that was scored (it has {known})")
         if samples is None:
-            shards = range(-(-record.samples // self._per_shard))
-        else:
-            shards = np.flatnonzero(np.bincount(samples // self._per_shard)).tolist()
+            return self._table(dataset, record, range(-(-record.samples // self._per_shard)))
+        places = samples // self._per_shard
+        shards = np.unique(places).tolist()
+        if len(samples) * len(shards) > record.samples:  # then one look-up in a map of all costs less
+            return self._table(dataset, record, shards)[samples]
+        complete = np.zeros(len(samples), dtype=bool)
+        for index in shards:
+            shard = self._shard(dataset, index * self._per_shard)
+            if shard is not None:
+                members = places == index
+                complete[members] = shard.completeness()[samples[members] - shard.key.first]
+        return complete
+
+    def _table(self, dataset: str, record: DatasetRecord, shards: Iterable[int]) -> np.ndarray:
+        """bool [samples of the data set]: what is complete in some of its shards."""
         complete = np.zeros(record.samples, dtype=bool)
         for index in shards:
             shard = self._shard(dataset, index * self._per_shard)
             if shard is not None:
                 complete[shard.key.first : shard.key.first + shard.key.count] = shard.completeness()
-        return complete if samples is None else complete[samples]
+        return complete
 
     def intact(self, dataset: str) -> np.ndarray:
         """As `completeness`, and with a right checksum: bool [samples]. Reads all scores.
@@ -248,6 +270,21 @@ class ReferenceCache:
             if shard is not None:
                 shard.forget(sample)
 
+    def forget_damaged(self, dataset: str, sample: int) -> bool:
+        """`forget`, if what the cache has of the sample is damaged.
+
+        Returns:
+            True if it was. False: the cache has nothing of it, or by now a good score.
+
+        Raises:
+            UserError: the cache cannot be written, or the shard is damaged as a whole.
+        """
+        shard = self._shard(dataset, sample)
+        if shard is None or shard.read(sample) is not True:
+            return False
+        self.forget(dataset, sample)
+        return True
+
     @property
     def damaged(self) -> int:
         """Samples found damaged so far."""
@@ -258,12 +295,27 @@ class ReferenceCache:
         with _explained(self.directory):
             for shard in self._shards.values():
                 shard.flush()
+            while self._unsynced:
+                path = next(iter(self._unsynced))
+                with suppress(FileNotFoundError):  # somebody removed it, and its scores with it
+                    fsync_file(path)
+                self._unsynced.remove(path)
 
-    def close(self) -> None:
-        """Flushes and closes the files. The object may be used again; it opens what it needs."""
-        self.flush()
-        while self._shards:
-            self._shards.popitem()[1].close()
+    def close(self, *, sync: bool = True) -> None:
+        """Flushes and closes the files, all of them also where that fails. The object may be used again.
+
+        Args:
+            sync: False leaves out the flush.
+
+        Raises:
+            UserError: something that was written could not be made durable.
+        """
+        with _explained(self.directory), ExitStack() as files:
+            for shard in self._shards.values():
+                files.callback(shard.close)
+            files.callback(self._shards.clear)
+            if sync:
+                self.flush()
 
     def __enter__(self) -> ReferenceCache:
         return self
@@ -322,12 +374,17 @@ class ReferenceCache:
             if shard is None:
                 return None
             self._shards[place] = shard
-            while len(self._shards) > _OPEN_SHARDS:
-                _, oldest = self._shards.popitem(last=False)
-                oldest.flush()
-                oldest.close()
+            while len(self._shards) > self._most_open:
+                self._put_away(self._shards.popitem(last=False)[1])
         self._shards.move_to_end(place)
         return shard
+
+    def _put_away(self, shard: Shard) -> None:
+        """Closes a shard. What it has unsynced waits for `flush`: a sync of the file by another descriptor does."""
+        if shard.unsynced:
+            self._unsynced.add(shard.path)
+        with _explained(self.directory):
+            shard.close()
 
     def _open_shard(self, place: tuple[str, int], record: DatasetRecord, *, create: bool) -> Shard | None:
         dataset, index = place

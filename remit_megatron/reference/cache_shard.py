@@ -128,6 +128,7 @@ class Shard:
 
     def __init__(self, path: Path, key: ShardKey):
         self.path, self.key = path, key
+        self.unsynced = False  # whether something was written since the last flush
         self._dataset = bytes.fromhex(key.dataset)
         self._writer: int | None = None
         self._reader = os.open(path, os.O_RDONLY)
@@ -170,6 +171,7 @@ class Shard:
         assert len(entry) == self.key.entry_bytes, (len(entry), self.key.entry_bytes)
         if self._writer is None:
             self._writer = self._open_writer()
+        self.unsynced = True
         complete = self.key.complete_at(sample)
         if os.pread(self._writer, 1, complete) != b"\0":
             write_all(self._writer, b"\0", complete)  # between old and new a reader finds nothing, not damage
@@ -180,6 +182,7 @@ class Shard:
         """Marks a sample as not scored."""
         if self._writer is None:
             self._writer = self._open_writer()
+        self.unsynced = True
         write_all(self._writer, b"\0", self.key.complete_at(sample))
 
     def completeness(self) -> np.ndarray:
@@ -188,14 +191,18 @@ class Shard:
 
     def flush(self) -> None:
         """Makes what this process wrote durable."""
-        if self._writer is not None:
+        if self.unsynced:
+            assert self._writer is not None
             os.fsync(self._writer)
+            self.unsynced = False
 
     def close(self) -> None:
-        """Closes the file; does not sync."""
-        os.close(self._reader)
-        if self._writer is not None:
-            os.close(self._writer)
+        """Closes the file; does not sync, but over NFS this is where a full disk may be noticed."""
+        try:
+            if self._writer is not None:
+                os.close(self._writer)
+        finally:
+            os.close(self._reader)
 
     def _open_writer(self) -> int:
         writer = os.open(self.path, os.O_RDWR)

@@ -6,9 +6,10 @@ them in the batch. `CachedScores` deals with what is missing; `RecordedScores` k
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,18 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from remit_megatron import parallel
 from remit_megatron.batch import sequence_slice, whole_sequence
-from remit_megatron.errors import UserError
+from remit_megatron.errors import StartAgain, UserError
 from remit_megatron.forward import Item, ModelForward
-from remit_megatron.parallel import device
 from remit_megatron.reference.cache import ReferenceCache
 from remit_megatron.reference.cache_format import decode, encode
 from remit_megatron.reference.score_writer import ScoreWriter, tokens_of
 from remit_megatron.reference.source import Schedule, ScoreSource
 
 logger = logging.getLogger(__name__)
+
+Place = tuple[str, int]  # identity of a data set, number of a sample
 
 _POLL_SECONDS = 0.2
 _REMIND_SECONDS = 60.0
@@ -81,11 +84,13 @@ class CachedScores:
         names: identities of the run's data sets, by ``dataset_id``.
         forward: gives the process groups.
         on_missing: ``score`` runs ``live`` over the microbatches that lack a score; ``refuse`` stops; ``wait`` waits
-            until another job has written it.
-        live: runs the reference; None where there was nothing missing when the run began.
+            until another job has written it. What is found damaged is marked as missing.
+        live: runs the reference; None where there was nothing missing when the run began. If something is missing all
+            the same, ``score`` asks for another start.
         writer: keeps what ``live`` computed.
         replica: ranks that hold one replica of the student (Gloo), or None for one rank. They must agree on what is
             missing: a cache that others write to may look different to two ranks.
+        stopped: whether this process was told to stop; not collective. Asked while the run waits.
     """
 
     def __init__(
@@ -98,19 +103,20 @@ class CachedScores:
         live: ScoreSource | None = None,
         writer: ScoreWriter | None = None,
         replica: dist.ProcessGroup | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ):
         self._cache, self._names, self._forward = cache, names, forward
-        self._on_missing, self._live, self._replica = on_missing, live, replica
+        self._on_missing, self._live, self._replica, self._stopped = on_missing, live, replica, stopped
         self._recorded = None if live is None or writer is None else RecordedScores(live, writer, forward=forward)
 
     def score(self, schedule: Schedule, buffers: list[list[Item]], **settings: Any) -> list[Tensor]:
         """See :meth:`ScoreSource.score`."""
         items = buffers[-1]
-        missing = [not self._complete(item) for item in items]
         if self._live is None:
-            self._settle(items, missing)
+            self._settle(items)
             live: dict[int, Tensor] = {}
         else:
+            missing = [bool(self._lacking(item)) for item in items]
             live = self._score_live(schedule, buffers, self._agreed(missing), settings)
         groups = self._forward.groups
         if groups.pp.rank() < groups.pp.size() - 1:
@@ -119,46 +125,111 @@ class CachedScores:
 
     def _own_part(self, losses: Tensor) -> Tensor:
         cp = self._forward.groups.cp
-        return sequence_slice(losses.to(device(), non_blocking=True), cp.rank(), cp.size())
+        return sequence_slice(losses.to(parallel.device(), non_blocking=True), cp.rank(), cp.size())
 
-    def _complete(self, item: Item) -> bool:
-        """Whether all of a microbatch is scored, having looked again for what the data loader did not find."""
+    def _lacking(self, item: Item) -> list[Place]:
+        """(Data set, sample) of a microbatch's rows without a score, having looked again for what the data loader did
+        not find."""
+        lacking = []
         for row in (~item["cached"]).nonzero().flatten().tolist():
             scores = read_scores(self._cache, self._names, {name: tensor[row] for name, tensor in item.items()})
-            if scores is not None:
-                item["cached_loss"][row] = torch.from_numpy(scores)
-                item["cached"][row] = True
-        return bool(item["cached"].all())
+            if scores is None:
+                lacking.append((self._names[int(item["dataset_id"][row])], int(item["sample_id"][row])))
+                continue
+            item["cached_loss"][row] = torch.from_numpy(scores)
+            item["cached"][row] = True
+        return lacking
 
-    def _settle(self, items: list[Item], missing: list[bool]) -> None:
-        """Without a live reference: waits for what is missing, or says that it is.
+    def _settle(self, items: list[Item]) -> None:
+        """Without a live reference: returns when every rank has all scores of its microbatches; collective over all.
+
+        They also wait and stop together. A rank that left alone would leave the others in a collective until they are
+        killed, and a job whose ranks were killed is not started again by itself.
 
         Raises:
-            UserError: something is missing and ``on_missing`` is not ``wait``.
+            StartAgain: the next start will find that something is missing, and load the reference; or a rank was told
+                to stop while they waited.
+            UserError: something is missing that a start does not bring back, or as :meth:`ReferenceCache.read`.
         """
         started = reminded = time.monotonic()
         waited = False
-        while any(missing):
-            if self._on_missing != "wait":
-                item = items[missing.index(True)]
-                row = int((~item["cached"]).nonzero()[0])
-                dataset = self._cache.datasets()[self._names[int(item["dataset_id"][row])]]
-                found = f"no usable score of sample {int(item['sample_id'][row])} of {dataset.name}"
-                expected = "one: `remit score` fills the cache, and reference.on_missing: score does without"
-                raise UserError(str(self._cache.directory), found, expected)
-            if not waited or time.monotonic() - reminded >= _REMIND_SECONDS:
-                reminded, waited = time.monotonic(), True
+        while True:
+            failure: Exception | None = None
+            by_microbatch: list[list[Place]] = []
+            lacking: list[Place] = []
+            try:
+                by_microbatch = [self._lacking(item) for item in items]
+                lacking = list(itertools.chain.from_iterable(by_microbatch))
+                if lacking and self._on_missing != "wait":
+                    failure = self._refusal(lacking)
+            except UserError as error:
+                failure = error
+            missing, stopped, failed = parallel.on_any_rank(bool(lacking), self._stopped(), failure is not None)
+            if failed:
+                failures = [found for found in parallel.gather_objects(failure) if found is not None]
+                raise min(failures, key=lambda found: isinstance(found, StartAgain))
+            if not missing:
+                break
+            if stopped:  # Megatron looks only after a step, and there may be none before this job's time is over
+                raise StartAgain(
+                    f"told to stop while waiting for scores in {self._cache.directory}: started again, the run goes on "
+                    "from its newest checkpoint"
+                )
+            now = time.monotonic()
+            if remind := now - reminded >= _REMIND_SECONDS:
+                self._forget_damaged(lacking)
+            if remind or not waited:
+                reminded, waited = now, True
                 logger.warning(
-                    "waiting for the scores of %d of %d microbatches in %s (%.0f s so far): is `remit score` running?",
-                    sum(missing),
-                    len(missing),
+                    "waiting for the scores of %d of %d microbatches of this rank (all ranks wait) in %s (%.0f s so "
+                    "far): is `remit score` running?",
+                    sum(map(bool, by_microbatch)),
+                    len(items),
                     self._cache.directory,
-                    reminded - started,
+                    now - started,
                 )
             time.sleep(_POLL_SECONDS)
-            missing = [absent and not self._complete(item) for absent, item in zip(missing, items, strict=True)]
         if waited:
             logger.warning("the scores are there after %.0f s: going on", time.monotonic() - started)
+
+    def _forget_damaged(self, lacking: list[Place]) -> int:
+        """Marks what is damaged as missing, so that `remit score` and the next start see it; returns how many.
+
+        While waiting it is not done at first sight: over NFS a score that another host is writing may look damaged
+        until all of it has arrived.
+        """
+        forgotten = 0
+        try:
+            for place in lacking:
+                forgotten += self._cache.forget_damaged(*place)
+            if forgotten:
+                self._cache.flush()
+        except UserError as error:
+            logger.warning("a damaged score cannot be marked as missing: %s", error)
+        if forgotten:
+            logger.warning("%d damaged scores in %s are marked as missing now", forgotten, self._cache.directory)
+        return forgotten
+
+    def _refusal(self, lacking: list[Place]) -> Exception:
+        """What ends a run that does not wait."""
+        damaged = self._forget_damaged(lacking)
+        dataset, sample = lacking[0]
+        directory, name = str(self._cache.directory), self._cache.datasets()[dataset].name
+        found = f"no usable score of sample {sample} of {name}"
+        if len(lacking) > 1:
+            found += f" and {len(lacking) - 1} more"
+        noticed = not all(self._cache.completeness(dataset, np.array([sample]))[0] for dataset, sample in lacking)
+        if not noticed:  # it is damaged still: the next start would end here, too
+            return UserError(
+                directory, found, "one: `remit score --check` finds damaged scores and computes them again"
+            )
+        if self._on_missing == "score":
+            return StartAgain(
+                f"{directory}: {found}, which was there when the run began: start it again, and the reference scores "
+                "it (`remit score --check` finds all damaged scores)"
+            )
+        expected = "one: `remit score` computes it"
+        return UserError(directory, found, expected + (", and with --check all damaged ones" if damaged else ""))
 
     def _agreed(self, missing: list[bool]) -> list[bool]:
         if self._replica is None:

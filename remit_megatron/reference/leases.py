@@ -8,6 +8,7 @@ Correctness never depends on leases: work that is done twice gives the same scor
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 import socket
@@ -16,6 +17,13 @@ import uuid
 from pathlib import Path
 
 STALE_SECONDS = 600.0
+
+
+class Taken(enum.Enum):
+    """How a lease was had."""
+
+    FREE = "free"
+    ABANDONED = "abandoned"  # its owner is gone; what it wrote last may not be whole
 
 
 class Leases:
@@ -32,24 +40,29 @@ class Leases:
         self._stale_seconds = stale_seconds
         folder.mkdir(parents=True, exist_ok=True)
 
-    def take(self, name: str) -> bool:
-        """Takes a lease; False where somebody else has it."""
-        path = self._folder / name
+    def take(self, name: str) -> Taken | None:
+        """Takes a lease; None where somebody else has it."""
+        path, taken = self._folder / name, Taken.FREE
         for _ in range(2):
             try:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
                 if not self._abandoned(path):
-                    return False
+                    return None
                 with contextlib.suppress(OSError):
                     gone = self._folder / f".{name}.{uuid.uuid4().hex}"
                     os.rename(path, gone)
                     os.unlink(gone)
+                    taken = Taken.ABANDONED
                 continue
             with os.fdopen(descriptor, "w") as file:
                 json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
-            return True
-        return False
+            return taken
+        return None
+
+    def names(self) -> set[str]:
+        """All leases that somebody has, or had when it was killed."""
+        return {name for name in os.listdir(self._folder) if not name.startswith(".")}
 
     def keep(self, name: str) -> None:
         """Says that the owner is still at work."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,10 +67,10 @@ class ScoreWriter:
         self._thread.submit(self._guarded, self._cache.flush).result()
 
     def close(self) -> None:
-        """Flushes, and ends the thread."""
+        """Flushes, and ends the thread. What goes wrong is in `failure`, as for every write."""
         self.flush()
         self._thread.shutdown()
-        self._cache.close()
+        self._attempt(self._cache.close, sync=False)
 
     def _write(self, item: Item, losses: Tensor, event: torch.cuda.Event | None) -> None:
         if event is not None:
@@ -89,11 +90,14 @@ class ScoreWriter:
         self._known[dataset][sample] = True
         self.written += 1
 
-    def _guarded(self, function, *arguments) -> None:
-        if self.failure is not None:
-            return
+    def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self.failure is None:
+            self._attempt(function, *arguments)
+
+    def _attempt(self, function: Callable[..., None], *arguments: Any, **settings: Any) -> None:
         try:
-            function(*arguments)
+            function(*arguments, **settings)
         except Exception as error:
-            self.failure = error
-            logger.warning("no more scores are written to %s: %s", self._cache.directory, error)
+            if self.failure is None:
+                self.failure = error
+                logger.warning("no more scores are written to %s: %s", self._cache.directory, error)

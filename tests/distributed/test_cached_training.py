@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from remit_megatron.checkpoints import read_manifest
 from remit_megatron.config import load_config
 from remit_megatron.errors import EXIT_START_ME_AGAIN, UserError
 from remit_megatron.prepare import prepare, total_steps
 from remit_megatron.reference.cache import ReferenceCache
-from remit_megatron.run_cache import open_run_scores
+from remit_megatron.run_cache import dataset_names, open_cache, open_run_scores
 from remit_megatron.run_data import open_datasets
 from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train, train_rank
 from tests.distributed.test_training import material as material  # a fixture
@@ -164,13 +169,114 @@ def test_what_is_missing_is_scored_and_added(pool, material, live, layout):
         np.testing.assert_allclose(partial.read_scores(dataset, sample), whole.read_scores(dataset, sample), atol=1e-4)
 
 
-def refused(config: dict[str, Any]) -> str:
-    """What the run says before it starts."""
+def exit_code(path: str) -> int:
+    """One rank of ``remit train``, as the command line ends it."""
+    from remit_megatron import cli
+
+    return cli.main(["train", path])
+
+
+def test_a_run_gets_over_a_damaged_score_by_starting_again(pool, material, live):
+    """The score of one rank's sample is damaged, though complete: both ranks leave with 75, and the next start trains
+    through as if nothing had been."""
+    cache = material["root"] / "cache_damaged"
+    shutil.copytree(live["float32"]["cache"], cache)
+    config = cached(material, "damaged", cache)
+    prepared = prepare(load_config(write(config)), world_size=1)
+    blend = open_datasets(prepared, STEPS * 8)[0]
+    _, sample = blend.locate(8 * 2 + 2)  # third step, second microbatch: rank 1's
+    opened = ReferenceCache.open(cache)
+    shard = opened._shard(blend.datasets[0].identity, sample)
+    with open(shard.path, "r+b") as file:
+        file.seek(shard.key.entry_at(sample) + 100)
+        file.write(b"damage")
+    assert opened.completeness(blend.datasets[0].identity)[sample]
+    for code in (EXIT_START_ME_AGAIN, 0):
+        assert pool.run(exit_code, world_size=2, path=write(config)) == [code] * 2
+    assert opened.intact(blend.datasets[0].identity)[sample]
+    found = [json.loads(line) for line in (Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    agree(live["float32"]["metrics"], found[-STEPS:])
+
+
+def refusal(path: str) -> str | None:
+    """What one rank of ``remit train`` finds wrong."""
+    try:
+        train_rank({}, path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_resumed_with_another_batch_size_looks_for_what_is_still_to_be_read(pool, material, tmp_path):
+    """Two steps of 8 samples, then steps of 16: the run goes on at sample 16 and not at 2 x 16."""
+    config = configuration(material, tmp_path / "run", REMIT, train_samples=64, exit_interval=2)
+    del config["megatron"]["train_iters"]
+    config["reference"] |= {"write_cache": True, "cache_dir": str(tmp_path / "cache")}
+    assert pool.run(exit_code, world_size=1, path=write(config)) == [EXIT_START_ME_AGAIN]
+    (record,) = ReferenceCache.open(tmp_path / "cache").datasets().values()
+    assert record.samples > 64, "every sample of the run is another one"
+    del config["megatron"]["exit_interval"]
+    config["megatron"]["global_batch_size"] = 16
+    config["reference"] |= {"write_cache": False, "source": "cache", "on_missing": "refuse"}
+    (line,) = pool.run(refusal, world_size=1, path=write(config))
+    assert line is not None and "found no scores of 48 samples" in line
+    config["reference"]["on_missing"] = "score"
+    assert pool.run(exit_code, world_size=1, path=write(config)) == [0]
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["consumed_tokens"] // 64 for step in found] == [8, 16, 32, 48], "as Megatron counts, too"
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("iter_*"))
+    assert [read_manifest(checkpoint).properties["consumed_samples"] for checkpoint in checkpoints] == [16, 48]
+
+
+def signalled(path: str, log: str) -> tuple[int, float]:
+    """`exit_code` of a rank, of which rank 0 gets a real SIGTERM when it waits; and seconds since it began to wait."""
+    began = []
+
+    def send() -> None:
+        while "waiting for the scores" not in (Path(log).read_text() if Path(log).exists() else ""):
+            time.sleep(0.05)
+        began.append(time.monotonic())
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    code = exit_code(path)
+    thread.join()
+    return code, time.monotonic() - began[0]
+
+
+def test_a_waiting_run_stops_when_it_is_told(pool, material, live):
+    """One rank waits, the other has all it needs, and that one gets the signal: both leave with 75, within seconds."""
+    cache = material["root"] / "cache_waited_for"
+    shutil.copytree(live["float32"]["cache"], cache)
+    config = cached(material, "stopped", cache, reference={"on_missing": "wait"}, save_interval=2)
+    blend = open_datasets(prepare(load_config(write(config)), world_size=1), STEPS * 8)[0]
+    dataset, (_, sample) = blend.datasets[0], blend.locate(8 * 2 + 2)  # third step, second microbatch: rank 1's
+    opened = ReferenceCache.open(cache)
+    scores = opened.read_scores(dataset.identity, sample)
+    assert scores is not None
+    opened.forget(dataset.identity, sample)
+    log = Path(config["run_dir"]) / "logs" / "rank_1.log"
+    for code, seconds in pool.run(signalled, world_size=2, path=write(config), log=str(log)):
+        assert code == EXIT_START_ME_AGAIN and seconds < 20
+    opened.write(dataset.identity, sample, dataset[sample], scores)
+    assert pool.run(exit_code, world_size=2, path=write(config)) == [0, 0]
+    found = [json.loads(line) for line in (Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    agree(live["float32"]["metrics"], found)
+
+
+def write(config: dict[str, Any]) -> str:
     run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "input.yaml").write_text(json.dumps(config))
+    return str(run_dir / "input.yaml")
+
+
+def refused(config: dict[str, Any]) -> str:
+    """What the run says before it starts."""
     with pytest.raises(UserError) as failure:
-        prepared = prepare(load_config(run_dir / "input.yaml"), world_size=1)
+        prepared = prepare(load_config(write(config)), world_size=1)
         samples = total_steps(prepared.arguments) * prepared.arguments.global_batch_size
         open_run_scores(prepared, open_datasets(prepared, samples)[0], rank=0, consumed=0)
     return str(failure.value)
@@ -203,6 +309,56 @@ def test_a_changed_text_is_refused(material, live, tmp_path):
         config["data"]["train"] = [[1.0, str(tmp_path / "corpus")]]
         line = refused(config)
         assert "data set corpus" in line and "text changed" in line
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "names"),
+    [
+        (["data/corpus"], ["corpus"]),
+        (["data/web/train", "data/math/train", "code"], ["web/train", "math/train", "code"]),
+        (["/a/x/web/train", "/a/y/web/train", "/b/train"], ["x/web/train", "y/web/train", "b/train"]),
+        (["/train", "/a/train", "/b/a/train"], ["train", "a/train", "b/a/train"]),
+        (["./one/data", "two/../two/data"], ["one/data", "two/data"]),
+    ],
+)
+def test_names_of_data_sets(prefixes, names):
+    assert dataset_names(prefixes) == names
+
+
+def test_data_sets_of_one_file_name_share_a_cache(material, tmp_path):
+    """Declared when the cache is made, found when it is read, and a text that changes is noticed under its name."""
+    from remit_megatron.data.build import build_dataset
+
+    def build(folder: str, seed: int) -> str:
+        documents = write_documents(tmp_path / f"{seed}.jsonl", count=60, seed=seed)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        build_dataset(
+            [str(documents)],
+            tokenizer=str(material["tokenizer"]),
+            output=str(tmp_path / folder / "train"),
+            overwrite=True,
+        )
+        return str(tmp_path / folder / "train")
+
+    train = [[0.7, build("web", 1)], [0.3, build("math", 2)]]
+
+    def opened(on_missing: str):
+        config = cached(material, "same_name", tmp_path / "cache", reference={"on_missing": on_missing})
+        config["data"]["train"] = train
+        prepared = prepare(load_config(write(config)), world_size=1)
+        blend = open_datasets(prepared, 8)[0]
+        return open_cache(prepared, blend, rank=0, create=on_missing == "score"), blend
+
+    cache, blend = opened("score")
+    assert sorted(record.name for record in cache.datasets().values()) == ["math/train", "web/train"]
+    for dataset, name in zip(blend.datasets, ("web/train", "math/train"), strict=True):
+        assert cache.datasets()[dataset.identity] == (name, len(dataset))
+    cache, _ = opened("refuse")
+    assert len(cache.datasets()) == 2
+    build("math", 3)
+    for on_missing in ("score", "refuse"):
+        with pytest.raises(UserError, match=r"data set math/train.*the text changed"):
+            opened(on_missing)
 
 
 def test_refuse_says_what_is_missing_before_it_starts(material, live):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -123,11 +124,21 @@ def test_damage_is_found_and_repaired(pool, material, single):
     shard.write_bytes(content)
     (text,) = pool.run(said, world_size=1, path=path)
     assert "scored 0 samples" in text, "the map says that all is there"
-    (text,) = pool.run(said, world_size=1, path=path, check=True)
+    text, _ = pool.run(said, world_size=2, path=path, check=True)
     assert "1 damaged scores" in text and "scored 1 samples" in text
     np.testing.assert_allclose(scores_of(config)[min(single)], single[min(single)], atol=2e-5)
     (text,) = pool.run(said, world_size=1, path=path, check=True)
     assert "no damage" in text
+    # The same damage where a job that is gone was at work: found without being asked for.
+    shard.write_bytes(content)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (dataset,) = ReferenceCache.open(config["reference"]["cache_dir"]).datasets()
+    lease = Path(config["reference"]["cache_dir"]) / "leases" / f"{dataset[:16]}.0"
+    lease.write_text(json.dumps({"host": socket.gethostname(), "process": gone.pid}))
+    (text,) = pool.run(said, world_size=1, path=path)
+    assert "scored 1 samples" in text and not lease.exists()
+    assert scores_of(config).keys() == single.keys()
 
 
 def test_verify_finds_another_models_scores(pool, material, single):
@@ -147,6 +158,47 @@ def test_verify_finds_another_models_scores(pool, material, single):
     cache.close()
     with pytest.raises(RankFailure, match="not this reference's"):
         pool.run(score_rank, world_size=1, path=path, verify=8)
+    for sample in single:  # finite or not is a difference, too
+        cache.write(dataset, sample, blend.datasets[0][sample], np.where(np.arange(64) == 7, np.nan, single[sample]))
+    cache.close()
+    with pytest.raises(RankFailure, match="8 tokens finite on one side only"):
+        pool.run(score_rank, world_size=2, path=path, verify=8)
+
+
+def test_keys_of_training_do_not_matter(material):
+    """What would be refused in a scoring job, or by Megatron beside what a scoring job sets."""
+    from remit_megatron.config import load_config
+    from remit_megatron.score import prepare_scoring
+
+    training = {
+        "fp8": "hybrid",
+        "fp8_recipe": "tensorwise",
+        "fp8_param_gather": True,
+        "first_last_layers_bf16": True,
+        "use_distributed_optimizer": True,
+        "use_precision_aware_optimizer": True,
+        "start_weight_decay": 0.1,
+        "end_weight_decay": 0.2,
+        "weight_decay_incr_style": "linear",
+        "overlap_grad_reduce": True,
+        "recompute_granularity": "full",
+    }
+    prepared = prepare_scoring(load_config(write(scoring(material, "score_keys", **training))), world_size=1)
+    assert prepared.arguments.fp8 is None and not prepared.arguments.use_distributed_optimizer
+
+
+def test_another_cache_than_the_followed_run_reads_is_refused(pool, material):
+    from tests.distributed.pool import RankFailure
+
+    config = scoring(material, "score_other")
+    run_dir = Path(config["run_dir"])
+    run_dir.mkdir(parents=True)
+    followed = config | {"reference": config["reference"] | {"cache_dir": str(material["root"] / "another")}}
+    (run_dir / "config.yaml").write_text(json.dumps(followed))
+    with pytest.raises(
+        RankFailure, match=r"--follow: reference.cache_dir: found .*another; expected .*score_other_cache"
+    ):
+        pool.run(score_rank, world_size=1, path=write(config), follow=str(run_dir))
 
 
 def start(path: str, *options: str) -> subprocess.Popen:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import pytest
 
 from remit_megatron.errors import UserError
 from remit_megatron.reference import CacheIdentity, ReferenceCache, cache_shard
+from remit_megatron.reference import cache as cache_module
 from remit_megatron.reference.cache_format import token_hash
 from remit_megatron.reference.cache_shard import ShardKey, samples_per_shard
 from remit_megatron.reference.score_work import WorkUnit
@@ -114,6 +118,24 @@ def test_completeness_of_some_samples_opens_only_their_shards(tmp_path: Path, mo
     assert opened == [1, 5]
     assert cache.completeness(DATASET, np.array([], dtype=np.int64)).tolist() == []
     assert np.flatnonzero(cache.completeness(DATASET)).tolist() == [0, 5, 6, 21]
+
+
+def test_completeness_of_some_samples_of_a_large_data_set_costs_no_map_of_it(tmp_path, monkeypatch):
+    """Whichever way it is found, it is the same; a few samples of twelve million take a few kilobytes."""
+    small_shards(monkeypatch, 1000)
+    cache = make(tmp_path / "cache", samples=12_200_000)
+    generator = np.random.default_rng(0)
+    scored = generator.choice(5000, size=300, replace=False)
+    for sample in scored.tolist():
+        cache.write(DATASET, sample, tokens_of(sample), losses_of(sample))
+    few, many = generator.integers(0, 5000, 40), generator.integers(0, 5000, 3_000_000)
+    tracemalloc.start()
+    found = cache.completeness(DATASET, few)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.tolist() == np.isin(few, scored).tolist() and 0 < found.sum() < 40
+    assert peak < 100_000
+    np.testing.assert_array_equal(cache.completeness(DATASET, many), np.isin(many, scored))
 
 
 def test_a_piece_of_work_asks_for_its_own_samples_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +407,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_open_shards_are_bounded(tmp_path, monkeypatch):
     """Ten times as many shards as may be open: all is read, and files do not pile up."""
     small_shards(monkeypatch, 1)
-    monkeypatch.setattr("remit_megatron.reference.cache._OPEN_SHARDS", 4)
+    monkeypatch.setattr("remit_megatron.reference.cache._open_shards", lambda: 4)
     before = len(os.listdir("/proc/self/fd"))
     cache = make(tmp_path / "cache", samples=40)
     for sample in range(40):
@@ -396,6 +418,70 @@ def test_open_shards_are_bounded(tmp_path, monkeypatch):
     cache.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert cache.read(DATASET, 3, tokens_of(3)) is not None
+
+
+@pytest.mark.parametrize(
+    ("soft_limit", "expected"),
+    [(256, 64), (1024, 128), (4096, 512), (1 << 20, 1024), (resource.RLIM_INFINITY, 1024)],
+)
+def test_how_many_shards_may_be_open(monkeypatch, soft_limit, expected):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft_limit, resource.RLIM_INFINITY))
+    assert cache_module._open_shards() == expected
+
+
+def test_a_shard_that_is_put_away_is_synced_by_the_next_flush(tmp_path, monkeypatch):
+    """Writes in random order sync nothing; a flush syncs every file that was written, open or not, and each once."""
+    small_shards(monkeypatch, 1)
+    monkeypatch.setattr(cache_module, "_open_shards", lambda: 4)
+    cache = make(tmp_path / "cache", samples=20)
+    for sample in range(20):
+        cache.write(DATASET, sample, tokens_of(sample), losses_of(sample))
+    cache.flush()
+    synced: list[int] = []
+    original = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    generator = np.random.default_rng(0)
+    written = generator.permutation(20)[:15].tolist()
+    for sample in generator.permutation(written * 2).tolist():
+        cache.write(DATASET, sample, tokens_of(sample), losses_of(sample))
+    cache.forget(DATASET, written[0])
+    for sample in range(20):
+        cache.read_scores(DATASET, sample)
+    assert not synced
+    shards = [tmp_path / "cache" / DATASET / f"{sample:08d}.scores" for sample in written]
+    shards[1].unlink()
+    cache.flush()
+    assert sorted(synced) == sorted(path.stat().st_ino for path in shards if path.exists())
+    synced.clear()
+    cache.close()
+    assert not synced
+
+
+def test_a_sync_that_fails_is_tried_again(tmp_path, monkeypatch):
+    small_shards(monkeypatch, 1)
+    monkeypatch.setattr(cache_module, "_open_shards", lambda: 2)
+    cache = make(tmp_path / "cache", samples=6)
+    for sample in range(6):
+        cache.write(DATASET, sample, tokens_of(sample), losses_of(sample))
+    original, calls = os.fsync, []
+
+    def fails(descriptor: int) -> None:
+        calls.append(os.fstat(descriptor).st_ino)
+        if len(calls) == 4:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UserError, match="Input/output error"):
+        cache.flush()
+    cache.flush()
+    everything = {path.stat().st_ino for path in (tmp_path / "cache" / DATASET).glob("*.scores")}
+    assert set(calls) == everything and len(calls) == 7
 
 
 # Several processes.
