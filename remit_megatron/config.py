@@ -132,7 +132,8 @@ class DataConfig:
     """Blend for evaluation, in the same forms; empty turns evaluation off."""
 
     tokenizer: str | None = None
-    """Directory of the tokenizer the data was built with; null takes the one beside ``init``."""
+    """The tokenizer the data was built with: a directory with ``tokenizer.json``, or a checkpoint (its
+    ``hf/tokenizer.json`` is taken). Null takes the one beside ``init``."""
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed into samples. Part of the identity of a sample, so that scores in

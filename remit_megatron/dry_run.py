@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +12,22 @@ from remit_megatron.data.manifest import manifest_path
 from remit_megatron.prepare import examine
 
 
-def dry_run(config: RunConfig, *, world_size: int) -> str:
+def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     """The resolved configuration, the numbers that follow from it, and a line for each thing a run would need and this
     machine does not have: runs are often planned where the weights are not.
+
+    Args:
+        world_size: ranks of the run; None is one replica of the model.
 
     Raises:
         UserError: anything is wrong that can be checked here.
     """
+    import patches
+
+    patches.apply()
     absent: list[str] = []
-    found = examine(config, world_size=world_size, absent=absent)  # applies the patches, which come before Megatron
+    ranks = _fewest_ranks(config) if world_size is None else world_size
+    found = examine(config, world_size=ranks, absent=absent)
     from remit_megatron.models.family import family_of
     from remit_megatron.plan_numbers import describe
 
@@ -27,6 +35,15 @@ def dry_run(config: RunConfig, *, world_size: int) -> str:
     missing = [*absent, *_absent_data(config)]
     notes = "".join(f"not found here: {line} (a run needs it; it was not checked)\n" for line in missing)
     return config.to_yaml() + "\n" + describe(config, found.arguments, unlisted=unlisted) + notes
+
+
+def _fewest_ranks(config: RunConfig) -> int:
+    """Ranks that hold the model once."""
+    from remit_megatron.megatron_args import read_overrides
+
+    chosen = read_overrides(config.megatron)
+    axes = ("tensor_model", "pipeline_model", "context")
+    return math.prod(max(chosen.get(f"{axis}_parallel_size") or 1, 1) for axis in axes)
 
 
 def _absent_data(config: RunConfig) -> Iterator[str]:

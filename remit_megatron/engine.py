@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remit_megatron import checkpoints, parallel, run_directory
+from remit_megatron.files import HF_SUBFOLDER
 from remit_megatron.forward import ModelForward
 from remit_megatron.metrics import RunRecorder, peak_flops, step_statistics
 from remit_megatron.objectives import build_objective
@@ -246,7 +247,7 @@ class Engine:
 
     def _add_model_files(self, directory: Path) -> None:
         """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
-        from remit_megatron.models.source import COMPANION_FILES, HF_SUBFOLDER
+        from remit_megatron.models.source import COMPANION_FILES
 
         target = directory / HF_SUBFOLDER
         target.mkdir(exist_ok=True)

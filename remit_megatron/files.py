@@ -12,6 +12,9 @@ from pathlib import Path
 
 from remit_megatron.errors import UserError
 
+# Folder of a checkpoint with config.json, the tokenizer and what else a Hugging Face model has besides weights.
+HF_SUBFOLDER = "hf"
+
 
 def fsync_directory(directory: str | os.PathLike) -> None:
     """Makes renames inside ``directory`` durable."""

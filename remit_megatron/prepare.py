@@ -147,12 +147,11 @@ def _tokenizer(config: RunConfig, init: ModelSource | None, absent: list[str] | 
 
 
 def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None:
-    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.build import checkpoint_arguments
 
-    wanted, existing = megatron_arguments(described), megatron_arguments(found)
+    wanted, existing = checkpoint_arguments(described), checkpoint_arguments(found)
     for name, value in wanted.items():
-        # A longer context is a legitimate thing to train for.
-        if name != "max_position_embeddings" and existing.get(name) != value:
+        if existing.get(name) != value:
             raise UserError("init", f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
 
 

@@ -24,7 +24,7 @@ from remit_megatron.launch import launch
 from remit_megatron.metrics import METRICS_FILE, VALIDATION_FILE, read_records
 from remit_megatron.progress import format_duration
 
-RUN_CONFIG = REPOSITORY_MODELS.parent / "runs" / "quickstart.yaml"
+RUN_CONFIG = REPOSITORY_MODELS.parent / "common" / "quickstart.yaml"
 _WRONG_SHARE = 1 / 3
 _STAGES = 6
 
@@ -217,10 +217,10 @@ class Quickstart:
             "data.cache_dir": self.output / "data" / "cache",
             "seed": self.seed,
         }
-        if "init" not in overrides:
-            everywhere["model"] = json.dumps({"base": "tiny_llama", "vocab_size": 64})
         words = [f"{key}={value}" for key, value in (everywhere | overrides).items()]
-        self._write(f"      remit train configs/runs/{RUN_CONFIG.name} run_dir={self.output / name} … --nproc {nproc}")
+        self._write(
+            f"      remit train configs/common/{RUN_CONFIG.name} run_dir={self.output / name} … --nproc {nproc}"
+        )
         return launch(nproc, ["train", str(RUN_CONFIG), *words])
 
     def _say(self, text: str) -> None:

@@ -30,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``remit train``."""
     parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)")
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="start N ranks on this machine (default: 1; for --dry-run as few as the layout takes)",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and what follows from it"
     )
@@ -44,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(dry_run(config, world_size=args.nproc))
         return EXIT_DONE
-    if args.nproc > 1 and not launch.under_launcher():
+    if (args.nproc or 1) > 1 and not launch.under_launcher():
         return launch.launch(args.nproc, ["train", args.config, *args.overrides])
     return train(config)
 

@@ -53,11 +53,11 @@ common=(
 )
 
 say "Reference: $steps plain steps on worked solutions"
-remit train "$repository/configs/runs/smollm2_gsm8k.yaml" "${common[@]}" objective.name=ntp megatron.lr=5e-5 \
+remit train "$repository/configs/common/smollm2_gsm8k.yaml" "${common[@]}" objective.name=ntp megatron.lr=5e-5 \
     "run_dir=$output/reference"
 
 say "Mid-training of the original with remit against that reference, three tensor parallel ranks"
-remit train "$repository/configs/runs/smollm2_gsm8k.yaml" "${common[@]}" objective.name=remit megatron.lr=5e-5 \
+remit train "$repository/configs/common/smollm2_gsm8k.yaml" "${common[@]}" objective.name=remit megatron.lr=5e-5 \
     "reference.checkpoint=$output/reference" megatron.tensor_model_parallel_size=3 "run_dir=$output/remit" --nproc 3
 
 say "Export, and generate with transformers"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.models.family import families
 from tests.tiny import make_model
 
 VOCABULARY = 131
@@ -102,7 +103,6 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "whole_queries": _LATENT | {"v_head_dim": 10, "q_lora_rank": None, "tie_word_embeddings": True},
     },
 }
-MODEL_TYPES = {"llama": "llama", "olmo2": "olmo2", "smollm3": "smollm3", "youtu": "youtu"}
 
 CASES = [f"{family}-{case}" for family, cases in FAMILIES.items() for case in cases]
 # One case of each family, for tests that are long.
@@ -112,7 +112,7 @@ FIRST_CASES = [f"{family}-{next(iter(cases))}" for family, cases in FAMILIES.ite
 def hf_values(case: str) -> dict[str, Any]:
     """Values of config.json of a case, given as ``family-case``."""
     family, name = case.split("-", 1)
-    return BASE | {"model_type": MODEL_TYPES[family]} | FAMILIES[family][name]
+    return BASE | {"model_type": families()[family].model_types[0]} | FAMILIES[family][name]
 
 
 def make_case(directory: Path, case: str, *, seed: int = 1, tokenizer: Path | None = None, **changes: Any) -> Path:

@@ -19,7 +19,7 @@ from remit_megatron.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, UserError
 from remit_megatron.files import write_atomic
 
 if TYPE_CHECKING:
-    from remit_megatron.cluster.planner import Planner, ReferencePlan
+    from remit_megatron.cluster.planner import Placement, Planner, ReferencePlan
     from remit_megatron.cluster.search import Search
     from remit_megatron.cluster.simulate import SimulatedRank
     from remit_megatron.cluster.timing import Machine
@@ -99,7 +99,7 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
     Raises:
         UserError: the configuration is wrong, or cannot be laid out on these GPUs.
     """
-    from remit_megatron.checks import check_document_mask, check_linear_loss, check_supported
+    from remit_megatron.checks import check_dropout, check_linear_loss, check_supported
     from remit_megatron.cluster.planner import Planner
     from remit_megatron.cluster.report import Report
     from remit_megatron.cluster.search import candidate, own_layout
@@ -109,11 +109,13 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
     from remit_megatron.prepare import objective_settings
 
     objective = build_objective(config.objective.name, **objective_settings(config))
-    hf_config = _architecture(config)
+    hf_config, signal = _architecture(config), objective.reference_signal
     arguments = _arguments_of(config, hf_config, nodes * machine.per_node)
     args = arguments(config, 0)
     check_supported(config, args)
-    check_document_mask(config, args)
+    _check_for_layout(config, args, signal)
+    if objective.needs_global_batch:
+        check_dropout(config, args)
     if config.loss.linear:
         check_linear_loss(config, args, objective)
     _check_node(args, machine)
@@ -121,7 +123,7 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
         hf_config,
         args,
         machine=machine,
-        reference=_reference(config, hf_config, objective.reference_signal),
+        reference=_reference(config, hf_config, signal),
         student_passes=int(objective.needs_global_batch),
         document_mask=config.data.document_mask,
         linear_loss=config.loss.linear,
@@ -134,7 +136,7 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
         own=candidate(planner, own_layout(args), args),
         stages=[planner.memory(args, stage) for stage in stages],
         time=planner.time(args),
-        found=_search(config, planner, arguments, limit=machine.gpu.memory * (1 - headroom)),
+        found=_search(config, planner, arguments, signal=signal, limit=machine.gpu.memory * (1 - headroom)),
         headroom=headroom,
         simulated=_simulate(planner, hf_config, lambda rank: arguments(config, rank)) if simulate else [],
     )
@@ -155,18 +157,31 @@ def _arguments_of(
     """How a configuration and a rank become validated arguments, as on a cluster of GPUs."""
     from remit_megatron.megatron_args import build_arguments, read_overrides
     from remit_megatron.models.build import megatron_arguments
-    from remit_megatron.models.spec import TE
+    from remit_megatron.models.spec import LOCAL, TE
 
     architecture = megatron_arguments(hf_config)
-    local = read_overrides(config.megatron).get("transformer_impl") == "local"
+    local = read_overrides(config.megatron).get("transformer_impl") == LOCAL
 
     def arguments(config: RunConfig, rank: int) -> argparse.Namespace:
+        # Transformer Engine is what a GPU run takes where it is installed. It may not be here, and is then refused.
+        asked = {"transformer_impl": TE}
+        written = {name: value for name, value in config.megatron.items() if read_overrides({name: value}) != asked}
+        config = dataclasses.replace(config, megatron=written)
         args = build_arguments(config, architecture, world_size=world_size, rank=rank, gpu=True)
         if not local:
-            args.transformer_impl = TE  # what a GPU run takes where it is installed, which may not be here
+            args.transformer_impl = TE
         return args
 
     return arguments
+
+
+def _check_for_layout(config: RunConfig, args: argparse.Namespace, signal: str) -> None:
+    """What the run refuses of some layouts and lets through of others."""
+    from remit_megatron.checks import check_document_mask, check_reference_settings
+
+    check_document_mask(config, args)
+    if signal != "none" and config.reference is not None:
+        check_reference_settings(config, args, signal=signal)
 
 
 def _check_node(args: argparse.Namespace, machine: Machine) -> None:
@@ -184,8 +199,10 @@ def _reference(config: RunConfig, student: dict[str, Any], signal: str) -> Refer
         return None
     if settings is None or settings.checkpoint is None:
         raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
-    cached = settings.source == "cache"
-    placement = "cached" if cached else "replicated" if settings.placement == "replicated" else "pipeline"
+    placement: Placement = "pipeline"
+    if signal == "loss":  # whole distributions are neither kept in a cache nor handed from a copy
+        replicated = settings.placement == "replicated"
+        placement = "cached" if settings.source == "cache" else "replicated" if replicated else "pipeline"
     here = Path(settings.checkpoint).is_dir()
     hf_config = resolve(settings.checkpoint, field="reference.checkpoint").hf_config if here else student
     return ReferencePlan(hf_config, placement, signal, assumed=not here)
@@ -196,10 +213,10 @@ def _search(
     planner: Planner,
     arguments: Callable[[RunConfig, int], argparse.Namespace],
     *,
+    signal: str,
     limit: float,
 ) -> Search:
     """All layouts; the first ones are those that Megatron's own checks let through."""
-    from remit_megatron.checks import check_document_mask
     from remit_megatron.cluster.search import Layout, search
     from remit_megatron.megatron_args import read_overrides
 
@@ -214,7 +231,7 @@ def _search(
 
     def allowed(layout: Layout) -> bool:
         try:
-            check_document_mask(config, layout.arguments(planner.args))
+            _check_for_layout(config, layout.arguments(planner.args), signal)
         except UserError:
             return False
         return True
@@ -232,10 +249,15 @@ def _search(
 def _simulate(
     planner: Planner, hf_config: dict[str, Any], arguments: Callable[[int], argparse.Namespace]
 ) -> list[SimulatedRank]:
+    from remit_megatron.cluster.inventory import take_inventory
     from remit_megatron.cluster.simulate import interesting_ranks, simulate_rank
+    from remit_megatron.models.spec import transformer_impl
 
-    sharded = planner.inventory(planner.args.tensor_model_parallel_size)
-    whole = planner.inventory(1)
+    # The plan is compared for the layers that can be built here; those of the run may hold more.
+    args = argparse.Namespace(**vars(planner.args))
+    args.transformer_impl = transformer_impl(args.transformer_impl)
+    sharded = take_inventory(hf_config, args, tensor_parallel=args.tensor_model_parallel_size)
+    whole = take_inventory(hf_config, args, tensor_parallel=1)
     return [
         simulate_rank(hf_config, arguments, rank, sharded=sharded, whole=whole)
         for rank in interesting_ranks(planner.args.world_size)

@@ -1,7 +1,9 @@
 """The parameters of a model as one tensor-parallel rank holds them: their shapes, from the family's own layers.
 
 The model is built once per tensor-parallel size, on ``meta`` and without pipeline stages. From there on everything is
-arithmetic, so that a new family needs no formulas of its own here.
+arithmetic, so that a new family needs no formulas of its own here. Transformer Engine's layers can be built only where
+it is installed and has a GPU; elsewhere their shapes are those of the local layers and of the family's table, which
+says what they hold whole.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from megatron.training.models.gpt import GPTModelBuilder
 
 from remit_megatron.cluster.fake_world import MetaTensors, fake_world
 from remit_megatron.models.build import model_config
+from remit_megatron.models.family import family_of
+from remit_megatron.models.mapping import WHOLE, TensorRank, place_of
+from remit_megatron.models.spec import LOCAL, TE
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -63,6 +68,9 @@ class Inventory:
 def take_inventory(hf_config: dict[str, Any], args: argparse.Namespace, *, tensor_parallel: int) -> Inventory:
     """Builds the model as a rank of ``tensor_parallel`` ranks would, and reads the shapes off it.
 
+    They are those of the layers that ``args.transformer_impl`` names, also where only local ones can be built. Names
+    and order are those of the layers that were built.
+
     Args:
         hf_config: content of ``config.json``.
         args: a validated Megatron namespace; its parallel sizes are not used.
@@ -86,7 +94,22 @@ def take_inventory(hf_config: dict[str, Any], args: argparse.Namespace, *, tenso
     with fake_world(own, world_size=tensor_parallel, rank=0) as groups, MetaTensors():
         model = GPTModelBuilder(config).build_model(groups)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if args.transformer_impl == TE and config.transformer.transformer_impl == LOCAL:
+        shapes = _under_transformer_engine(shapes, hf_config, tensor_parallel)
     return _sort(shapes)
+
+
+def _under_transformer_engine(shapes: Shapes, hf_config: dict[str, Any], tensor_parallel: int) -> Shapes:
+    """Shapes of the local layers with those parameters whole that Transformer Engine's keep so on every rank."""
+    place = TensorRank(0, tensor_parallel)
+    layer = family_of(hf_config).names(hf_config).layer
+    whole = {weight.local: weight for weight in layer if place_of(weight, place, TE) == WHOLE}
+    result = dict(shapes)
+    for name, shape in shapes.items():
+        match = _LAYER.fullmatch(name)
+        if match and match[2] in whole:
+            result[name] = whole[match[2]].full_shape(shape, tensor_parallel)
+    return result
 
 
 def _sort(shapes: Shapes) -> Inventory:

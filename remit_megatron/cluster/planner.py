@@ -8,7 +8,7 @@ stated utilization.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -43,11 +43,11 @@ class ReferencePlan:
 
 @dataclass(frozen=True)
 class ReferenceBytes:
-    """The reference's memory on one rank under each placement."""
+    """The reference's memory on one rank under each placement; None where its signal cannot be had that way."""
 
     pipeline: float
-    replicated: float
-    cached: float
+    replicated: float | None
+    cached: float | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class StageMemory:
         """Of the placement that the run has."""
         if self.reference is None or self.placement == "none":
             return 0.0
-        return getattr(self.reference, self.placement)
+        held = getattr(self.reference, self.placement)
+        assert held is not None, self.placement
+        return held
 
     @property
     def total(self) -> float:
@@ -179,10 +181,11 @@ class Planner:
         weights = sum(parameter.elements for chunk in chunks_of_stage(inventory, own, stage) for parameter in chunk)
         # Beside the student's activations, because it runs in the bubbles: a block of logits, and a layer's states.
         beside = _SCORING_BLOCK + tokens * element * (3 * own.ffn_hidden_size / tensor + 3 * own.hidden_size)
+        numbers = self.reference.signal == "loss"  # whole distributions are neither kept nor handed over
         return ReferenceBytes(
             pipeline=weights * element + scores,
-            replicated=inventory.all_parameters * element + beside + scores,
-            cached=scores,
+            replicated=inventory.all_parameters * element + beside + scores if numbers else None,
+            cached=scores if numbers else None,
         )
 
     def peak(self, args: argparse.Namespace) -> StageMemory:
@@ -193,7 +196,7 @@ class Planner:
         return max((self.memory(args, stage) for stage in stages), key=lambda memory: memory.total)
 
     def time(self, args: argparse.Namespace) -> StepTime:
-        """Seconds of a step."""
+        """Seconds of a step; without those of a replicated reference where it gives more than a number per token."""
         tensor = args.tensor_model_parallel_size
         inventory = self.inventory(tensor)
         last = args.pipeline_model_parallel_size - 1
@@ -204,7 +207,7 @@ class Planner:
         reference = None
         if self.reference is not None:
             reference = (self.inventory(tensor, of="reference"), self.reference_arguments(args))
-        return step_time(
+        time = step_time(
             inventory,
             args,
             self.machine,
@@ -213,6 +216,8 @@ class Planner:
             reference=reference,
             student_passes=self._passes,
         )
+        whole = self.reference is not None and self.reference.signal != "loss"
+        return replace(time, replicated=None) if whole else time
 
     def seconds(self, time: StepTime) -> float:
         """Seconds of a step with the run's own source of scores."""

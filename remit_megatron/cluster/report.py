@@ -12,6 +12,7 @@ from remit_megatron.cluster.planner import Planner, StageMemory
 from remit_megatron.cluster.search import CAUSES, Candidate, Layout, Search, reason
 from remit_megatron.cluster.simulate import SimulatedRank, describe_difference
 from remit_megatron.cluster.timing import StepTime
+from remit_megatron.models.spec import LOCAL, TE
 from remit_megatron.plan_numbers import PlanNumbers
 from remit_megatron.progress import format_count, format_duration
 
@@ -67,7 +68,7 @@ def text(report: Report) -> str:
     """The whole report."""
     parts = [_run(report), _memory(report), _time(report), _layouts(report)]
     if report.simulated:
-        parts.append(_simulation(report.simulated))
+        parts.append(_simulation(report.simulated, wanted=report.args.transformer_impl))
     return "\n".join(parts)
 
 
@@ -107,7 +108,7 @@ def _reference(planner: Planner) -> str:
 
 
 def _layers(args: argparse.Namespace) -> str:
-    if args.transformer_impl == "local":
+    if args.transformer_impl == LOCAL:
         return "local (megatron.transformer_impl)"
     return "Transformer Engine, which is taken to be installed there"
 
@@ -151,11 +152,13 @@ def _time(report: Report) -> str:
     peak = max(report.stages, key=lambda stage: stage.total)
     sources = [("no reference", None, time.cached)]
     if peak.reference is not None:
+        held = peak.reference
         sources = [
-            ("live, pipeline", peak.reference.pipeline, time.live),
-            ("live, replicated", peak.reference.replicated, time.replicated),
-            ("cached", peak.reference.cached, time.cached),
+            ("live, pipeline", held.pipeline, time.live),
+            ("live, replicated", held.replicated, time.replicated),
+            ("cached", held.cached, time.cached),
         ]
+        sources = [source for source in sources if source[1] is not None]
     scores = [["scores", "GiB", "s/step", "tokens/s", "whole run", "reference's share"]]
     for name, memory, seconds in sources:
         assert seconds is not None
@@ -246,7 +249,7 @@ def settings(layout: Layout, args: argparse.Namespace) -> list[str]:
     return words
 
 
-def _simulation(ranks: list[SimulatedRank]) -> str:
+def _simulation(ranks: list[SimulatedRank], *, wanted: str) -> str:
     rows = [["rank", "stage", "share", "parameters", "weights", "gradients", "optimizer", "", "seconds"]]
     for item in ranks:
         place = [str(item.rank), str(item.stage), str(item.shard)]
@@ -257,6 +260,10 @@ def _simulation(ranks: list[SimulatedRank]) -> str:
     lines = [f"  rank {item.rank} differs: {describe_difference(item)}" for item in ranks if not item.agrees]
     lines = lines or ["  all shapes and bytes agree"]
     head = "simulation: bytes of the model, buffers and optimizer that Megatron built on meta, and of the plan\n"
+    layers = "Transformer Engine's" if ranks[0].layers == TE else "local ones"
+    if ranks[0].layers != wanted:
+        layers += ", on both sides: Transformer Engine's, which the memory above is for, cannot be built here"
+    head += f"  layers: {layers}\n"
     return head + table(rows) + "\n".join(lines) + "\n"
 
 

@@ -34,6 +34,7 @@ class SimulatedRank:
 
     Attributes:
         rank, stage, shard: the rank, its pipeline stage, the part of the optimizer state it owns.
+        layers: the kind of layers that was built, ``transformer_engine`` or ``local``.
         tensors: number of its parameters.
         built: bytes of the tensors that Megatron made.
         planned: bytes by :func:`remit_megatron.cluster.state.state_bytes`.
@@ -44,6 +45,7 @@ class SimulatedRank:
     rank: int
     stage: int
     shard: int
+    layers: str
     tensors: int
     built: StateBytes
     planned: StateBytes
@@ -75,8 +77,8 @@ def simulate_rank(
         hf_config: content of the model's ``config.json``.
         arguments: a rank's validated Megatron namespace.
         rank: global rank.
-        sharded: the model under the run's tensor-parallel size, which the plan is made from.
-        whole: the model under tensor-parallel size 1.
+        sharded: the model under the run's tensor-parallel size, with the layers that can be built here.
+        whole: the same model under tensor-parallel size 1.
 
     Raises:
         UserError: the model and the layout do not fit.
@@ -109,6 +111,7 @@ def simulate_rank(
         rank=rank,
         stage=place.stage,
         shard=place.shard,
+        layers=config.transformer.transformer_impl,
         tensors=len(shapes),
         built=built,
         planned=state_bytes(sharded, args, place),

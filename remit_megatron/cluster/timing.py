@@ -80,7 +80,8 @@ class StudentTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step under each source of scores; the last two are None without a reference."""
+    """Seconds of a step under each source of scores; None where the run has no such source. ``cached`` is also that of
+    a step without a reference."""
 
     student: StudentTime
     microbatch: float

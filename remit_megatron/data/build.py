@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "set written by save_to_disk",
     )
     parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="Hugging Face directory, or a tokenizer.json file"
+        "--tokenizer", required=True, metavar="DIR", help="Hugging Face directory, checkpoint, or tokenizer.json"
     )
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="makes PREFIX.bin, PREFIX.idx and PREFIX.json"

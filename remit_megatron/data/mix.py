@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``remit data mix``."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, as those in configs/data")
     parser.add_argument("--root", default=".", metavar="DIR", help="folder that the recipe's files are in (default: .)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face directory, or a tokenizer.json file")
+    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face directory, checkpoint, or tokenizer.json")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help=f"receives the data sets, one a source, and {BLEND}"
     )
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(_table(plans) + _advice(plans, args.root))
         return EXIT_DONE
     if args.tokenizer is None:
-        raise UserError("--tokenizer", "nothing", "a Hugging Face directory, or a tokenizer.json file")
+        raise UserError("--tokenizer", "nothing", "a Hugging Face directory, a checkpoint or a tokenizer.json file")
     with stoppable("remit data mix"):
         plans = mix(
             recipe,
@@ -190,41 +190,61 @@ def mix(
         recipe, root, output, budget, hub, allow_missing: as for `plan_mix`.
 
     Raises:
-        UserError: as `plan_mix` and `build_dataset`; a data set that was built from something else; or missing
-            sources, after those that are there have been built.
+        UserError: as `plan_mix` and `build_dataset`; a data set that was built from something else, or is to be built
+            again from files that are gone, without ``hub``; or missing sources: with a budget before anything is built,
+            since what is wanted of a source then depends on which others there are, and without one after those that
+            are there have been built.
     """
     options: dict[str, Any] = dict(root=root, output=output, budget=budget, hub=hub, allow_missing=allow_missing)
     opened = load_tokenizer(tokenizer, field="--tokenizer")
     plans = plan_mix(recipe, **options)
+    if budget is not None:
+        _check_missing(plans, recipe, root=root, allow_missing=allow_missing)
     again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digest))}
     if again and not overwrite:
         name, reason = next(iter(again.items()))
         raise UserError(os.path.join(output, name), reason, "what is asked for now; --overwrite builds it again")
-    for plan in plans:
-        if plan.state in ("local", "hub") or plan.source.name in again:
-            _build(
-                plan,
-                recipe,
-                tokenizer=tokenizer,
-                root=root,
-                output=output,
-                workers=workers,
-                on_error=on_error,
-                overwrite=plan.source.name in again,
-                progress=progress,
-            )
+    wanted = [plan for plan in plans if plan.state in ("local", "hub") or plan.source.name in again]
+    for plan in wanted:
+        _check_readable(plan, recipe, hub=hub)
+    for plan in wanted:
+        _build(
+            plan,
+            recipe,
+            tokenizer=tokenizer,
+            root=root,
+            output=output,
+            workers=workers,
+            on_error=on_error,
+            overwrite=plan.source.name in again,
+            progress=progress,
+        )
     plans = plan_mix(recipe, **options)
-    missing = [plan.source.name for plan in plans if plan.state == "missing"]
-    if missing and (not allow_missing or len(missing) == len(plans)):
-        sys.stdout.write(_advice(plans, root))
-        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        expected = "all of them; or --allow-missing, for a blend without them"
-        raise UserError(str(recipe.path), f"{len(missing)} of {len(plans)} sources missing ({listed})", expected)
+    missing = _check_missing(plans, recipe, root=root, allow_missing=allow_missing)
     comment = f"Written by `remit data mix` from {recipe.path.name}."
     comment += f"\nLeft out, because missing: {', '.join(missing)}." if missing else ""
     entries = [(plan.share, plan.source.name) for plan in plans if plan.state != "missing"]
     write_blend_file(Path(output) / BLEND, entries, comment=comment)
     return plans
+
+
+def _check_missing(plans: Sequence[Plan], recipe: Recipe, *, root: str, allow_missing: bool) -> list[str]:
+    """Names of the sources that are missing; refuses them where they are not allowed, or are all there are."""
+    missing = [plan.source.name for plan in plans if plan.state == "missing"]
+    if missing and (not allow_missing or len(missing) == len(plans)):
+        sys.stdout.write(_advice(plans, root))
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        expected = "all of them; or --allow-missing, for a blend of the others in proportion"
+        raise UserError(str(recipe.path), f"{len(missing)} of {len(plans)} sources missing ({listed})", expected)
+    return missing
+
+
+def _check_readable(plan: Plan, recipe: Recipe, *, hub: bool) -> None:
+    """Refuses to build a data set again whose files have been removed, unless they may be read from the hub."""
+    if plan.files or (hub and plan.source.hub):
+        return
+    expected = "its files below --root" + (f", or --hub to read {plan.source.hub}" if plan.source.hub else "")
+    raise UserError(f"{recipe.path}: {plan.source.name}", "no files to build it again from", expected)
 
 
 def _find(source: Source, recipe: Recipe, root: str) -> tuple[str, ...] | str:
@@ -338,9 +358,7 @@ def _build(
 def _hub_files(source: Source) -> tuple[FileStore, list[str]]:
     from remit_megatron.data.hub import HubFiles
 
-    if source.hub is None:
-        # Only what was built before its files were removed, and is to be built again, comes here.
-        raise UserError(source.name, "no files to build it from", "its files below --root")
+    assert source.hub is not None, source.name
     store = HubFiles(source.hub)
     return store, sorted(store.files, key=_scattered)
 

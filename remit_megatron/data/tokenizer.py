@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from remit_megatron.errors import UserError
+from remit_megatron.files import HF_SUBFOLDER
 
 # Looked for, in this order, where no configuration file names an end-of-text token.
 _WELL_KNOWN_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -133,7 +134,7 @@ def _is_set(value: Any) -> bool:
 
 
 def load_tokenizer(path: str | os.PathLike, *, field: str = "tokenizer") -> Tokenizer:
-    """Opens the tokenizer of a Hugging Face directory, or a bare tokenizer.json file.
+    """Opens the tokenizer of a Hugging Face directory or of a checkpoint (its ``hf`` folder), or a bare tokenizer.json.
 
     Args:
         field: what the path is called in error messages.
@@ -143,10 +144,13 @@ def load_tokenizer(path: str | os.PathLike, *, field: str = "tokenizer") -> Toke
     """
     location = Path(path)
     if location.is_dir():
-        if not (location / "tokenizer.json").is_file():
-            raise UserError(field, f"{location} without tokenizer.json", "a directory with tokenizer.json")
-        return Tokenizer(location / "tokenizer.json", directory=location, field=field)
+        for directory in (location, location / HF_SUBFOLDER):
+            if (directory / "tokenizer.json").is_file():
+                return Tokenizer(directory / "tokenizer.json", directory=directory, field=field)
+        expected = f"a directory with tokenizer.json, or a checkpoint with {HF_SUBFOLDER}/tokenizer.json"
+        raise UserError(field, f"{location} without tokenizer.json", expected)
     if not location.is_file():
-        raise UserError(field, f"{location}, which does not exist", "a Hugging Face directory or a tokenizer.json file")
-    directory = location.parent if location.name == "tokenizer.json" else None
-    return Tokenizer(location, directory=directory, field=field)
+        expected = "a Hugging Face directory, a checkpoint or a tokenizer.json file"
+        raise UserError(field, f"{location}, which does not exist", expected)
+    beside = location.parent if location.name == "tokenizer.json" else None
+    return Tokenizer(location, directory=beside, field=field)

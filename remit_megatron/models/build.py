@@ -54,6 +54,17 @@ def megatron_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     return family_of(hf_config).arguments(hf_config)
 
 
+def checkpoint_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says that its weights depend on: Megatron arguments by ``dest``, those of architectures
+    that it does not speak of included, and without what a training run chooses for itself.
+
+    Raises:
+        UserError: as :func:`megatron_arguments`.
+    """
+    values = _NEUTRAL | megatron_arguments(hf_config)
+    return {name: value for name, value in values.items() if name not in _CHOICES}
+
+
 def machine_arguments() -> dict[str, Any]:
     """Megatron arguments, by ``dest``, that depend on what is installed; fused parts are those of a training run."""
     from megatron.core.tensor_parallel import layers

@@ -30,7 +30,7 @@ class Family:
 
     Attributes:
         name: how people call it.
-        model_types: ``model_type`` values of config.json that mean this family, aliases included.
+        model_types: ``model_type`` values of config.json that mean this family: that of transformers, then aliases.
         arguments: config.json content to Megatron arguments, by their ``dest``; raises UserError for a field with a
             value that this family does not support.
         layer_spec: specification of one transformer layer. Called with the TransformerConfig, whose
@@ -118,12 +118,15 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
     classes are wrong for every released one.
 
     Raises:
-        UserError: there is no theta, or it is not a positive number.
+        UserError: there is no theta, or it is not a positive number; or both spellings are there, of which
+            transformers takes ``rope_scaling``.
     """
-    parameters = hf_config.get("rope_parameters")
+    parameters, scaling = hf_config.get("rope_parameters"), hf_config.get("rope_scaling")
     field = "rope_parameters.rope_theta"
+    if parameters is not None and scaling:
+        raise UserError("config.json rope_scaling", scaling, "null beside rope_parameters")
     if parameters is None:
-        parameters = dict(hf_config.get("rope_scaling") or {})
+        parameters = dict(scaling or {})
         field = "rope_theta"
         parameters["rope_theta"] = hf_config.get("rope_theta")
     elif not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):

@@ -20,9 +20,8 @@ from remit_megatron.checkpoints import (
     verify,
 )
 from remit_megatron.errors import UserError
-from remit_megatron.files import sha256_file
+from remit_megatron.files import HF_SUBFOLDER, sha256_file
 
-HF_SUBFOLDER = "hf"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from remit_megatron.checkpoints import write_manifest
 from remit_megatron.errors import UserError
+from remit_megatron.files import HF_SUBFOLDER
 from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
 from remit_megatron.models.directories import complete_directory
 from remit_megatron.models.loading import HuggingFaceWeights, weights_of
 from remit_megatron.models.processes import process_groups
-from remit_megatron.models.source import COMPANION_FILES, HF_SUBFOLDER, ModelSource, resolve
+from remit_megatron.models.source import COMPANION_FILES, ModelSource, resolve
 from remit_megatron.models.streamed_save import save_streamed
 from remit_megatron.models.tensor_files import TensorFiles
 from remit_megatron.progress import Progress

@@ -14,7 +14,6 @@ import pytest
 
 import patches
 from remit_megatron import cli
-from remit_megatron.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = sorted(REPOSITORY.glob("remit_megatron/**/*.py"))
@@ -173,17 +172,6 @@ def test_patch_header(path: Path) -> None:
     assert (REPOSITORY / file).is_file(), f"{patch.test}: no such file"
     functions = {node.name for node in ast.walk(parse(REPOSITORY / file)) if isinstance(node, ast.FunctionDef)}
     assert name in functions, f"{patch.test}: no such test"
-
-
-# Configurations.
-
-
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/runs/*.yaml")), ids=lambda path: path.stem)
-def test_run_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some leave model, data and directories to the script that uses them; every key that they have is right."""
-    monkeypatch.chdir(REPOSITORY)
-    given = ("run_dir", "init", "data.train", "data.tokenizer", "reference.checkpoint")
-    assert load_config(path, [f"{key}=somewhere" for key in given]).objective.name
 
 
 # What is tracked.

@@ -82,9 +82,9 @@ def test_to_yaml_reads_back_equal(tmp_path):
     assert again == config and isinstance(again, RunConfig)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/runs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_run_loads(path):
-    # A recipe may leave its places to the caller; everything else in it must be right as it stands.
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/common").glob("*.yaml")), ids=lambda path: path.name)
+def test_everything_in_a_part_of_runs_is_right(path):
+    """Places are left to the runs and scripts that start from it; tests/unit/test_family_runs.py looks at the runs."""
     places = ["run_dir=runs/x", "init=checkpoints/x", "data.train=data/a", "data.tokenizer=tok"]
     config = load_config(path, places)
     if config.model is not None:

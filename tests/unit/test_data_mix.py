@@ -157,6 +157,20 @@ def test_missing_sources(root, run, builds, capsys):
     assert "Left out" not in (root.parent / "out/blend.yaml").read_text()
 
 
+def test_with_a_budget_missing_sources_are_refused_first(root, run, builds, capsys):
+    """What is built for the whole recipe is too little for a mix of some of its sources."""
+    (root / "raw/lines.jsonl").unlink()
+    assert run("--tokens", "200") == 2 and builds == []
+    captured = capsys.readouterr()
+    assert "lines is missing (" in captured.out and "expected all of them; or --allow-missing" in captured.err
+    assert run("--tokens", "200", "--allow-missing") == 0 and builds == ["folder", "table", "pairs"]
+    assert read_manifest(root.parent / "out/folder").tokens >= 0.75 * 200
+
+    (root / "raw/lines.jsonl").write_bytes(lines_of(TEXTS["lines"]))
+    del builds[:]
+    assert run("--tokens", "200") == 0 and builds == ["lines"], "of the others there is more than enough"
+
+
 def test_a_mix_of_nothing_is_refused(root, run, capsys):
     (root.parent / "empty.yaml").write_text("sources: [{name: none, weight: 1}]")
     assert run("--allow-missing", recipe="empty.yaml") == 2
@@ -319,6 +333,26 @@ def test_a_mix_from_the_hub_is_the_mix_from_files(hub, root, run, builds, capsys
         path.unlink()
     assert run() == 0
     assert {path.name: path.read_bytes() for path in out.glob("*.bin")} == from_hub
+
+
+def test_building_again_asks_for_the_hub_too(hub, root, run, builds, capsys):
+    """What was built is known without its files. To build it again, the network is used where that is asked for."""
+    there = "hub: {name: owner/corpus, revision: v1, files: raw/lines.jsonl}"
+    sources = [f"{{name: far, weight: 1, {there}}}", "{name: gone, weight: 1, files: raw/gone.jsonl}"]
+    (root.parent / "far.yaml").write_text(f"sources: [{sources[0]}]")
+    (root.parent / "both.yaml").write_text(f"sources: [{', '.join(sources)}]")
+    (root / "raw/gone.jsonl").write_bytes(lines_of(TEXTS["lines"]))
+    assert run("--hub", "--tokens", "100", recipe="both.yaml") == 0 and builds == ["far", "gone"]
+    (root / "raw/gone.jsonl").unlink()
+    del builds[:]
+    before = {path.name: path.read_bytes() for path in (root.parent / "out").iterdir()}
+    for options, named in ((["--overwrite"], "far"), (["--overwrite", "--hub"], "gone")):
+        assert run("--tokens", "200", *options, recipe="both.yaml") == 2 and builds == [], "found before any is built"
+        error = capsys.readouterr().err
+        assert f"both.yaml: {named}: found no files to build it again from; expected its files below --root" in error
+        assert ("or --hub to read owner/corpus@v1" in error) == (named == "far")
+    assert {path.name: path.read_bytes() for path in (root.parent / "out").iterdir()} == before
+    assert run("--tokens", "200", "--overwrite", "--hub", recipe="far.yaml") == 0 and builds == ["far"]
 
 
 class Unreachable:

@@ -89,6 +89,14 @@ def test_unreadable(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_checkpoint_has_its_tokenizer_in_a_folder(tmp_path):
+    directory = make_tokenizer(tmp_path / "hf", special=("<s>", "<end>"))
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": 259}))
+    assert load_tokenizer(tmp_path).path == directory / "tokenizer.json" and load_tokenizer(tmp_path).eod_id == 259
+    make_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path).path == tmp_path / "tokenizer.json", "its own comes first"
+
+
 def test_digest_is_of_plain_text(tmp_path):
     """What an instruction-tuned release changes leaves the digest alone; what changes ids of plain text does not."""
     base = load_tokenizer(make_tokenizer(tmp_path / "base")).digest

@@ -1,17 +1,22 @@
-"""The runs of the three families: every file is right as it stands, and its numbers are those of the paper."""
+"""What is in configs/runs: every file is right as it stands, and the families' numbers are those of the paper."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from remit_megatron.config import load_config, load_model_description
+from remit_megatron.cli import main
+from remit_megatron.config import DataConfig, ObjectiveConfig, RunConfig, load_config, load_model_description
+from remit_megatron.data.manifest import read_manifest
+from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.dry_run import dry_run
 from remit_megatron.errors import UserError
 from remit_megatron.prepare import examine, prepare
-from tests.tiny import make_tokenizer
+from tests.families import FIRST_CASES, hf_values, make_case
+from tests.tiny import make_tokenizer, write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs/runs"
@@ -133,7 +138,84 @@ def test_weight_decay_and_masks_are_the_families_own():
     }
 
 
+@pytest.mark.parametrize("case", [case for case in FIRST_CASES if not case.startswith("llama-")])
+def test_a_paper_run_takes_the_checkpoints_that_import_writes(case, tmp_path, monkeypatch):
+    """From the Hugging Face model to a prepared run, by the commands of docs/data.md, without another tokenizer."""
+    family = next(name for name in PAPER if name.startswith(case.split("-")[0]))
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    for seed, role in enumerate(("base", "rl")):
+        make_case(tmp_path / f"hf_{role}", case, seed=seed, tokenizer=tokenizer)
+        assert main(["import", "--hf", f"hf_{role}", "--output", f"checkpoints/{family}_{role}"]) == 0
+    documents = write_documents(tmp_path / "text.jsonl", count=300, seed=3)
+    (tmp_path / "data").mkdir()
+    words = ["--input", str(documents), "--tokenizer", f"checkpoints/{family}_base", "--output", "data/text"]
+    assert main(["data", "build", *words, "--workers", "1"]) == 0
+    # Only the sizes are others than the file's.
+    small = ["model=null", "data.train=data/text", "megatron.seq_length=64"]
+    prepared = prepare(load_config(RUNS / f"{family}_remit_paper.yaml", small), world_size=1)
+    assert prepared.init is not None and prepared.init.path == Path(f"checkpoints/{family}_base")
+    assert prepared.reference is not None and prepared.reference.iteration == 0
+    assert prepared.tokenizer.digest == load_tokenizer(tokenizer).digest == read_manifest("data/text").tokenizer_digest
+    assert prepared.tokenizer.eod_id == 0, "what its configuration files say is found beside it"
+
+
+# `model` beside `init`.
+
+
+def examined(model: dict[str, Any], init: Path, tokenizer: Path) -> None:
+    settings = {"seq_length": 64, "train_iters": 10, "lr": 1e-3}
+    data = DataConfig(train=[[1.0, "data/a"]], tokenizer=str(tokenizer))
+    objective = ObjectiveConfig(name="ntp")
+    config = RunConfig(model=model, init=str(init), objective=objective, data=data, run_dir="runs/x", megatron=settings)
+    examine(config, world_size=1)
+
+
+@pytest.mark.parametrize("case", FIRST_CASES)
+def test_what_a_run_chooses_may_differ_from_the_checkpoint(case, tmp_path):
+    """transformers writes the default of its class where the authors' file has no initializer_range."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    init = make_case(tmp_path / "init", case, tokenizer=tokenizer)
+    model = hf_values(case)
+    examined(model | {"initializer_range": 0.0123, "max_position_embeddings": 512}, init, tokenizer)
+    examined(model | {"attention_dropout": 0.1}, init, tokenizer)
+    found = refused(lambda: examined(model | {"intermediate_size": 96}, init, tokenizer))
+    assert found == "init: found a checkpoint with ffn_hidden_size 80; expected 96, as `model` says"
+
+
+def test_what_only_the_checkpoint_speaks_of_counts_too(tmp_path):
+    """The weights of SmolLM3 fit a Llama, and mean something else in it."""
+    case, tokenizer = "smollm3-own_list_untied", make_tokenizer(tmp_path / "tokenizer")
+    init = make_case(tmp_path / "init", case, tokenizer=tokenizer)
+    model = {name: value for name, value in hf_values(case).items() if not name.startswith("no_rope")}
+    found = refused(lambda: examined(model | {"model_type": "llama"}, init, tokenizer))
+    assert found.startswith("init: found a checkpoint with no_rope_freq [")
+
+
 # Dry runs where the files are not.
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_passes_the_dry_run(path, tmp_path, monkeypatch, capsys):
+    """As it stands, with nothing of it on this machine and no other option."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "not found here: data.train " in text and "tokens in all" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_a_number_of_ranks_is_of_one_replica(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = str(RUNS / "example_remit.yaml")
+    assert main(["train", path, "--dry-run"]) == 0
+    assert "2 = tensor 1 x pipeline 2 x context 1 x data 1\n" in capsys.readouterr().out
+    words = ["megatron.context-parallel-size=2", "megatron.transformer_impl=local", "--dry-run"]
+    assert main(["train", path, *words]) == 0
+    assert "4 = tensor 1 x pipeline 2 x context 2 x data 1\n" in capsys.readouterr().out
+    assert main(["train", path, "--nproc", "4", "--dry-run"]) == 0
+    assert "4 = tensor 1 x pipeline 2 x context 1 x data 2\n" in capsys.readouterr().out
+    assert main(["train", path, "--nproc", "1", "--dry-run"]) == 2
 
 
 def test_a_dry_run_says_what_it_did_not_find():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from remit_megatron.errors import UserError
 from remit_megatron.models.family import families, family_of, rope_of
-from tests.families import FAMILIES, hf_values
+from tests.families import FAMILIES, FIRST_CASES, hf_values
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -226,6 +227,20 @@ def test_refusals_of_other_families_name_the_field(config, changes, field):
     assert field in caught.value.field
 
 
+@pytest.mark.parametrize("case", FIRST_CASES)
+def test_two_spellings_of_rope_are_refused_unless_one_is_empty(case):
+    """transformers would take rope_scaling and drop the other, its theta too."""
+    config = hf_values(case)
+    assert config["rope_parameters"]
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    for changed in (config | {"rope_scaling": yarn}, config | {"rope_scaling": yarn, "rope_parameters": {}}):
+        with pytest.raises(UserError, match=r"config.json rope_scaling: found .*yarn.* null beside rope_parameters"):
+            family_of(changed).arguments(changed | {"rope_theta": 1e4})
+    for empty in (None, {}):
+        changed = config | {"rope_scaling": empty}
+        assert family_of(changed).arguments(changed) == family_of(config).arguments(config)
+
+
 def test_a_window_that_is_off_is_no_window():
     config = SMOLLM3 | {"use_sliding_window": False, "sliding_window": 512, "layer_types": ["full_attention"] * 8}
     assert family_of(config).arguments(config)["num_layers"] == 8
@@ -240,6 +255,19 @@ def test_every_family_is_tested():
         assert {value["tie_word_embeddings"] for value in values} == {True, False}, f"{family}: tied and untied"
         heads = [(value["num_attention_heads"], value["num_key_value_heads"]) for value in values]
         assert any(query % 4 or query != key for query, key in heads), f"{family}: not only even heads"
+
+
+def test_an_entry_in_families_is_all_that_a_new_family_needs(monkeypatch):
+    new = dataclasses.replace(families()["llama"], name="new", model_types=("new_type", "its_alias"))
+    monkeypatch.setattr("tests.families.families", lambda: {"new": new})
+    monkeypatch.setitem(FAMILIES, "new", {"tied": {"tie_word_embeddings": True}})
+    assert hf_values("new-tied")["model_type"] == "new_type"
+
+
+def test_the_first_model_type_is_that_of_transformers():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert all(family.model_types[0] in CONFIG_MAPPING for family in families().values())
 
 
 def test_unknown_family_lists_the_known_ones():

@@ -30,6 +30,7 @@ from remit_megatron.errors import UserError  # noqa: E402
 from remit_megatron.megatron_args import build_arguments  # noqa: E402
 from remit_megatron.models.build import megatron_arguments  # noqa: E402
 from remit_megatron.models.family import family_of  # noqa: E402
+from remit_megatron.models.spec import TE  # noqa: E402
 from remit_megatron.plan_numbers import count_parameters, parameters_on_rank  # noqa: E402
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -119,6 +120,31 @@ def test_inventory_holds_what_the_formulas_count(tmp_path, model):
     args.make_vocab_size_divisible_by = 1
     whole = take_inventory(hf_config, args, tensor_parallel=1)
     assert whole.all_parameters == count_parameters(args, unlisted=unlisted)
+
+
+@pytest.fixture
+def without_transformer_engine(monkeypatch):
+    monkeypatch.setattr("remit_megatron.models.spec.transformer_engine_usable", lambda: False)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_inventory_of_layers_that_cannot_be_built_here(tmp_path, without_transformer_engine, model, tensor):
+    """Transformer Engine's hold the down projections of latent attention whole: (1536 + 512 + 64) x 2048 a layer."""
+    args = arguments(tmp_path, 8, model, **{TP: tensor, "sequence_parallel": True})
+    hf_config = load_model_description(model)
+    local = take_inventory(hf_config, args, tensor_parallel=tensor)
+    args.transformer_impl = TE
+    found = take_inventory(hf_config, args, tensor_parallel=tensor)
+    unlisted = family_of(hf_config).unlisted_parameters(hf_config)
+    assert found.all_parameters == parameters_on_rank(args, 0, unlisted=unlisted)
+    held = 32 * (1536 + 512 + 64) * 2048 * (tensor - 1) // tensor if model == "youtu_2b" else 0
+    assert found.all_parameters - local.all_parameters == held
+    assert list(found.layer) == list(local.layer)
+    if tensor == 2:
+        args.make_vocab_size_divisible_by = 1
+        whole = take_inventory(hf_config, args, tensor_parallel=1)
+        assert whole.all_parameters == count_parameters(args, unlisted=unlisted)
 
 
 # Activations.
@@ -368,6 +394,26 @@ def test_command_reports(tmp_path, capsys):
     assert plan["stages"][0]["state"]["parameters"] == plan["simulation"][0]["built"]["parameters"]
 
 
+def test_the_plan_is_for_transformer_engine_and_the_simulation_for_what_can_be_built(
+    tmp_path, capsys, without_transformer_engine
+):
+    """Youtu on two tensor-parallel ranks: 16 layers of a stage with half of the down projections more."""
+    path = run_file(tmp_path, "youtu_2b", **{TP: 2, PP: 2, "sequence_parallel": True})
+    output = tmp_path / "plan.json"
+    assert cli.main(["plan", str(path), "--nodes", "1", "--simulate", "--json", str(output)]) == 0
+    text, plan = capsys.readouterr().out, json.loads(output.read_text())
+    assert "all shapes and bytes agree" in text
+    assert "local ones, on both sides: Transformer Engine's, which the memory above is for, cannot be built" in text
+    first = plan["simulation"][0]
+    assert first["layers"] == "local"
+    more = plan["stages"][0]["state"]["parameters"] - first["built"]["parameters"]
+    assert more == 16 * (1536 + 512 + 64) * 2048 // 2
+    own = [str(path), "--nodes", "1", "--simulate", "megatron.transformer_impl=local", "--json", str(output)]
+    assert cli.main(["plan", *own]) == 0 and "layers: local ones\n" in capsys.readouterr().out
+    plan = json.loads(output.read_text())
+    assert plan["stages"][0]["state"]["parameters"] == plan["simulation"][0]["built"]["parameters"]
+
+
 def test_command_fails_where_the_simulation_differs(tmp_path, capsys, monkeypatch):
     def wrong(*args: Any, **kwargs: Any) -> state.StateBytes:
         right = state.state_bytes(*args, **kwargs)
@@ -402,10 +448,56 @@ def test_what_cannot_be_laid_out_is_one_line(tmp_path, capsys, options, message)
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
+@pytest.mark.parametrize("name", ["transformer_impl", "transformer-impl"])
+def test_the_layers_that_are_assumed_may_be_named(tmp_path, capsys, without_transformer_engine, name):
+    path = str(run_file(tmp_path, "olmo2_1b"))
+    assert cli.main(["plan", path, "--nodes", "1"]) == 0
+    assumed = capsys.readouterr().out
+    assert "Transformer Engine, which is taken to be installed there" in assumed
+    assert cli.main(["plan", path, "--nodes", "1", "--simulate", f"megatron.{name}=transformer_engine"]) == 0
+    assert capsys.readouterr().out.startswith(assumed)
+
+
 def test_plan_needs_no_files_but_the_configuration(tmp_path):
     config = load_config(run_file(tmp_path, "smollm3_3b", objective="kd"))
     report = command.plan(config, machine=H100, nodes=1)
     assert report.planner.reference is not None and report.planner.reference.signal == "hidden"
-    # Hidden states of 64 microbatches of 4,096 tokens, 2,048 wide, in bf16.
-    reference = report.stages[-1].reference
-    assert reference is not None and reference.cached == 64 * 4096 * 2048 * 2
+    # The weights, and hidden states of 64 microbatches of 4,096 tokens, 2,048 wide, in bf16.
+    reference, stage = report.stages[-1].reference, report.stages[-1]
+    assert reference is not None
+    assert reference.pipeline == stage.state.parameters * 2 + 64 * 4096 * 2048 * 2 == stage.reference_bytes
+
+
+def test_whole_distributions_are_had_on_the_pipeline_only(tmp_path, capsys):
+    path, output = run_file(tmp_path, "olmo2_1b", objective="kd"), tmp_path / "plan.json"
+    assert cli.main(["plan", str(path), "--nodes", "1", "--json", str(output)]) == 0
+    text, plan = capsys.readouterr().out, json.loads(output.read_text())
+    assert "live, pipeline" in text and "replicated" not in text and "cached" not in text
+    assert plan["seconds_per_step"]["replicated"] is None and plan["seconds_per_step"]["live"] > 0
+    assert plan["stages"][0]["reference"]["replicated"] is plan["stages"][0]["reference"]["cached"] is None
+    # A replicated reference is one on the pipeline where there are no stages; layouts with stages would be refused.
+    report = command.plan(load_config(path, ["reference.placement=replicated"]), machine=H100, nodes=1)
+    assert report.stages[0].placement == "pipeline"
+    assert {item.layout.pipeline for item in report.found.fitting} == {1}
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        ("kd", ["reference.source=cache", "reference.cache_dir=x"], "reference.source: found cache; expected live"),
+        ("kd", ["reference.write_cache=true", "reference.cache_dir=x"], "reference.write_cache: found true"),
+        ("kd", ["reference.placement=replicated", f"megatron.{PP}=2"], "reference.placement: found replicated"),
+        ("remit", ["reference.micro_batch_size=3", "megatron.micro_batch_size=2"], "reference.micro_batch_size"),
+        ("rho1", ["objective.scope=global_batch", "megatron.hidden_dropout=0.1"], "megatron.hidden_dropout"),
+    ],
+)
+def test_what_the_run_refuses_of_a_reference_is_refused(tmp_path, capsys, objective, options, message):
+    path = run_file(tmp_path, "olmo2_1b", objective=objective)
+    assert cli.main(["plan", str(path), "--nodes", "1", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_leaves_out_layouts_that_the_reference_does_not_fit(tmp_path):
+    config = load_config(run_file(tmp_path, "olmo2_1b", objective="remit"), ["reference.micro_batch_size=2"])
+    report = command.plan(config, machine=H100, nodes=1)
+    assert {item.layout.micro_batch for item in report.found.fitting} == {1, 2}
