@@ -29,11 +29,11 @@ from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
 from remit_megatron.forward import Item, ModelForward
 from remit_megatron.progress import Progress
 from remit_megatron.reference.cache import ReferenceCache
-from remit_megatron.reference.cache_format import decode, encode
+from remit_megatron.reference.cache_format import as_stored
 from remit_megatron.reference.cached import RecordedScores, whole_scores
 from remit_megatron.reference.leases import Leases, Taken
 from remit_megatron.reference.live import LiveReference
-from remit_megatron.reference.score_work import Work, WorkUnit
+from remit_megatron.reference.score_work import Work
 from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 
@@ -227,11 +227,7 @@ class ScoringJob:
 
     def _forget_damage(self, samples: Sequence[tuple[int, int]]) -> int:
         """Marks those of ``samples`` as missing whose score is there and damaged; returns how many. Reads all."""
-        found = 0
-        for dataset_id, sample in self._scored(samples):
-            if self._cache.read_scores(self.names[dataset_id], sample) is None:
-                self._cache.forget(self.names[dataset_id], sample)
-                found += 1
+        found = sum(self._cache.forget_damaged(self.names[dataset_id], sample) for dataset_id, sample in samples)
         if found:
             self._cache.flush()
         return found
@@ -301,11 +297,6 @@ class ScoringJob:
             progress.finish()
             sys.stdout.write(f"{found} damaged scores: they are computed again\n" if found else "no damage\n")
 
-    def _scored(self, samples: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """Those of ``samples`` that are marked complete."""
-        missing = set(WorkUnit("", list(samples)).missing(self._cache, self.names))
-        return (sample for sample in samples if sample not in missing)
-
     # -- verification ------------------------------------------------------------------------------------------------
 
     def verify(self, count: int) -> int:
@@ -328,7 +319,7 @@ class ScoringJob:
                 for (dataset_id, sample), losses in zip(samples, scores[0], strict=False):
                     tokens = self._blend.datasets[dataset_id][sample]
                     stored = self._cache.read(self.names[dataset_id], sample, tokens)
-                    found.add(sample, stored, self._as_stored(losses))
+                    found.add(sample, stored, as_stored(losses.float().cpu().numpy(), self._cache.dtype))
         whole = sum(parallel.gather_objects(found), start=_Compared())
         text = f"{len(chosen)} samples: {whole}"
         if whole.damaged is not None:
@@ -340,10 +331,6 @@ class ScoringJob:
         if dist.get_rank() == 0:
             sys.stdout.write(f"verified {text}\n")
         return EXIT_DONE
-
-    def _as_stored(self, losses: Tensor) -> np.ndarray:
-        """What the cache would hold of them."""
-        return decode(encode(losses.float().cpu().numpy(), self._cache.dtype), self._cache.dtype)
 
     def _drawn(self, count: int) -> list[tuple[int, int]]:
         """``count`` different samples at random of those that have scores, or all of them."""

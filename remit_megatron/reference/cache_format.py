@@ -97,6 +97,11 @@ def decode(stored: bytes, dtype: str) -> np.ndarray:
     return losses
 
 
+def as_stored(losses: np.ndarray, dtype: str) -> np.ndarray:
+    """Losses, floating point [n], as a cache of ``dtype`` gives them back, float32 [n]."""
+    return decode(encode(losses, dtype), dtype)
+
+
 def token_hash(tokens: np.ndarray) -> bytes:
     """8 bytes of BLAKE2b over the tokens of a sample as little-endian 32-bit numbers."""
     return hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=8).digest()

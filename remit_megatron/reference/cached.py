@@ -22,7 +22,7 @@ from remit_megatron.batch import sequence_slice, whole_sequence
 from remit_megatron.errors import StartAgain, UserError
 from remit_megatron.forward import Item, ModelForward
 from remit_megatron.reference.cache import ReferenceCache
-from remit_megatron.reference.cache_format import decode, encode
+from remit_megatron.reference.cache_format import as_stored
 from remit_megatron.reference.score_writer import ScoreWriter, tokens_of
 from remit_megatron.reference.source import Schedule, ScoreSource
 
@@ -255,9 +255,8 @@ class CachedScores:
         return {number: self._as_stored(score) for number, score in zip(numbers, scores, strict=False)}
 
     def _as_stored(self, losses: Tensor) -> Tensor:
-        dtype = self._cache.dtype
         flat = losses.flatten().float().cpu().numpy()
-        return torch.from_numpy(decode(encode(flat, dtype), dtype)).to(losses.device).view(losses.shape)
+        return torch.from_numpy(as_stored(flat, self._cache.dtype)).to(losses.device).view(losses.shape)
 
 
 class RecordedScores:
