@@ -122,7 +122,9 @@ if ! is_python312 "$venv/bin/python"; then
   "$uv" venv --quiet --clear --python "$python" "$venv" > "$log" 2>&1 || fail "cannot make .venv ($(reason))"
 fi
 say "installing packages into .venv (under a minute from a warm cache; the first time downloads about 3 GB)"
-patiently "$uv" pip install --quiet --python "$venv/bin/python" --constraints "$root/constraints.txt" --editable "${root}[test]" ||
+# Compiled here, once: where PYTHONDONTWRITEBYTECODE is set, or .venv cannot be written to, every process would compile what
+# it imports, which for torch and Megatron takes longer than importing them.
+patiently "$uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" --constraints "$root/constraints.txt" --editable "${root}[test]" ||
   fail "installing failed: $(reason) (whole text: ${log#"$root/"})"
 wanted_stamp > "$venv/.remit-stamp"
 say "ready after $((SECONDS - started)) s"

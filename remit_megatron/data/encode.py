@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
 
 from remit_megatron.data.readers import BadRecord, Chunk, TextFormat, parse_chunk
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from remit_megatron.data.workers import WorkerDied, map_in_processes
 from remit_megatron.errors import UserError
 
 
@@ -116,40 +111,10 @@ class Encoder:
         return EncodedChunk(chunk.file, chunk.end, tokens, lengths, lines)
 
 
-_worker: Encoder | None = None
-
-
-def _start_worker(settings: EncodeSettings) -> None:
-    global _worker
-    # Ctrl-C reaches the whole foreground group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+def _lone_encoder(settings: EncodeSettings) -> Encoder:
+    """For a process among several, which share the cores already."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = Encoder(settings)
-
-
-def _end_with_parent() -> None:
-    # A parent that is killed outright cannot stop its workers, and they would wait for work for ever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
-    assert _worker is not None
-    return _worker(chunk)
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Around what may start a worker, which inherits it: until it ignores Ctrl-C it would end with a traceback."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return Encoder(settings)
 
 
 @contextmanager
@@ -170,9 +135,7 @@ def encode_chunks(
 ) -> Generator[EncodedChunk]:
     """Encodes ``chunks``, in order.
 
-    With one worker the work is done in this process. With more, that many processes are started (by spawning: a script
-    that calls this needs the usual ``if __name__ == "__main__"``); at most two chunks a worker are on their way at any
-    time, so memory does not grow with the corpus.
+    With one worker the work is done in this process, with more as `map_in_processes` does it.
 
     Args:
         tokenizer: the one of ``settings`` where it is open already; saves opening it again for one worker.
@@ -185,22 +148,10 @@ def encode_chunks(
         with _single_threaded_tokenizer():
             yield from map(encode, chunks)
         return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(settings,)
-    )
-    pending: deque[Future[EncodedChunk]] = deque()
     try:
-        for chunk in chunks:
-            with _interrupts_blocked():
-                pending.append(pool.submit(_encode_in_worker, chunk))
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
+        yield from map_in_processes(partial(_lone_encoder, settings), chunks, workers=workers)
+    except WorkerDied:
         # A signal to the whole group ends the workers too; give the handler of this process the chance to say so.
         time.sleep(0.2)
         found = "a worker process that ended before its work was done (out of memory, or killed)"
         raise UserError("--workers", found, f"all {workers} to live; fewer of them need less memory") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
