@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,21 @@ def list_files(directory: str | os.PathLike) -> list[str]:
     return sorted(name for name in names if name != MANIFEST and not name.endswith(".tmp"))
 
 
-def describe_files(directory: str | os.PathLike, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Syncs and digests files of ``directory``: ``names``, or all. Ranks of a job each take a part of one list."""
+def describe_files(
+    directory: str | os.PathLike, names: list[str] | None = None, *, known: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Syncs and digests files of ``directory``: ``names``, or all. Ranks of a job each take a part of one list.
+
+    Args:
+        known: SHA-256 digests that were taken while the files were written, by relative name.
+    """
     directory = Path(directory)
     described = {}
     for name in list_files(directory) if names is None else names:
         path = directory / name
         fsync_file(path)
-        described[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        digest = (known or {}).get(name) or sha256_file(path)
+        described[name] = {"size": path.stat().st_size, "sha256": digest}
     return described
 
 

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,12 +72,54 @@ def temporary_sibling(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """Hex digest of a file's contents, read in pieces of 8 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 23):
-            digest.update(piece)
-    return digest.hexdigest()
+    """Hex digest of a file's contents."""
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FollowingDigest:
+    """SHA-256 of a file that grows at its end only, taken in a thread behind the one that writes it.
+
+    Hashing and writing take about as long as each other; together they take as long as one. A context manager: leaving
+    it ends the thread.
+
+    Args:
+        path: exists.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._digest = hashlib.sha256()
+        self._complete = threading.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
+        self._done = self._thread.submit(self._follow, path)
+
+    def hexdigest(self) -> str:
+        """Of the whole file: call it when everything is written and flushed.
+
+        Raises:
+            OSError: the file could not be read.
+        """
+        self._complete.set()
+        self._done.result()
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> FollowingDigest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._complete.set()
+        self._thread.shutdown()
+
+    def _follow(self, path: str | os.PathLike) -> None:
+        buffer = memoryview(bytearray(1 << 20))
+        with open(path, "rb", buffering=0) as file:
+            while True:
+                last = self._complete.is_set()  # asked before reading: what is not there after that never comes
+                while count := file.readinto(buffer):
+                    self._digest.update(buffer[:count])
+                if last:
+                    return
+                self._complete.wait(0.02)
 
 
 def create_once(path: str | os.PathLike, fill: Callable[[int], None]) -> bool:

@@ -3,10 +3,10 @@
     python scripts/bench_convert.py --model olmo2_1b --dtype fp32 --record docs/benchmarks
 
 Writes a random model of true sizes, imports it, exports it, compares the exported weights with the first ones bit for
-bit, and removes everything; it needs four times the model's size on disk. Each command runs as a user would run it,
-start included, on files that were dropped from the page cache before; so does the copy, which is written through to the
-disk at the end, as the commands do. Memory: the highest VmHWM and RssAnon of /proc/PID/status (all resident pages, and
-those that are not of a file), looked at every 20 ms.
+bit, and removes everything; it needs four times the model's size on disk (TMPDIR says where). Each command runs as a
+user would run it, start included, on files that were dropped from the page cache before; so does the copy, which is
+written through to the disk at the end, as the commands do. Memory: the highest VmHWM and RssAnon of /proc/PID/status
+(all resident pages, and those that are not of a file), looked at every 20 ms.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a name in configs/models, or a file like those")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--folder", type=Path, help="where the files are written (default: the system's)")
     parser.add_argument("--no-empty", action="store_true", help="leave out the two commands on an empty model")
     parser.add_argument("--note", default="", help="a sentence for the record, as on what else the machine did")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write a dated record there")
@@ -133,15 +132,19 @@ def run(folder: Path, hf_config: dict[str, Any], dtype: str, *, empty: bool) -> 
         words = [command, option, folder / (prefix + source), "--output", folder / (prefix + target)]
         found[name] = measure([*remit, *words])
 
+    def copy(name: str) -> None:
+        forget(folder / "hf")
+        program = 'cp -r --reflink=never "$0" "$1" && find "$1" -type f -exec sync {} +'
+        found[name] = measure(["sh", "-c", program, folder / "hf", folder / "copy"])
+        shutil.rmtree(folder / "copy")
+
     size = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
     for prefix, note in ((("empty_", ", empty model"),) if empty else ()) + (("", ""),):
         if not prefix:
-            forget(folder / "hf")
-            program = 'cp -r --reflink=never "$0" "$1" && find "$1" -type f -exec sync {} +'
-            found["cp"] = measure(["sh", "-c", program, folder / "hf", folder / "copy"])
-            shutil.rmtree(folder / "copy")
+            copy("cp, before")
         convert(f"import{note}", prefix, "import", "--hf", "hf", "checkpoint")
         convert(f"export{note}", prefix, "export", "--checkpoint", "checkpoint", "back")
+    copy("cp, after")
     if not same_weights(folder / "hf", folder / "back"):
         raise SystemExit("the exported weights are not the imported ones")
     return size, found
@@ -159,7 +162,7 @@ def report(args: argparse.Namespace, size: int, found: dict[str, Measured]) -> s
     ]
     for name, one in found.items():
         rate = "" if "empty" in name else f"{size / one.seconds / 1e6:.0f}"
-        memory = " | " if name == "cp" else f"{one.resident_bytes / 1e6:.0f} | {one.anonymous_bytes / 1e6:.0f}"
+        memory = " | " if name.startswith("cp") else f"{one.resident_bytes / 1e6:.0f} | {one.anonymous_bytes / 1e6:.0f}"
         lines.append(f"| {name} | {one.seconds:.1f} | {one.cpu_seconds:.1f} | {rate} | {memory} |")
     return "\n".join(lines) + "\n"
 
@@ -169,7 +172,7 @@ def main() -> None:
     from remit_megatron.config import load_model_description
 
     hf_config = load_model_description(args.model)
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench_convert_") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench_convert_") as folder:
         size, found = run(Path(folder), hf_config, args.dtype, empty=not args.no_empty)
     text = report(args, size, found)
     sys.stdout.write(text)

@@ -74,11 +74,12 @@ class CheckpointFiles:
                 f"checkpoint {self.path} {sharded.key}", f"shape {found}", f"{expected}, as the model has it"
             )
         sizes = [1] * sharded.prepend_axis_num + list(sharded.local_shape)
-        part = torch.zeros(sizes, dtype=stored.properties.dtype)
+        part = torch.empty(sizes, dtype=stored.properties.dtype)
         offsets = sharded.global_offset
-        sizes[0] = max(0, min(sizes[0], found[0] - offsets[0]))
-        if sizes[0]:
-            self._fill(sharded.key, stored, part.narrow(0, 0, sizes[0]), offsets)
+        rows = max(0, min(sizes[0], found[0] - offsets[0]))
+        part[rows:].zero_()
+        if rows:
+            self._fill(sharded.key, stored, part[:rows], offsets)
         return part.reshape(sharded.local_shape)
 
     def _fill(self, key: str, stored: TensorStorageMetadata, target: Tensor, offsets: tuple[int, ...]) -> None:

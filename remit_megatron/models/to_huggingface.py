@@ -1,7 +1,7 @@
 """Megatron checkpoint -> Hugging Face directory that transformers loads unchanged.
 
 The model is built on the meta device, without memory; the checkpoint is then read a weight at a time, whatever layout
-wrote it, and each is written before the next is read: memory stays near twice the size of the largest one.
+wrote it, and each is written before the next is read: memory stays near three times the size of the largest one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from remit_megatron.models.family import family_of
 from remit_megatron.models.loading import hf_names, sharded_weights, weights_of
 from remit_megatron.models.mapping import NameMap, Shape, Weight
 from remit_megatron.models.processes import process_groups
+from remit_megatron.models.read_ahead import one_ahead
 from remit_megatron.models.source import ModelSource, resolve
 from remit_megatron.models.tensor_files import TensorFileWriter
 from remit_megatron.models.to_megatron import DTYPES, copy_companions
@@ -106,11 +106,11 @@ class _Reader:
         _, layer, weight, full = entry
         return dict(zip(self.names.hf_names(layer, weight), weight.hf_shapes(full, self.shape), strict=True))
 
-    def read(self, entry: Entry) -> Iterator[tuple[str, Tensor]]:
+    def read(self, entry: Entry) -> dict[str, Tensor]:
         """Hugging Face names and tensors of one Megatron parameter."""
         name, layer, weight, _ = entry
         tensors = weight.write([self._files.read(self._sharded[name])], self.shape)
-        return zip(self.names.hf_names(layer, weight), tensors, strict=True)
+        return dict(zip(self.names.hf_names(layer, weight), tensors, strict=True))
 
 
 def _plan(reader: _Reader, dtype: torch.dtype, max_file_bytes: int) -> list[_OutputFile]:
@@ -139,12 +139,13 @@ def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], d
             "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         )
         with TensorFileWriter(path, file.shapes, dtype=dtype) as writer:
-            for entry in file.entries:
-                for name, tensor in reader.read(entry):
+            for tensors in one_ahead(map(reader.read, file.entries)):
+                while tensors:
+                    name, tensor = tensors.popitem()
                     writer.write(name, tensor)
                     weight_map[name] = path.name
                     done += tensor.numel() * dtype.itemsize
-                    del tensor  # or it would hold its parameter while the next one is read
+                    del tensor  # or it would hold its parameter while the next one is waited for
                 progress.update(done)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -14,7 +14,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from remit_megatron.checkpoints import write_manifest
+from remit_megatron.checkpoints import describe_files, write_manifest
 from remit_megatron.errors import UserError
 from remit_megatron.files import HF_SUBFOLDER
 from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
@@ -55,14 +55,16 @@ def import_model(hf: str | os.PathLike, output: str | os.PathLike, *, dtype: str
             config = model_config(source.hf_config, default_arguments(params_dtype=wanted, transformer_impl="local"))
             with torch.device("meta"):
                 model = unwrap(build_chunks(config, groups, mixed_precision=False)[0])
-            _write_weights(model, source, directory)
+            digests = _write_weights(model, source, directory)
         copy_companions(source.path, directory / HF_SUBFOLDER)
         shutil.copyfile(source.path / "config.json", directory / HF_SUBFOLDER / "config.json")
-        write_manifest(directory, iteration=0, kind="import", dtype=str(wanted).removeprefix("torch."))
+        files = describe_files(directory, known=digests)
+        write_manifest(directory, files=files, iteration=0, kind="import", dtype=str(wanted).removeprefix("torch."))
     logger.info("imported %s to %s", source.path, output)
 
 
-def _write_weights(model: GPTModel, source: ModelSource, directory: Path) -> None:
+def _write_weights(model: GPTModel, source: ModelSource, directory: Path) -> dict[str, str]:
+    """Returns what `save_streamed` returns."""
     weights = HuggingFaceWeights(source)
     entries = {name: (layer, weight, parameter) for name, layer, weight, parameter in weights_of(model, weights.names)}
     for layer, weight, parameter in entries.values():  # all of them before the first byte is written
@@ -77,9 +79,10 @@ def _write_weights(model: GPTModel, source: ModelSource, directory: Path) -> Non
         done += parameter.nbytes
         return weights.read(layer, weight, parameter.shape).to(parameter.dtype).contiguous()
 
-    save_streamed(model, read, directory)
+    digests = save_streamed(model, read, directory)
     progress.update(done)
     progress.finish()
+    return digests
 
 
 def copy_companions(source: Path, target: Path) -> None:
