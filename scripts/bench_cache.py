@@ -13,7 +13,6 @@ folder in memory this is the cost of the code, not of a disk.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from benchmarking import heading, quantile, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -123,20 +123,10 @@ def walk(directory: Path, length: int, samples: int, written: int) -> dict[str, 
     }
 
 
-def quantile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
-
-
 def report(made: list[dict[str, float]], walks: list[list[dict]], rounds: int) -> str:
     """A table in Markdown."""
-    from remit_megatron.doctor_probes import cpu_model
-
-    command = " ".join(["python scripts/bench_cache.py", *sys.argv[1:]])
     lines = [
-        f"## {datetime.date.today().isoformat()}: score cache, {cpu_model()}",
-        "",
-        f"`{command}`",
-        "",
+        heading("score cache"),
         f"uint16 scores, one thread, random order, {rounds} walks through each cache, interleaved, "
         f"each by a new process; Python {platform.python_version()}, numpy {np.__version__}. Memory: largest growth "
         "during a walk, after the first 1,000 reads; the largest of the walks. Where not all samples were written, the "
@@ -187,21 +177,16 @@ def main() -> int:
     text = report(made, walks, args.rounds)
     sys.stdout.write(text)
     if args.record is not None:
-        args.record.mkdir(parents=True, exist_ok=True)
-        path = args.record / "cache.md"
-        old = path.read_text() if path.exists() else "# Score cache\n"
-        path.write_text(old.rstrip("\n") + "\n\n" + text)
         for results in walks:
             for result in results:  # a million reads are 2,000 blocks; quantiles say what they say
                 shares = (0, 0.05, 0.2, 0.5, 0.8, 0.95, 1)
                 for name in ("read_us", "processor_us"):
                     result[name] = {str(share): quantile(result[name], share) for share in shares}
-        raw = args.record / f"cache-{datetime.date.today().isoformat()}-cpu.json"
-        records = [
+        cases = [
             {"sequence_length": length, "samples": samples, "written": written, **facts, "walks": results}
             for (length, samples, written), facts, results in zip(CASES, made, walks, strict=True)
         ]
-        raw.write_text(json.dumps(records, indent=1) + "\n")
+        record(args.record, "cache", title="Score cache", text=text, raw={"cases": cases})
     return 0
 
 
