@@ -335,8 +335,9 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
         heading("filling the pauses of a pipeline"),
         f"{args.stages} stages in as many processes on {len(os.sched_getaffinity(0))} cores, Gloo, "
         f"F = {args.forward_ms:g} ms, {PARTS} quanta per (virtual) stage; {versions('megatron-core')}. Arms "
-        f"interleaved, median of {args.rounds} steps; the bar is 1.10 x the ideal of the replicated arm. That of the "
-        "coupled arm is of two passes one after the other; ranks that are done with the reference begin with the student.",
+        f"interleaved, median of {args.rounds} steps; the bar is 1.10 x the ideal of the replicated arm. That of "
+        "the coupled arm is of two passes one after the other; ranks that are done with the reference begin with the "
+        "student.",
         "",
         "| microbatches | virtual stages | arm | median s | in F | ideal in F | measured / ideal |",
         "|---|---|---|---|---|---|---|",
