@@ -199,11 +199,10 @@ class Planner:
         """Seconds of a step; without those of a replicated reference where it gives more than a number per token."""
         tensor = args.tensor_model_parallel_size
         inventory = self.inventory(tensor)
-        last = args.pipeline_model_parallel_size - 1
-        parameters = max(
+        parameters = [
             sum(parameter.elements for chunk in chunks_of_stage(inventory, args, stage) for parameter in chunk)
-            for stage in {0, last}
-        )
+            for stage in range(args.pipeline_model_parallel_size)
+        ]
         reference = None
         if self.reference is not None:
             reference = (self.inventory(tensor, of="reference"), self.reference_arguments(args))

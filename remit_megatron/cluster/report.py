@@ -9,9 +9,9 @@ from typing import Any
 
 from remit_megatron.cluster.hardware import GIB
 from remit_megatron.cluster.planner import Planner, StageMemory
-from remit_megatron.cluster.search import CAUSES, Candidate, Layout, Search, reason
+from remit_megatron.cluster.search import CAUSES, Candidate, Layout, Search, reason, tie
 from remit_megatron.cluster.simulate import SimulatedRank, describe_difference
-from remit_megatron.cluster.timing import StepTime
+from remit_megatron.cluster.timing import DataTime, StepTime
 from remit_megatron.models.spec import LOCAL, TE
 from remit_megatron.plan_numbers import PlanNumbers
 from remit_megatron.progress import format_count, format_duration
@@ -178,7 +178,20 @@ def _time(report: Report) -> str:
         f"  assumed: {machine.utilization:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s outside bubbles and communication "
         f"(--mfu), {gpu.link / 1e9:.0f} GB/s within a node,\n  {gpu.network / 1e9:.0f} GB/s a GPU between nodes\n"
     )
-    return head + table(rows) + "\n" + table(scores)
+    return head + table(rows) + _hidden(time.data) + "\n" + table(scores)
+
+
+def _hidden(data: DataTime) -> str:
+    """What of the communication between data-parallel ranks computation hides; empty where the step waits for all."""
+    hidden = data.total - data.waited
+    start = f"  {CAUSES['data']}: {data.total:.3f} s a step, "
+    if hidden > 0:
+        passes = ["the first forward"] if data.gather_wait < data.gathered else []
+        passes += ["the last backward"] if data.reduce_wait < data.reduced else []
+        return f"{start}of which {hidden:.3f} s behind {' and '.join(passes)} pass\n"
+    if hidden < 0:
+        return f"{start}but stages wait for their weights one after another (overlap_param_gather)\n"
+    return ""
 
 
 def _layouts(report: Report) -> str:
@@ -191,6 +204,9 @@ def _layouts(report: Report) -> str:
         best = found.fitting[0]
         lines.append(f"  best          {best.layout}")
         lines.append(f"                {_why(best)}")
+        equals = tie(found)
+        if equals is not None:
+            lines.append(f"                {equals}")
         lines.append(f"  configured    {own.layout}")
         if own.layout == best.layout:
             lines.append("                the best one")

@@ -258,6 +258,24 @@ def rank(found: list[Candidate]) -> list[Candidate]:
     return sorted(found, key=key)
 
 
+def tie(found: Search) -> str | None:
+    """Why the best layout stands before others that are as fast; None where none is.
+
+    Args:
+        found: with one fitting layout at least.
+    """
+    best = found.fitting[0]
+    fastest = min(item.seconds for item in found.fitting)
+    same = [item for item in found.fitting if item.seconds < fastest * (1 + _SAME_TIME)]
+    if best not in same or len(same) == 1:
+        return None
+    tokens = {min(item.tokens, _ENOUGH_TOKENS) for item in same}
+    why = "the least memory"
+    if len(tokens) > 1:
+        why = f"the most tokens in a microbatch (counted up to {_ENOUGH_TOKENS:,}), then the least memory"
+    return f"of {len(same):,} within {_SAME_TIME:.0%} of the fastest: {why}"
+
+
 def reason(item: Candidate, best: Candidate) -> str:
     """One line on why a layout stands behind the best one."""
     mine, others = item.shares(), best.shares()

@@ -15,13 +15,14 @@ moves, in forward and again in backward, two all-gathers and two reduce-scatters
 the same bytes); with sequence parallelism backward gathers two inputs once more. Context parallelism gathers keys and
 values, and reduces their gradients. A pipeline hands [t, h] from stage to stage. Once a step the gradients are reduced
 and the weights gathered over the data-parallel ranks. None of it is taken to overlap with computation, except the
-last where ``overlap_grad_reduce`` and ``overlap_param_gather`` say so. What is left out: kernels' launches, the update
-itself, the data loader, slower products of small matrices.
+last where ``overlap_grad_reduce`` and ``overlap_param_gather`` say so, behind one microbatch (:func:`data_time`). What
+is left out: kernels' launches, the update itself, the data loader, slower products of small matrices.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remit_megatron.cluster.activations import tokens_of_microbatch
@@ -53,6 +54,7 @@ class ForwardTime:
     context: float
     mlp: float  # of compute: products of the feed-forward part
     layers: float  # of compute: without the head
+    stages: tuple[float, ...]  # compute of every stage
 
     @property
     def total(self) -> float:
@@ -60,9 +62,34 @@ class ForwardTime:
 
 
 @dataclass(frozen=True)
+class DataTime:
+    """Seconds of a step that the data-parallel ranks' communication takes, and those that the step waits for it.
+
+    Attributes:
+        reduced: reduction of the gradients, on the rank with the most parameters.
+        gathered: gathering of the weights on that rank; 0 without the distributed optimizer.
+        reduce_wait: of the step, for the reduction.
+        gather_wait: of the step, for the gathering; the sum over the stages where they wait one after another.
+    """
+
+    reduced: float = 0.0
+    gathered: float = 0.0
+    reduce_wait: float = 0.0
+    gather_wait: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.reduced + self.gathered
+
+    @property
+    def waited(self) -> float:
+        return self.reduce_wait + self.gather_wait
+
+
+@dataclass(frozen=True)
 class StudentTime:
     """Seconds of a step with scores from a cache, by cause; ``compute`` is the mean over the stages, ``imbalance``
-    what the slowest one takes longer."""
+    what the slowest one takes longer, ``data`` what the step waits for (:attr:`DataTime.waited`)."""
 
     compute: float
     imbalance: float
@@ -84,6 +111,7 @@ class StepTime:
     a step without a reference."""
 
     student: StudentTime
+    data: DataTime
     microbatch: float
     reference: float | None
     cached: float
@@ -119,6 +147,7 @@ def forward_time(inventory: Inventory, args: argparse.Namespace, machine: Machin
     with_head = counts[-1] * flops + head >= layers * flops
     layers = counts[-1] if with_head else layers
     compute = (layers * flops + (head if with_head else 0.0)) / machine.flops
+    stages = [(count * flops + (head if stage == last else 0.0)) / machine.flops for stage, count in enumerate(counts)]
     return ForwardTime(
         compute=compute,
         mean=(sum(counts) * flops + head) / len(counts) / machine.flops,
@@ -126,6 +155,7 @@ def forward_time(inventory: Inventory, args: argparse.Namespace, machine: Machin
         context=layers * _context_seconds(args, machine),
         mlp=layers * mlp / machine.flops,
         layers=layers * flops / machine.flops,
+        stages=tuple(stages),
     )
 
 
@@ -154,18 +184,53 @@ def _context_seconds(args: argparse.Namespace, machine: Machine) -> float:
     return moved / _bandwidth(machine, size * tensor)
 
 
-def _data_seconds(args: argparse.Namespace, machine: Machine, parameters: int) -> float:
-    """Once a step: gradients reduced, and weights gathered with the distributed optimizer."""
+def data_time(
+    args: argparse.Namespace,
+    machine: Machine,
+    parameters: Sequence[int],
+    *,
+    forward: Sequence[float],
+    first_backward: float,
+) -> DataTime:
+    """Once a step: gradients reduced, and weights gathered with the distributed optimizer.
+
+    What a rank does meanwhile hides them, only its computation (other communication wants the same links), and only
+    that of one microbatch: Megatron reduces in the backward pass of the last one (those before run under ``no_sync``),
+    and gathers when the first one's forward pass asks for a weight. Buckets are taken to be small, so that neither
+    the first bucket's gathering nor the last one's reduction is left over.
+
+    Args:
+        args: a validated Megatron namespace, or a copy of one with other parallel sizes.
+        machine: GPUs and their links.
+        parameters: of a rank of every pipeline stage.
+        forward: seconds of computation of one microbatch's forward pass on every stage.
+        first_backward: those of its backward pass on the first stage, with what it recomputes.
+    """
     ranks = args.data_parallel_size * args.context_parallel_size
     if ranks == 1:
-        return 0.0
-    share = (ranks - 1) / ranks
+        return DataTime()
+    stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
+    # Seconds for one byte of every parameter.
+    seconds = [count * (ranks - 1) / ranks / _bandwidth(machine, args.world_size // stages) for count in parameters]
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize
-    weight = args.params_dtype.itemsize if args.use_distributed_optimizer else gradient
-    reduced = 0.0 if args.overlap_grad_reduce else gradient * parameters * share
-    gathered = 0.0 if args.overlap_param_gather else weight * parameters * share
-    span = args.world_size // args.pipeline_model_parallel_size
-    return (reduced + gathered) / _bandwidth(machine, span)
+    if args.use_distributed_optimizer:
+        reduces, gathers = gradient, args.params_dtype.itemsize
+    else:  # an all-reduce: the sums travel back as the gradients did, in the same operation
+        reduces, gathers = 2 * gradient, 0
+    reduced, gathered = reduces * max(seconds), gathers * max(seconds)
+    reduce_wait, gather_wait = reduced, gathered
+    if args.overlap_grad_reduce:
+        # The first stage ends last, and every other one has at least that stage's last backward pass as a pause.
+        reduce_wait = max(0.0, reduced - first_backward)
+        if virtual > 1 and args.align_grad_reduce:
+            # The interleaved schedule starts a virtual stage's reduction behind its last backward pass, not within.
+            reduce_wait = max(reduce_wait, reduced / virtual)
+    if args.overlap_param_gather:
+        waits = [max(0.0, gathers * byte - time) for byte, time in zip(seconds, forward, strict=True)]
+        # The interleaved schedule starts all stages' gathering at once. In the plain one a stage starts when the first
+        # microbatch arrives, so that it is held up by every stage.
+        gather_wait = max(waits) if virtual > 1 else sum(waits)
+    return DataTime(reduced, gathered, reduce_wait, gather_wait)
 
 
 def _handover_seconds(args: argparse.Namespace, machine: Machine) -> float:
@@ -184,7 +249,7 @@ def step_time(
     machine: Machine,
     *,
     microbatches: int,
-    parameters: int,
+    parameters: Sequence[int],
     reference: tuple[Inventory, argparse.Namespace] | None = None,
     student_passes: int = 0,
 ) -> StepTime:
@@ -195,7 +260,7 @@ def step_time(
         args: a validated Megatron namespace, or a copy of one with other parallel sizes.
         machine: GPUs and utilization.
         microbatches: m.
-        parameters: of the rank with the most.
+        parameters: of a rank of every pipeline stage.
         reference: its inventory, and ``args`` with its architecture; None without a reference.
         student_passes: further forward passes of the student in each step (a selection over the global batch).
     """
@@ -209,6 +274,9 @@ def step_time(
     context = (2 + student_passes + whole) * forward.context
     handover = (2 + student_passes) * virtual * _handover_seconds(args, machine)
     microbatch = passes * forward.compute + repeated + tensor + context + handover
+    first = forward.stages[0]
+    # What the slowest stage repeats is at most what the first one's whole forward pass takes.
+    data = data_time(args, machine, parameters, forward=forward.stages, first_backward=2 * first + min(repeated, first))
     times = StudentTime(
         compute=microbatches * passes * forward.mean,
         imbalance=microbatches * passes * (forward.compute - forward.mean),
@@ -217,15 +285,15 @@ def step_time(
         tensor=microbatches * tensor,
         context=microbatches * context,
         pipeline=microbatches * handover,
-        data=_data_seconds(args, machine, parameters),
+        data=data.waited,
     )
     if reference is None:
-        return StepTime(times, microbatch, None, times.total, None, None)
+        return StepTime(times, data, microbatch, None, times.total, None, None)
     score = forward_time(*reference, machine).total
     work = microbatches * (microbatch + score) + times.data
     handed = score + virtual * _handover_seconds(reference[1], machine)
     live = times.total + handed * (microbatches + (stages - 1) / virtual)
-    return StepTime(times, microbatch, score, times.total, live, max(times.total, work))
+    return StepTime(times, data, microbatch, score, times.total, live, max(times.total, work))
 
 
 def _recomputed(args: argparse.Namespace, forward: ForwardTime) -> float:

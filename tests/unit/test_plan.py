@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from remit_megatron.cluster.fake_world import fake_world  # noqa: E402
 from remit_megatron.cluster.hardware import GIB, Gpu, gpu_named  # noqa: E402
 from remit_megatron.cluster.inventory import Inventory, take_inventory  # noqa: E402
 from remit_megatron.cluster.planner import Planner, ReferencePlan  # noqa: E402
-from remit_megatron.cluster.report import settings  # noqa: E402
+from remit_megatron.cluster.report import settings, text  # noqa: E402
 from remit_megatron.cluster.state import Bucket, Parameter  # noqa: E402
 from remit_megatron.config import load_config, load_model_description  # noqa: E402
 from remit_megatron.errors import UserError  # noqa: E402
@@ -218,7 +219,12 @@ def test_time_is_that_of_the_design(tmp_path, stages, microbatches):
     forward = timing.forward_time(layers_alone, args, machine)
     rounds = microbatches + stages - 1
     times = timing.step_time(
-        layers_alone, args, machine, microbatches=microbatches, parameters=1, reference=(layers_alone, args)
+        layers_alone,
+        args,
+        machine,
+        microbatches=microbatches,
+        parameters=[1] * stages,
+        reference=(layers_alone, args),
     )
     assert times.cached == pytest.approx(3 * rounds * forward.total)
     assert times.live == pytest.approx(4 * rounds * forward.total)
@@ -243,6 +249,79 @@ def test_the_stage_with_the_head_is_the_slowest(tmp_path):
     head = timing.head_flops(inventory, args)
     assert forward.compute == pytest.approx((4 * layer + head) / 1e15)
     assert forward.mean == pytest.approx((16 * layer + head) / 4 / 1e15)
+
+
+def two_nodes() -> timing.Machine:
+    """100 GB/s within a node of 8 and 10 GB/s between nodes."""
+    return timing.Machine(Gpu("two", 1e15, 80 * GIB, 100e9, 10e9), per_node=8, utilization=1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "forward", "backward", "expected"),
+    [
+        ({}, 0.4, 0.8, (0.6, 0.3, 0.6, 0.3)),
+        ({"overlap_grad_reduce": True, "overlap_param_gather": True}, 0.4, 0.8, (0.6, 0.3, 0.0, 0.0)),
+        ({"overlap_grad_reduce": True, "overlap_param_gather": True}, 0.1, 0.2, (0.6, 0.3, 0.4, 0.2)),
+        ({"overlap_grad_reduce": True}, 0.1, 0.2, (0.6, 0.3, 0.4, 0.3)),
+        ({"accumulate_allreduce_grads_in_fp32": False}, 0.1, 0.2, (0.3, 0.3, 0.3, 0.3)),
+        # An all-reduce is one operation of twice the bytes, and backward can hide all of it.
+        ({"use_distributed_optimizer": False}, 0.1, 0.2, (1.2, 0.0, 1.2, 0.0)),
+        ({"use_distributed_optimizer": False, "overlap_grad_reduce": True}, 0.1, 0.5, (1.2, 0.0, 0.7, 0.0)),
+    ],
+    ids=["off", "whole", "part", "gradients_only", "bf16_gradients", "all_reduce", "all_reduce_hidden"],
+)
+def test_what_one_microbatch_hides_by_hand(tmp_path, flags, forward, backward, expected):
+    """1.6e9 parameters on 16 ranks: 15/16 of 4 bytes of gradient and 2 of weight at 10 GB/s are 0.6 and 0.3 s."""
+    defaults = {"overlap_grad_reduce": False, "overlap_param_gather": False, "use_distributed_optimizer": True}
+    args = arguments(tmp_path, 16, "llama3_1b")
+    for name, value in (defaults | flags).items():
+        setattr(args, name, value)
+    found = timing.data_time(args, two_nodes(), [1_600_000_000], forward=[forward], first_backward=backward)
+    assert (found.reduced, found.gathered, found.reduce_wait, found.gather_wait) == pytest.approx(expected)
+    assert found.total == pytest.approx(sum(expected[:2])) and found.waited == pytest.approx(sum(expected[2:]))
+
+
+@pytest.mark.parametrize(
+    ("virtual", "align", "backward", "waits"),
+    [
+        # Gathering takes 0.3 and 0.15 s, forward 0.1 s: the first microbatch is held up by 0.2 and then by 0.05 s.
+        (1, True, 0.2, (0.4, 0.25)),
+        (1, True, 0.9, (0.0, 0.25)),
+        # All stages gather at once; the half that is reduced last starts when nothing is left to hide it.
+        (2, True, 0.2, (0.4, 0.2)),
+        (2, True, 0.9, (0.3, 0.2)),
+        (2, False, 0.9, (0.0, 0.2)),
+    ],
+)
+def test_what_stages_of_a_pipeline_wait_for_by_hand(tmp_path, virtual, align, backward, waits):
+    more = {"num_virtual_stages_per_pipeline_rank": 2} if virtual == 2 else {}
+    args = arguments(tmp_path, 32, **{PP: 2}, overlap_grad_reduce=True, overlap_param_gather=True, **more)
+    args.align_grad_reduce = align
+    found = timing.data_time(
+        args, two_nodes(), [1_600_000_000, 800_000_000], forward=[0.1, 0.1], first_backward=backward
+    )
+    assert (found.reduce_wait, found.gather_wait) == pytest.approx(waits)
+    assert found.total == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_a_step_waits_for_what_its_own_microbatch_does_not_hide(tmp_path, recompute):
+    """Backward is 2 F, and what it recomputes hides communication too; m plays no part."""
+    whole = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    more = whole if recompute else {}
+    args = arguments(tmp_path, 16, overlap_grad_reduce=True, overlap_param_gather=True, **more)
+    inventory, machine = take_inventory(load_model_description("llama3_1b"), args, tensor_parallel=1), two_nodes()
+    layer, _ = timing.layer_flops(inventory, args)
+    forward = (16 * layer + timing.head_flops(inventory, args)) / 1e15
+    backward = 2 * forward + (16 * layer / 1e15 if recompute else 0.0)
+    found = [
+        timing.step_time(inventory, args, machine, microbatches=microbatches, parameters=[1_600_000_000])
+        for microbatches in (1, 32)
+    ]
+    for time in found:
+        assert 0 < backward < 0.6 and 0 < forward < 0.3
+        assert time.student.data == time.data.waited == pytest.approx(0.6 - backward + 0.3 - forward)
+    assert found[1].cached - found[0].cached == pytest.approx(31 * found[0].microbatch)
 
 
 # Search.
@@ -289,6 +368,43 @@ def test_search_drops_what_is_not_accepted(tmp_path):
     assert found.fitting[0] == everything.fitting[1]
     within = search.search(planner, limit=70 * GIB, allowed=lambda layout: layout.context == 1)
     assert {item.layout.context for item in within.fitting} == {1}
+
+
+def best_alone(folder: Path, **megatron: Any) -> search.Search:
+    """Layouts of 128 GPUs that are data parallel only, at half the bandwidth between nodes."""
+    gpu = gpu_named("H100")
+    machine = timing.Machine(Gpu(gpu.name, gpu.flops, gpu.memory, gpu.link, gpu.network / 2), 8, 0.4)
+    args = arguments(folder, 128, "olmo2_1b", use_distributed_optimizer=True, **megatron)
+    planner = Planner(load_model_description("olmo2_1b"), args, machine=machine)
+    return search.search(planner, limit=70 * GIB, allowed=lambda layout: layout.data == 128)
+
+
+def test_the_micro_batch_that_hides_more_is_chosen(tmp_path):
+    """Two microbatches of 2 or one of 4: the same products, but the pass that hides communication is twice as long."""
+    apart = best_alone(tmp_path, overlap_grad_reduce=False, overlap_param_gather=False)
+    assert apart.fitting[0].layout.micro_batch == 2
+    assert search.tie(apart) == (
+        "of 3 within 1% of the fastest: the most tokens in a microbatch (counted up to 8,192), then the least memory"
+    )
+    hidden = best_alone(tmp_path, overlap_grad_reduce=True, overlap_param_gather=True)
+    assert hidden.fitting[0].layout.micro_batch == 4 and search.tie(hidden) is None
+    second = next(item for item in hidden.fitting if item.layout.micro_batch == 2 and item.layout.recompute == "none")
+    assert second.seconds - hidden.fitting[0].seconds == pytest.approx(
+        second.student.data - hidden.fitting[0].student.data
+    )
+
+
+def test_the_tie_rule_is_said_as_it_was_used(tmp_path):
+    item = best_alone(tmp_path).fitting[0]
+
+    def found(*others: dict[str, Any]) -> search.Search:
+        return search.Search([item, *(replace(item, **other) for other in others)], [], 70 * GIB)
+
+    assert search.tie(found()) is None and search.tie(found({"seconds": item.seconds * 1.02})) is None
+    assert search.tie(found({"memory": item.memory + 1})) == "of 2 within 1% of the fastest: the least memory"
+    # More than enough tokens count as enough.
+    assert search.tie(found({"tokens": 16_384})) == "of 2 within 1% of the fastest: the least memory"
+    assert "the most tokens" in (search.tie(found({"tokens": 4096, "seconds": item.seconds * 0.995})) or "")
 
 
 @pytest.mark.parametrize(
@@ -392,6 +508,40 @@ def test_command_reports(tmp_path, capsys):
     assert plan["best"]["seconds"] <= plan["configured"]["seconds"]
     assert [rank["rank"] for rank in plan["simulation"]] == [0, 8, 15] and plan["numbers"]["steps"] == 1000
     assert plan["stages"][0]["state"]["parameters"] == plan["simulation"][0]["built"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("gather", "reduce", "passes"),
+    [
+        (True, True, "the first forward and the last backward pass"),
+        (False, True, "the last backward pass"),
+        (False, False, None),
+    ],
+)
+def test_the_report_says_what_is_hidden_and_its_rows_add_up(tmp_path, gather, reduce, passes):
+    flags = {"overlap_param_gather": gather, "overlap_grad_reduce": reduce, "use_distributed_optimizer": True}
+    report = command.plan(load_config(run_file(tmp_path, "olmo2_1b", **flags)), machine=H100, nodes=16)
+    lines, data = text(report).splitlines(), report.time.data
+    name = search.CAUSES["data"]
+    rows = [line for line in lines if line.strip().startswith(name + " ")]
+    assert [float(row.split()[-2]) for row in rows] == [pytest.approx(data.waited, abs=6e-4)]
+    hidden = [line.strip() for line in lines if line.strip().startswith(name + ":")]
+    wanted = f"{name}: {data.total:.3f} s a step, of which {data.total - data.waited:.3f} s behind {passes}"
+    assert hidden == ([wanted] if passes else [])
+    start = lines.index(next(line for line in lines if line.split()[:2] == ["student", "s/step"]))
+    table = [
+        line.split() for line in lines[start + 1 : lines.index("", start)] if not line.strip().startswith(f"{name}:")
+    ]
+    assert sum(float(row[-2]) for row in table) == pytest.approx(report.time.student.total, abs=2e-3)
+
+
+def test_the_report_says_where_stages_wait_in_turn(tmp_path):
+    """Four stages wait longer together than one gathering takes, and nothing is gained."""
+    flags = {"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": True, PP: 4}
+    path = run_file(tmp_path, "olmo2_1b", **flags, seq_length=512)
+    report = command.plan(load_config(path), machine=H100, nodes=16)
+    assert report.time.data.waited > report.time.data.total
+    assert "but stages wait for their weights one after another (overlap_param_gather)" in text(report)
 
 
 def test_the_plan_is_for_transformer_engine_and_the_simulation_for_what_can_be_built(
