@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from remit_megatron.config import RunConfig
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.errors import UserError
@@ -134,12 +136,55 @@ def _check_placement(config: RunConfig, arguments: argparse.Namespace, *, signal
         raise UserError("reference.placement", "replicated", f"pipeline: {reason}")
 
 
+# What Megatron compares with a checkpoint's, or finds its optimizer's parameters by: rates always, the others unless
+# megatron.override_opt_param_scheduler takes the new ones.
+_RATES = ("lr", "min_lr")
+_SCHEDULE = (
+    "lr_decay_style",
+    "lr_warmup_init",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "lr_warmup_fraction",
+    "weight_decay",
+    "weight_decay_incr_style",
+    "start_weight_decay",
+    "end_weight_decay",
+)
+
+
+def check_resumed_schedule(before: str, config: RunConfig) -> None:
+    """Refuses to resume with a learning rate or schedule that is not the checkpoints', which Megatron fails on.
+
+    Args:
+        before: the configuration that the run was trained with, as YAML.
+
+    Raises:
+        UserError: naming the key, with both values.
+    """
+    now = config.megatron
+    was = (yaml.safe_load(before) or {}).get("megatron") or {}
+    keys: list[str] = [*_RATES]
+    if not (now.get("override_opt_param_scheduler") or now.get("use_checkpoint_opt_param_scheduler")):
+        keys += _SCHEDULE
+        # The decay is as long as the run where nothing else is said.
+        keys += ["lr_decay_iters"] if now.get("lr_decay_iters") else ["lr_decay_iters", "train_iters"]
+        keys += ["lr_decay_samples"] if now.get("lr_decay_samples") else ["lr_decay_samples", "train_samples"]
+        if not now.get("train_samples"):  # the length of the decay is kept in samples
+            keys.append("global_batch_size")
+    for key in keys:
+        if was.get(key) != now.get(key):
+            expected = f"{was.get(key)}, as the checkpoints in {config.run_dir} have it, or another run_dir"
+            raise UserError(f"megatron.{key}", now.get(key), expected)
+
+
 def check_reference(
     student: dict[str, Any],
     reference: dict[str, Any],
     tokenizer: Tokenizer,
     reference_tokenizer: str | Path | None,
     arguments: argparse.Namespace,
+    *,
+    student_tokenizer: str | Path | None = None,
 ) -> None:
     """Refuses a reference whose scores would mean something else, or that cannot be sharded like the student.
 
@@ -155,6 +200,10 @@ def check_reference(
     if reference_tokenizer is not None:
         digest = load_tokenizer(reference_tokenizer).digest
         if digest != tokenizer.digest:
+            if student_tokenizer is not None and load_tokenizer(student_tokenizer).digest == digest:
+                raise UserError(
+                    "data.tokenizer", f"digest {tokenizer.digest[:16]}", f"{digest[:16]}, of both init and reference"
+                )
             raise UserError(
                 "reference.checkpoint", f"tokenizer digest {digest[:16]}", f"{tokenizer.digest[:16]}, the student's"
             )

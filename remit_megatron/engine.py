@@ -251,7 +251,11 @@ class Engine:
 
         target = directory / HF_SUBFOLDER
         target.mkdir(exist_ok=True)
-        (target / "config.json").write_text(json.dumps(self._prepared.hf_config, indent=2) + "\n")
+        config = self._prepared.hf_config
+        if self._prepared.init is None and "eos_token_id" not in config:
+            # A model from a description: transformers would put in the ids of another tokenizer.
+            config = config | {"bos_token_id": None, "eos_token_id": self._prepared.tokenizer.eod_id}
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         folders = [Path(self._prepared.tokenizer.path)]
         if self._prepared.init is not None:
             folders.append(self._prepared.init.hf_files)

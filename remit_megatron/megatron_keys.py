@@ -100,7 +100,9 @@ DEFAULTS: dict[str, Default] = {
     ),
     "adam_beta2": _default(0.95, "what the base models were trained with; Megatron's 0.999 suits longer averages"),
     "weight_decay": _default(0.1, "what the base models were trained with"),
-    "exit_signal_handler": _default(True, "SIGTERM saves a checkpoint before the run stops"),
+    "exit_signal_handler": _default(
+        True, "SIGTERM and Ctrl-C save a checkpoint before the run stops (exit code 75); a second Ctrl-C interrupts"
+    ),
     "rerun_mode": _default(
         "disabled", "a suspicious loss stops the run; repeating the step would need the reference's scores again"
     ),
@@ -167,8 +169,8 @@ UNSUPPORTED: dict[str, str] = {
     "checkpoint_activations": "megatron.recompute_granularity",
     "mock_data": "data.train",
     "skip_train": "a run that trains",
-    "perform_rl_step": "remit posttrain",
-    "sft": "remit posttrain",
+    "perform_rl_step": "a post-trained model as reference (post-training is not in this version)",
+    "sft": "a post-trained model as reference (post-training is not in this version)",
     "rampup_batch_size": "megatron.global_batch_size (Megatron 0.19 ignores this argument)",
     "use_checkpoint_args": "model, or init alone, which brings its architecture",
     "mtp_num_layers": "a model without multi-token prediction",

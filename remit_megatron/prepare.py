@@ -112,7 +112,14 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
         if not _is_absent("reference.checkpoint", config.reference.checkpoint, absent):
             reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
             if tokenizer is not None:
-                checks.check_reference(hf_config, reference.hf_config, tokenizer, reference.tokenizer, arguments)
+                checks.check_reference(
+                    hf_config,
+                    reference.hf_config,
+                    tokenizer,
+                    reference.tokenizer,
+                    arguments,
+                    student_tokenizer=None if init is None else init.tokenizer,
+                )
         checks.check_reference_settings(config, arguments, signal=objective.reference_signal)
         # A reference that is not there is taken to be of the student's own shape.
         described = hf_config if reference is None else reference.hf_config

@@ -107,9 +107,15 @@ def require_space(directory: Path, needed: float, *, what: str) -> None:
         )
 
 
+def read_config(run_dir: Path) -> str | None:
+    """The configuration that the run was trained with so far, as written; None for a new run."""
+    path = run_dir / "config.yaml"
+    return path.read_text() if path.exists() else None
+
+
 def write_config(run_dir: Path, text: str) -> None:
     """Writes the resolved configuration; an earlier different one is kept as config.yaml.previous."""
     path = run_dir / "config.yaml"
-    if path.exists() and path.read_text() != text:
+    if read_config(run_dir) not in (None, text):
         os.replace(path, path.with_suffix(".yaml.previous"))
     write_atomic(path, text)

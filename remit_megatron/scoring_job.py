@@ -282,16 +282,18 @@ class ScoringJob:
     def repair(self) -> None:
         """Reads every score of the needed samples and marks those that are damaged as missing. Collective; every rank
         reads its share."""
-        share = [samples[dist.get_rank() :: dist.get_world_size()] for samples in self._needed]
-        progress = Progress("check", total=sum(map(len, share)), unit="samples")
+        world_size = dist.get_world_size()
+        share = [samples[dist.get_rank() :: world_size] for samples in self._needed]
+        total = sum(map(len, self._needed))
+        progress = Progress("check", total=total, unit="samples")
         found = done = 0
         with parallel.same_fate("checking the scores"):
             for dataset_id, samples in enumerate(share):
                 for part in np.array_split(samples, max(1, len(samples) // _CHECKED_TOGETHER)):
                     found += self._forget_damage([(dataset_id, sample) for sample in part.tolist()])
                     done += len(part)
-                    if dist.get_rank() == 0:
-                        progress.update(done)
+                    if dist.get_rank() == 0:  # the other ranks are about as far
+                        progress.update(min(total, done * world_size))
         found = sum(parallel.gather_objects(found))
         if dist.get_rank() == 0:
             progress.finish()

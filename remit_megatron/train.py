@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from remit_megatron import checkpoints, launch, parallel, run_directory
+from remit_megatron.checks import check_resumed_schedule
 from remit_megatron.config import RunConfig, load_config
 from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
 from remit_megatron.prepare import Prepared, prepare, total_steps
@@ -70,14 +74,15 @@ def train(config: RunConfig) -> int:
     with parallel.same_fate("opening the run directory"):
         if environment.rank == 0:
             lock = run_directory.RunLock(run_dir)
-            run_directory.write_config(run_dir, config.to_yaml())
             Path(arguments.save).mkdir(parents=True, exist_ok=True)
     handler = run_directory.log_to_file(run_dir, environment.rank)
     try:
         resumed_at = _resume(config, arguments, environment)
         if resumed_at >= total_steps(arguments):
             if environment.rank == 0:
-                sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done\n")
+                changed = run_directory.read_config(run_dir) not in (None, config.to_yaml())
+                note = "; the configuration is not the one in config.yaml, and was not used" if changed else ""
+                sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done{note}\n")
             return EXIT_DONE
         train_samples, valid_samples = open_data(prepared, environment)
         consumed = _consumed_samples(arguments, resumed_at)
@@ -86,6 +91,9 @@ def train(config: RunConfig) -> int:
             from remit_megatron.reference.cached import ScoredSamples
 
             train_samples = ScoredSamples(train_samples, scores.cache)
+        with parallel.same_fate("writing the configuration"):
+            if environment.rank == 0:
+                run_directory.write_config(run_dir, config.to_yaml())
         return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores)
     finally:
         logging.getLogger().removeHandler(handler)
@@ -107,6 +115,10 @@ def _resume(config: RunConfig, arguments: argparse.Namespace, environment: paral
         return 0
     if found is None:
         return 0
+    with parallel.same_fate("comparing the configuration with the run's"):
+        before = run_directory.read_config(Path(config.run_dir or "")) if environment.rank == 0 else None
+        if before is not None:
+            check_resumed_schedule(before, config)
     with parallel.same_fate("moving the checkpoint pointer"):
         if environment.rank == 0:
             checkpoints.point_to(root, found)
@@ -144,6 +156,9 @@ def _train(
 
     arguments, config = prepared.arguments, prepared.config
     global_vars.set_global_variables(arguments, build_tokenizer=False)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if arguments.exit_signal_handler:
+        _ctrl_c_as(arguments.exit_signal)
     student = model_config(prepared.hf_config, arguments)
     engine = Engine(prepared, environment, scores)
 
@@ -182,10 +197,25 @@ def _train(
         if stop.code not in (0, None):
             raise
     finally:
+        signal.signal(signal.SIGINT, interrupt)
         engine.close()
         if recorder is not None:
             recorder.close()
-    return _exit_code(arguments)
+    code = _exit_code(arguments)
+    if code == EXIT_START_ME_AGAIN and environment.rank == 0:
+        step, total = arguments.curr_iteration + 1, total_steps(arguments)
+        sys.stdout.write(f"stopped at step {step} of {total}, which is saved; start it again to go on\n")
+    return code
+
+
+def _ctrl_c_as(number: signal.Signals) -> None:
+    """Ctrl-C does what Megatron's exit signal does: the step is finished and saved. The second time it interrupts."""
+
+    def once(_: int, __: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGINT, once)
 
 
 def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:

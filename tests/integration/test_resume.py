@@ -170,7 +170,21 @@ def test_distributed_optimizer_resumes_on_another_layout(straight, config_for, p
         assert found_step == pytest.approx(expected_step, rel=1e-4)
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(config_for, tmp_path):
+def test_what_a_checkpoint_was_made_with_stays(straight, remit, tmp_path):
+    """Another schedule is refused in one line, and no command changes what the run says of itself."""
+    config = (straight / "config.yaml").read_text()
+    path = tmp_path / "run.yaml"
+    path.write_text(config)
+    refused = remit("train", path, f"megatron.train_iters={STEPS + 4}")
+    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+    assert f"megatron.train_iters: found {STEPS + 4}; expected {STEPS}, as the checkpoints in" in refused.stderr
+    done = remit("train", path, "objective.epsilon=0.3")
+    assert done.returncode == 0 and "nothing to do" in done.stdout and "was not used" in done.stdout
+    assert (straight / "config.yaml").read_text() == config and not (straight / "config.yaml.previous").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_asks_to_be_started_again(config_for, tmp_path, number):
     run_dir = tmp_path / "run"
     config = config_for(run_dir, train_iters=100_000, save_interval=100_000, eval_interval=100_000)
     path = write(tmp_path / "run.yaml", config)
@@ -178,14 +192,18 @@ def test_sigterm_saves_and_asks_to_be_started_again(config_for, tmp_path):
         [sys.executable, "-m", "remit_megatron", "train", str(path)],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
+    os.killpg(process.pid, number)  # as a terminal does: the data loader's processes get it, too
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
     saved = json.loads((run_dir / "checkpoints" / "latest").read_text())["iteration"]
     assert saved == losses(run_dir)[-1][0]
+    assert f"stopped at step {saved} of 100000, which is saved" in said

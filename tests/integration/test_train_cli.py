@@ -129,3 +129,15 @@ def test_torchrun_starts_ranks_too(config_for, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_model_from_a_description_ends_documents_as_its_tokenizer_does(config_for, remit, tmp_path):
+    config = config_for(tmp_path / "run", objective={"name": "ntp"}, train_iters=1)
+    config["model"] = {"base": "tiny_llama", "vocab_size": 51, "num_hidden_layers": 1}
+    config["init"] = None
+    config["reference"] = None
+    assert remit("train", write(tmp_path / "run.yaml", config)).returncode == 0
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "iter_0000001" / "hf" / "config.json").read_text())
+    assert (saved["eos_token_id"], saved["bos_token_id"]) == (0, None)
+    assert remit("export", "--checkpoint", tmp_path / "run", "--output", tmp_path / "hf").returncode == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 0

@@ -181,7 +181,8 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     "unsupported": (
         {"perform_rl_step": True},
         1,
-        "megatron.perform_rl_step: found True; expected remit posttrain instead",
+        "megatron.perform_rl_step: found True; "
+        "expected a post-trained model as reference (post-training is not in this version) instead",
     ),
     "contradiction": ({"num_layers": 5}, 1, "megatron.num_layers: found 5; expected 4, which the model has"),
     "not in the model": (
