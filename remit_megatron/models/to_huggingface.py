@@ -1,7 +1,7 @@
 """Megatron checkpoint -> Hugging Face directory that transformers loads unchanged.
 
 The model is built on the meta device, without memory; the checkpoint is then read a weight at a time, whatever layout
-wrote it, and each is written before the next is read: memory stays near three times the size of the largest one.
+wrote it, and each is written before the next is read: memory stays near twice the size of the largest one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from remit_megatron.models.family import family_of
 from remit_megatron.models.loading import hf_names, sharded_weights, weights_of
 from remit_megatron.models.mapping import NameMap, Shape, Weight
 from remit_megatron.models.processes import process_groups
-from remit_megatron.models.read_ahead import one_ahead
 from remit_megatron.models.source import ModelSource, resolve
 from remit_megatron.models.tensor_files import TensorFileWriter
 from remit_megatron.models.to_megatron import DTYPES, copy_companions
@@ -139,13 +138,14 @@ def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], d
             "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         )
         with TensorFileWriter(path, file.shapes, dtype=dtype) as writer:
-            for tensors in one_ahead(map(reader.read, file.entries)):
+            for entry in file.entries:
+                tensors = reader.read(entry)
                 while tensors:
                     name, tensor = tensors.popitem()
                     writer.write(name, tensor)
                     weight_map[name] = path.name
                     done += tensor.numel() * dtype.itemsize
-                    del tensor  # or it would hold its parameter while the next one is waited for
+                    del tensor  # or it would hold its parameter while the next one is read
                 progress.update(done)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
