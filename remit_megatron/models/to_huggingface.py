@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,11 +106,11 @@ class _Reader:
         _, layer, weight, full = entry
         return dict(zip(self.names.hf_names(layer, weight), weight.hf_shapes(full, self.shape), strict=True))
 
-    def read(self, entry: Entry) -> dict[str, Tensor]:
+    def read(self, entry: Entry) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and tensors of one Megatron parameter."""
         name, layer, weight, _ = entry
         tensors = weight.write([self._files.read(self._sharded[name])], self.shape)
-        return dict(zip(self.names.hf_names(layer, weight), tensors, strict=True))
+        return zip(self.names.hf_names(layer, weight), tensors, strict=True)
 
 
 def _plan(reader: _Reader, dtype: torch.dtype, max_file_bytes: int) -> list[_OutputFile]:
@@ -139,9 +140,7 @@ def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], d
         )
         with TensorFileWriter(path, file.shapes, dtype=dtype) as writer:
             for entry in file.entries:
-                tensors = reader.read(entry)
-                while tensors:
-                    name, tensor = tensors.popitem()
+                for name, tensor in reader.read(entry):
                     writer.write(name, tensor)
                     weight_map[name] = path.name
                     done += tensor.numel() * dtype.itemsize
