@@ -142,12 +142,9 @@ def forward_time(inventory: Inventory, args: argparse.Namespace, machine: Machin
     flops, mlp = layer_flops(inventory, args)
     head = head_flops(inventory, args)
     counts = [sum(chunk_layers(args, stage)) for stage in range(last + 1)]
-    layers = max(counts[:-1], default=0)
-    # The stage with the most operations; ties are the last one's.
-    with_head = counts[-1] * flops + head >= layers * flops
-    layers = counts[-1] if with_head else layers
-    compute = (layers * flops + (head if with_head else 0.0)) / machine.flops
     stages = [(count * flops + (head if stage == last else 0.0)) / machine.flops for stage, count in enumerate(counts)]
+    compute, slowest = max((seconds, stage) for stage, seconds in enumerate(stages))  # ties are the last one's
+    layers = counts[slowest]
     return ForwardTime(
         compute=compute,
         mean=(sum(counts) * flops + head) / len(counts) / machine.flops,
