@@ -9,7 +9,7 @@ Drop when Megatron's communicator accepts work to do while it waits
 
 Both functions return requests that somebody waits for later: the communicator itself, or a schedule that overlaps
 communication with computation. Here they return requests whose ``wait`` goes through ``hook``, which is set by
-remit_megatron.engine and receives the original ``wait``. Without a hook the requests are waited for as before.
+remit_megatron.training.engine and receives the original ``wait``. Without a hook the requests are waited for as before.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Test      tests/distributed/test_training.py::test_layouts_agree
 Upstream  no hook of this kind; training and evaluation each look the schedule up when they start
 Drop when Megatron accepts a schedule from its caller
 
-``wrapper`` is set by remit_megatron.engine before training; without one the schedule is Megatron's.
+``wrapper`` is set by remit_megatron.training.engine before training; without one the schedule is Megatron's.
 """
 
 from __future__ import annotations

@@ -11,18 +11,54 @@ import sys
 from collections.abc import Sequence
 
 from remit_megatron import __version__
-from remit_megatron.errors import EXIT_BAD_INPUT, EXIT_DO_NOT_RESTART, EXIT_START_ME_AGAIN, StartAgain, UserError
+from remit_megatron.runtime.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DO_NOT_RESTART,
+    EXIT_START_ME_AGAIN,
+    StartAgain,
+    UserError,
+)
 
 # command -> (module, name of its add-arguments function, name of its run function, one line for --help)
 _COMMANDS: dict[str, tuple[str, str, str, str]] = {
-    "doctor": ("doctor", "add_arguments", "run", "versions, device, optional parts, patches, what would be used"),
-    "quickstart": ("quickstart", "add_arguments", "run", "the whole method at toy size, in minutes, on two CPU cores"),
-    "import": ("models.convert", "add_import_arguments", "run_import", "Hugging Face model to a Megatron checkpoint"),
-    "export": ("models.convert", "add_export_arguments", "run_export", "Megatron checkpoint to a Hugging Face model"),
-    "logprobs": ("logprobs", "add_arguments", "run", "log-probability of every token of a text, through Megatron"),
-    "train": ("train", "add_arguments", "run", "mid-training"),
+    "doctor": (
+        "doctor.report",
+        "add_arguments",
+        "run",
+        "versions, device, optional parts, patches, what would be used",
+    ),
+    "quickstart": (
+        "flywheel.quickstart",
+        "add_arguments",
+        "run",
+        "the whole method at toy size, in minutes, on two CPU cores",
+    ),
+    "import": (
+        "conversion.command",
+        "add_import_arguments",
+        "run_import",
+        "Hugging Face model to a Megatron checkpoint",
+    ),
+    "export": (
+        "conversion.command",
+        "add_export_arguments",
+        "run_export",
+        "Megatron checkpoint to a Hugging Face model",
+    ),
+    "logprobs": (
+        "scoring.logprobs",
+        "add_arguments",
+        "run",
+        "log-probability of every token of a text, through Megatron",
+    ),
+    "train": ("training.command", "add_arguments", "run", "mid-training"),
     "plan": ("cluster.command", "add_arguments", "run", "memory, time and layout of a run on a cluster, by arithmetic"),
-    "score": ("score", "add_arguments", "run", "the reference's score of every token of a run's data, into a cache"),
+    "score": (
+        "scoring.command",
+        "add_arguments",
+        "run",
+        "the reference's score of every token of a run's data, into a cache",
+    ),
 }
 _DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "build": ("data.build", "add_arguments", "run", "documents to token files"),

@@ -28,8 +28,8 @@ from benchmarking import heading, quantile, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from remit_megatron.progress import Progress
 from remit_megatron.reference import CacheIdentity, ReferenceCache
+from remit_megatron.runtime.progress import Progress
 
 DATASET = "0" * 64
 BLOCK = 500

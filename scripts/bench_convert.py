@@ -109,7 +109,7 @@ def measure(command: Sequence[str | Path]) -> Measured:
 
 def same_weights(first: Path, second: Path) -> bool:
     """Whether two Hugging Face directories hold the same tensors bit for bit."""
-    from remit_megatron.models.tensor_files import TensorFiles
+    from remit_megatron.conversion.tensor_files import TensorFiles
 
     left, right = TensorFiles(first), TensorFiles(second)
     return left.names() == right.names() and all(
@@ -169,7 +169,7 @@ def report(args: argparse.Namespace, size: int, found: dict[str, Measured]) -> s
 
 def main() -> None:
     args = parse()
-    from remit_megatron.config import load_model_description
+    from remit_megatron.run.configuration import load_model_description
 
     hf_config = load_model_description(args.model)
     with tempfile.TemporaryDirectory(prefix="bench_convert_") as folder:

@@ -170,12 +170,12 @@ def arms_of(*, stages: int, microbatches: int, virtual: int, forward_seconds: fl
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from patches import pipeline_wait
-    from remit_megatron.forward import ModelForward
+    from remit_megatron.models.forward import ModelForward
     from remit_megatron.objectives import build_objective
     from remit_megatron.reference.idle import IdleFiller
     from remit_megatron.reference.live import LiveReference
     from remit_megatron.reference.replicated import ReplicatedReference
-    from remit_megatron.step import TrainingStep
+    from remit_megatron.training.step import TrainingStep
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -279,8 +279,8 @@ def work(rank: int, port: int, args: argparse.Namespace, folder: str) -> None:
     patches.apply()
     from megatron.core import parallel_state
 
-    from remit_megatron import parallel
-    from remit_megatron.progress import Progress
+    from remit_megatron.runtime import parallel
+    from remit_megatron.runtime.progress import Progress
 
     parallel.initialize(parallel.rank_environment())
     progress = Progress("bench", total=len(args.cases), unit="cases")
@@ -352,7 +352,7 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     args = parse()
-    from remit_megatron.launch import free_port
+    from remit_megatron.runtime.launch import free_port
 
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -131,17 +131,17 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     from torch.utils.data import default_collate
 
     from patches.quiet_megatron import redirect
-    from remit_megatron import parallel
-    from remit_megatron.batch import to_batch
-    from remit_megatron.config import load_config, load_model_description
-    from remit_megatron.forward import ModelForward
-    from remit_megatron.megatron_args import build_arguments
+    from remit_megatron.models.batch import to_batch
     from remit_megatron.models.build import build_chunks, megatron_arguments, model_config
+    from remit_megatron.models.forward import ModelForward
     from remit_megatron.objectives import build_objective
     from remit_megatron.reference.cached import CachedScores, ScoredSamples
     from remit_megatron.reference.live import LiveReference
     from remit_megatron.reference.source import ScoreSource
-    from remit_megatron.step import TrainingStep
+    from remit_megatron.run.configuration import load_config, load_model_description
+    from remit_megatron.run.megatron_args import build_arguments
+    from remit_megatron.runtime import parallel
+    from remit_megatron.training.step import TrainingStep
 
     config = load_config(run_config(args, folder))
     hf_config = load_model_description(config.model)

@@ -26,7 +26,7 @@ def interleave(names: Sequence[str], rounds: int, run: Callable[[str], float], *
     Returns:
         Seconds of each arm, one for each round.
     """
-    from remit_megatron.progress import Progress
+    from remit_megatron.runtime.progress import Progress
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
     progress = Progress(label, total=rounds + 1, unit="rounds")
@@ -55,7 +55,7 @@ def device_name() -> str:
     """The GPU, or the processor and the number of threads."""
     import torch
 
-    from remit_megatron.doctor_probes import cpu_model
+    from remit_megatron.doctor.probes import cpu_model
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

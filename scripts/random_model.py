@@ -31,7 +31,7 @@ def write_random_model(
     Returns:
         Shape of every tensor, by name.
     """
-    from remit_megatron.models.tensor_files import TensorFileWriter
+    from remit_megatron.conversion.tensor_files import TensorFileWriter
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
@@ -54,10 +54,10 @@ def write_random_model(
 
 def tensor_shapes(hf_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face names and shapes of a model's weights, in the order of the model."""
+    from remit_megatron.conversion.loading import weights_of
+    from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import build_chunks, default_arguments, model_config, shape_of, unwrap
     from remit_megatron.models.family import family_of
-    from remit_megatron.models.loading import weights_of
-    from remit_megatron.models.processes import process_groups
 
     names = family_of(hf_config).names(hf_config)
     found: dict[str, tuple[int, ...]] = {}

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.config import RunConfig, load_config, load_model_description
-from remit_megatron.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, UserError
-from remit_megatron.files import write_atomic
+from remit_megatron.run.configuration import RunConfig, load_config, load_model_description
+from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, UserError
+from remit_megatron.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from remit_megatron.cluster.planner import Placement, Planner, ReferencePlan
@@ -99,14 +99,14 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
     Raises:
         UserError: the configuration is wrong, or cannot be laid out on these GPUs.
     """
-    from remit_megatron.checks import check_dropout, check_linear_loss, check_supported
     from remit_megatron.cluster.planner import Planner
     from remit_megatron.cluster.report import Report
     from remit_megatron.cluster.search import candidate, own_layout
     from remit_megatron.models.family import family_of
     from remit_megatron.objectives import build_objective
-    from remit_megatron.plan_numbers import plan_numbers
-    from remit_megatron.prepare import objective_settings
+    from remit_megatron.run.checks import check_dropout, check_linear_loss, check_supported
+    from remit_megatron.run.derived import plan_numbers
+    from remit_megatron.run.prepare import objective_settings
 
     objective = build_objective(config.objective.name, **objective_settings(config))
     hf_config, signal = _architecture(config), objective.reference_signal
@@ -145,7 +145,7 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
 def _architecture(config: RunConfig) -> dict[str, Any]:
     if config.model is not None:
         return load_model_description(config.model)
-    from remit_megatron.models.source import resolve
+    from remit_megatron.conversion.source import resolve
 
     assert config.init is not None, "load_config asks for one of the two"
     return resolve(config.init, field="init").hf_config
@@ -155,9 +155,9 @@ def _arguments_of(
     config: RunConfig, hf_config: dict[str, Any], world_size: int
 ) -> Callable[[RunConfig, int], argparse.Namespace]:
     """How a configuration and a rank become validated arguments, as on a cluster of GPUs."""
-    from remit_megatron.megatron_args import build_arguments, read_overrides
     from remit_megatron.models.build import megatron_arguments
     from remit_megatron.models.spec import LOCAL, TE
+    from remit_megatron.run.megatron_args import build_arguments, read_overrides
 
     architecture = megatron_arguments(hf_config)
     local = read_overrides(config.megatron).get("transformer_impl") == LOCAL
@@ -177,7 +177,7 @@ def _arguments_of(
 
 def _check_for_layout(config: RunConfig, args: argparse.Namespace, signal: str) -> None:
     """What the run refuses of some layouts and lets through of others."""
-    from remit_megatron.checks import check_document_mask, check_reference_settings
+    from remit_megatron.run.checks import check_document_mask, check_reference_settings
 
     check_document_mask(config, args)
     if signal != "none" and config.reference is not None:
@@ -192,7 +192,7 @@ def _check_node(args: argparse.Namespace, machine: Machine) -> None:
 
 def _reference(config: RunConfig, student: dict[str, Any], signal: str) -> ReferencePlan | None:
     from remit_megatron.cluster.planner import ReferencePlan
-    from remit_megatron.models.source import resolve
+    from remit_megatron.conversion.source import resolve
 
     settings = config.reference
     if signal == "none":
@@ -218,7 +218,7 @@ def _search(
 ) -> Search:
     """All layouts; the first ones are those that Megatron's own checks let through."""
     from remit_megatron.cluster.search import Layout, search
-    from remit_megatron.megatron_args import read_overrides
+    from remit_megatron.run.megatron_args import read_overrides
 
     written = read_overrides(config.megatron)
     # Other ways to say what a layout says.

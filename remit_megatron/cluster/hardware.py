@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from remit_megatron.config import did_you_mean
-from remit_megatron.errors import UserError
-from remit_megatron.metrics import peak_flops
+from remit_megatron.run.configuration import did_you_mean
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.training.metrics import peak_flops
 
 GIB = 1 << 30
 

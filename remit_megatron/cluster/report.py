@@ -13,8 +13,8 @@ from remit_megatron.cluster.search import CAUSES, Candidate, Layout, Search, rea
 from remit_megatron.cluster.simulate import SimulatedRank, describe_difference
 from remit_megatron.cluster.timing import DataTime, StepTime
 from remit_megatron.models.spec import LOCAL, TE
-from remit_megatron.plan_numbers import PlanNumbers
-from remit_megatron.progress import format_count, format_duration
+from remit_megatron.run.derived import PlanNumbers
+from remit_megatron.runtime.progress import format_count, format_duration
 
 _RUNNERS_UP = 4
 

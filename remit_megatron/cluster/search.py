@@ -17,7 +17,7 @@ from remit_megatron.cluster.activations import tokens_of_microbatch
 from remit_megatron.cluster.hardware import GIB
 from remit_megatron.cluster.planner import Planner
 from remit_megatron.cluster.timing import StudentTime
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 # What a step's time goes to, by the names of StudentTime.
 CAUSES = {

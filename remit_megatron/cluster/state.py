@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remit_megatron.cluster.inventory import Inventory, Shapes
-from remit_megatron.errors import UserError
-from remit_megatron.plan_numbers import layers_of_stage
+from remit_megatron.run.derived import layers_of_stage
+from remit_megatron.runtime.errors import UserError
 
 _START = 64
 _END = 128

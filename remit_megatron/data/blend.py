@@ -20,7 +20,7 @@ import torch
 from remit_megatron.data.blend_file import expand_entry
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.shuffle import Permutation, stream_key
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 
 class BlendEntry(NamedTuple):

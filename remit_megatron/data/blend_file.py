@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.data.yaml_file import read_yaml
-from remit_megatron.errors import UserError
-from remit_megatron.files import write_atomic
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import write_atomic
 
 _SUFFIXES = (".yaml", ".yml")
 

@@ -21,8 +21,8 @@ from remit_megatron.data.readers import LOCAL_FILES, FileStore, TextFormat, expa
 from remit_megatron.data.stoppable import stoppable
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.data.writer import DatasetWriter
-from remit_megatron.errors import EXIT_DONE, UserError
-from remit_megatron.progress import Progress, format_count, format_duration
+from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.progress import Progress, format_count, format_duration
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 from remit_megatron.data.readers import BadRecord, Chunk, TextFormat, parse_chunk
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.data.workers import WorkerDied, map_in_processes
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 
 from remit_megatron.data.readers import KNOWN_SUFFIXES
 from remit_megatron.data.recipe import HubPlace
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 _PLACE_PARTS = 3  # datasets/owner/name comes before the path inside the data set
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 _HEADER = b"MMIDIDX\x00\x00"
 _VERSION = 1

@@ -7,8 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from remit_megatron.errors import UserError
-from remit_megatron.files import sha256_file
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import sha256_file
 
 FORMAT = "remit-data"
 FORMAT_VERSION = 1

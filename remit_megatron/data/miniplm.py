@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 HISTOGRAM_BINS = 50

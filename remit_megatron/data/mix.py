@@ -26,8 +26,8 @@ from remit_megatron.data.readers import LOCAL_FILES, FileStore, expand_inputs
 from remit_megatron.data.recipe import Recipe, Source, load_recipe
 from remit_megatron.data.stoppable import stoppable
 from remit_megatron.data.tokenizer import load_tokenizer
-from remit_megatron.errors import EXIT_DONE, UserError
-from remit_megatron.progress import format_count
+from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.progress import format_count
 
 BLEND = "blend.yaml"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

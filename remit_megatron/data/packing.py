@@ -26,8 +26,8 @@ import numpy as np
 from remit_megatron.data.indexed import IndexedTokens
 from remit_megatron.data.manifest import Manifest, read_manifest
 from remit_megatron.data.shuffle import keyed_order, stream_key
-from remit_megatron.errors import UserError
-from remit_megatron.files import fsync_directory
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import fsync_directory
 
 logger = logging.getLogger(__name__)
 

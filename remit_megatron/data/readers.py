@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 KNOWN_SUFFIXES = (

@@ -25,7 +25,7 @@ from typing import Any
 
 from remit_megatron.data.readers import TextFormat
 from remit_megatron.data.yaml_file import read_yaml
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 _SOURCE_KEYS = ("name", "weight", "files", "hub", "text_key", "template")
 _HUB_KEYS = ("name", "files", "revision")

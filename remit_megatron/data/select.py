@@ -30,10 +30,10 @@ from remit_megatron.data.miniplm import Keep, Scores, difference_score
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.stoppable import stoppable
 from remit_megatron.data.writer import DatasetWriter
-from remit_megatron.errors import EXIT_DONE, UserError
-from remit_megatron.files import write_atomic
-from remit_megatron.progress import Progress, format_duration
 from remit_megatron.reference.cache import ReferenceCache
+from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.progress import Progress, format_duration
 
 logger = logging.getLogger(__name__)
 

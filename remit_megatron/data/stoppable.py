@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 
 class _Stopped(BaseException):

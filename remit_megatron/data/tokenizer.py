@@ -12,8 +12,8 @@ from typing import Any
 
 import tokenizers
 
-from remit_megatron.errors import UserError
-from remit_megatron.files import HF_SUBFOLDER
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import HF_SUBFOLDER
 
 # Looked for, in this order, where no configuration file names an end-of-text token.
 _WELL_KNOWN_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>")

@@ -22,8 +22,8 @@ import numpy as np
 
 from remit_megatron.data.indexed import write_index
 from remit_megatron.data.manifest import FileRecord, Manifest, manifest_path, read_manifest
-from remit_megatron.errors import UserError
-from remit_megatron.files import fsync_directory
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import fsync_directory
 
 _OUT_OF_SPACE = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
 

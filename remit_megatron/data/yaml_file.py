@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 
 def read_yaml(path: Path, *, field: str, expected: str) -> Any:

@@ -26,10 +26,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import Tensor
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.attention import ScaledDotProductAttention
 from remit_megatron.models.norm import ShardedRMSNorm, norm_class
 from remit_megatron.models.spec import TE
+from remit_megatron.runtime.errors import UserError
 
 
 @dataclass

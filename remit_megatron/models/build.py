@@ -16,10 +16,10 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.family import Family, down_projections, family_of
 from remit_megatron.models.mapping import Shape
 from remit_megatron.models.spec import transformer_impl
+from remit_megatron.runtime.errors import UserError
 
 # What an architecture that does not speak of these things has. Student and reference share a namespace, so what one of
 # them sets must not leak into the other.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec

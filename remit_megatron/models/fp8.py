@@ -14,8 +14,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.spec import transformer_engine_usable
+from remit_megatron.runtime.errors import UserError
 
 # Recipe -> the Transformer Engine that Megatron demands for it, and the question that tells whether a GPU can run it.
 _RECIPES = {

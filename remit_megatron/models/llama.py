@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.family import Family, require, required, rope_of
 from remit_megatron.models.mapping import QKV, Direct, GatedMLP, NameMap, Vocabulary, Weight
+from remit_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 
 class Lazy(Protocol):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.family import Family, require, required
 from remit_megatron.models.llama import decoder_arguments, decoder_names, layer_spec, plain_rope
 from remit_megatron.models.mapping import NameMap
+from remit_megatron.runtime.errors import UserError
 
 # Where config.json says neither which layers nor how many: the configuration class of transformers.
 _DEFAULT_INTERVAL = 4

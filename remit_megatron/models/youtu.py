@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.family import Family, require, required
 from remit_megatron.models.llama import ATTENTION_OUTPUT, MLP, decoder_arguments, decoder_names, plain_rope
 from remit_megatron.models.mapping import Direct, NameMap
+from remit_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec

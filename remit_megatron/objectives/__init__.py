@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from remit_megatron.errors import UserError
 from remit_megatron.objectives.chunks import ChunkedObjective
 from remit_megatron.objectives.contract import (
     DistributionObjective,
@@ -26,6 +25,7 @@ from remit_megatron.objectives.ntp import NextTokenPrediction
 from remit_megatron.objectives.remit import ReMiT
 from remit_megatron.objectives.rho1 import Rho1
 from remit_megatron.objectives.weights import token_weights, weight_error_bound
+from remit_megatron.runtime.errors import UserError
 
 __all__ = [
     "REGISTRY",

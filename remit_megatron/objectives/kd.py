@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from remit_megatron.errors import UserError
 from remit_megatron.kernels.kl_divergence import distillation_loss
 from remit_megatron.objectives.contract import ObjectiveResult, ReferenceSignal
+from remit_megatron.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from remit_megatron.errors import UserError
 from remit_megatron.objectives.contract import ObjectiveResult, ReferenceSignal, ScoredTokens
 from remit_megatron.objectives.selection import select_global, select_rows, selection_keys
+from remit_megatron.runtime.errors import UserError
 
 SCOPES = ("micro_batch", "sequence", "global_batch")
 

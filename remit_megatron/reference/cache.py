@@ -26,8 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from remit_megatron.errors import UserError
-from remit_megatron.files import fsync_file
 from remit_megatron.reference.cache_format import (
     DTYPES,
     CacheIdentity,
@@ -42,6 +40,8 @@ from remit_megatron.reference.cache_format import (
     token_hash,
 )
 from remit_megatron.reference.cache_shard import Shard, ShardKey, samples_per_shard
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import fsync_file
 
 __all__ = ["CacheIdentity", "DatasetRecord", "ReferenceCache"]
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from remit_megatron.errors import UserError
-from remit_megatron.files import create_once
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import create_once
 
 FORMAT = "remit-scores"
 FORMAT_VERSION = 1

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-from remit_megatron.errors import UserError
-from remit_megatron.files import create_once
 from remit_megatron.reference.cache_format import DTYPES, FORMAT_VERSION, checksum, write_all
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import create_once
 
 HEADER_BYTES = 4096
 ENTRY_HEADER_BYTES = 16

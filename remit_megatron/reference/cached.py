@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from remit_megatron import parallel
-from remit_megatron.batch import sequence_slice, whole_sequence
-from remit_megatron.errors import StartAgain, UserError
-from remit_megatron.forward import Item, ModelForward
+from remit_megatron.models.batch import sequence_slice, whole_sequence
+from remit_megatron.models.forward import Item, ModelForward
 from remit_megatron.reference.cache import ReferenceCache
 from remit_megatron.reference.cache_format import as_stored
 from remit_megatron.reference.score_writer import ScoreWriter, tokens_of
 from remit_megatron.reference.source import Schedule, ScoreSource
+from remit_megatron.runtime import parallel
+from remit_megatron.runtime.errors import StartAgain, UserError
 
 logger = logging.getLogger(__name__)
 

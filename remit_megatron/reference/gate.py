@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch import distributed as dist
 
-from remit_megatron.forward import Item, ModelForward
-from remit_megatron.parallel import gather_objects
+from remit_megatron.models.forward import Item, ModelForward
 from remit_megatron.reference.source import Schedule, ScoreSource
+from remit_megatron.runtime.parallel import gather_objects
 
 
 class WeightError(Protocol):

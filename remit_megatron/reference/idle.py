@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from remit_megatron.parallel import device
+from remit_megatron.runtime.parallel import device
 
 logger = logging.getLogger(__name__)
 

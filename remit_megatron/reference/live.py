@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from remit_megatron.batch import Batch
-from remit_megatron.forward import Item, ModelForward
+from remit_megatron.conversion.source import ModelSource
 from remit_megatron.kernels.token_logprob import token_logprob
-from remit_megatron.models.source import ModelSource
+from remit_megatron.models.batch import Batch
+from remit_megatron.models.forward import Item, ModelForward
 from remit_megatron.reference.source import Schedule, merge_factor, merge_items
 
 Signal = Literal["loss", "hidden"]  # of every token, or the final hidden states
@@ -78,8 +78,8 @@ class LiveReference:
         Raises:
             UserError: the layout does not fit the model, or a weight is missing or has another shape.
         """
+        from remit_megatron.conversion.command import load_weights
         from remit_megatron.models.build import build_chunks, model_config
-        from remit_megatron.models.convert import load_weights
         from remit_megatron.models.fp8 import frozen_arguments
 
         own = frozen_arguments(arguments, fp8=fp8, recipe=fp8_recipe)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from remit_megatron import parallel
-from remit_megatron.forward import Item, ModelForward
-from remit_megatron.models.source import ModelSource
+from remit_megatron.conversion.source import ModelSource
+from remit_megatron.models.forward import Item, ModelForward
 from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.live import LiveReference, Signal
 from remit_megatron.reference.replicated import ReplicatedReference
 from remit_megatron.reference.source import Schedule, ScoreSource
+from remit_megatron.runtime import parallel
 
 logger = logging.getLogger(__name__)
 

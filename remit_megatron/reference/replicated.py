@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from remit_megatron.batch import Batch
-from remit_megatron.forward import Item, ModelForward
-from remit_megatron.models.source import ModelSource
-from remit_megatron.parallel import device
+from remit_megatron.conversion.source import ModelSource
+from remit_megatron.models.batch import Batch
+from remit_megatron.models.forward import Item, ModelForward
 from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.reference.source import Schedule, merge_items
+from remit_megatron.runtime.parallel import device
 
 # Parts of the model per stage of the student's pipeline: small enough to fit into short pauses.
 _PARTS_PER_STAGE = 4
@@ -76,8 +76,8 @@ class ReplicatedReference(LiveReference):
         cls, source: ModelSource, arguments: Any, *, forward: ModelForward, **settings: Any
     ) -> ReplicatedReference:
         """See :meth:`LiveReference.load`; ``settings`` are those of this class, FP8 is not among them."""
+        from remit_megatron.conversion.command import load_weights
         from remit_megatron.models.build import build_chunks, model_config
-        from remit_megatron.models.convert import load_weights
         from remit_megatron.models.fp8 import frozen_arguments
 
         groups = copy.copy(forward.groups)

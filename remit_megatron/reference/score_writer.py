@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remit_megatron.forward import Item
+from remit_megatron.models.forward import Item
 from remit_megatron.reference.cache import ReferenceCache
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ class RankPool:
         Raises:
             RankFailure: a rank raised or did not answer within the time limit.
         """
-        from remit_megatron.launch import free_port
+        from remit_megatron.runtime.launch import free_port
 
         while len(self._workers) < world_size:
             self._workers.append(self._start(len(self._workers)))

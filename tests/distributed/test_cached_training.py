@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remit_megatron.checkpoints import read_manifest
-from remit_megatron.config import load_config
-from remit_megatron.errors import EXIT_START_ME_AGAIN, UserError
-from remit_megatron.prepare import prepare, total_steps
 from remit_megatron.reference.cache import ReferenceCache
-from remit_megatron.run_cache import dataset_names, open_cache, open_run_scores
-from remit_megatron.run_data import open_datasets
+from remit_megatron.run.configuration import load_config
+from remit_megatron.run.prepare import prepare, total_steps
+from remit_megatron.run.samples import open_datasets
+from remit_megatron.run.score_cache import dataset_names, open_cache, open_run_scores
+from remit_megatron.runtime.checkpoints import read_manifest
+from remit_megatron.runtime.errors import EXIT_START_ME_AGAIN, UserError
 from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train, train_rank
 from tests.distributed.test_training import material as material  # a fixture
 from tests.tiny import write_documents

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from remit_megatron.config import load_config
-from remit_megatron.errors import UserError
+from remit_megatron.run.configuration import load_config
+from remit_megatron.runtime.errors import UserError
 from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train
 from tests.distributed.test_training import material as material  # a fixture
 
@@ -49,8 +49,8 @@ def train_linear_rank(path: str) -> dict[str, Any]:
     import patches
 
     patches.apply()
-    from remit_megatron import linear_loss, step
-    from remit_megatron.train import train
+    from remit_megatron.training import linear_loss, step
+    from remit_megatron.training.command import train
 
     kernel = sys.modules["remit_megatron.kernels.linear_token_loss"]
     counts = {"chunks": 0, "token_loss": 0}
@@ -138,7 +138,7 @@ def test_it_trains_as_through_logits(pool, material, logits, layout, objective):
     ],
 )
 def test_what_needs_logits_is_refused(material, objective, megatron, message):
-    from remit_megatron.prepare import prepare
+    from remit_megatron.run.prepare import prepare
 
     config = configuration(material, material["root"] / "refused", objective, **megatron)
     with pytest.raises(UserError, match=f"loss.linear: found true; expected {message}"):

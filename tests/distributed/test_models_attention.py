@@ -123,8 +123,8 @@ def context_parallel_errors(documents: bool) -> list[float]:
     import torch.distributed as dist
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from remit_megatron import parallel
     from remit_megatron.models.attention import document_attention_mask, gather_sequence
+    from remit_megatron.runtime import parallel
 
     parallel.initialize(parallel.rank_environment())
     group = dist.group.WORLD
@@ -162,11 +162,11 @@ def model_logits(directory: str, tokens: list[list[int]], documents: list[list[i
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from remit_megatron import parallel
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.source import resolve
     from remit_megatron.models.attention import document_attention_mask, gather_sequence
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
-    from remit_megatron.models.convert import load_weights
-    from remit_megatron.models.source import resolve
+    from remit_megatron.runtime import parallel
 
     parallel.initialize(parallel.rank_environment())
     parallel_state.initialize_model_parallel(context_parallel_size=cp)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from remit_megatron.errors import UserError
-from remit_megatron.models.source import resolve
+from remit_megatron.conversion.source import resolve
+from remit_megatron.runtime.errors import UserError
 from tests.families import CASES, FIRST_CASES, VOCABULARY, hf_values, make_case
 from tests.tiny import make_tokenizer
 
@@ -43,7 +43,7 @@ def run_import(hf: str, output: str, dtype: str | None = None) -> None:
     """``remit import``, in a rank process."""
     import argparse
 
-    from remit_megatron.models import convert
+    from remit_megatron.conversion import command as convert
 
     parser = argparse.ArgumentParser()
     convert.add_import_arguments(parser)
@@ -55,13 +55,13 @@ def run_export(checkpoint: str, output: str, dtype: str | None = None, max_file_
     """``remit export``, in a rank process."""
     import argparse
 
-    from remit_megatron.models import convert
+    from remit_megatron.conversion import command as convert
 
     if max_file_bytes is not None:
         import patches
 
         patches.apply()
-        from remit_megatron.models.to_huggingface import export_model
+        from remit_megatron.conversion.to_huggingface import export_model
 
         return export_model(checkpoint, output, max_file_bytes=max_file_bytes)
     parser = argparse.ArgumentParser()
@@ -86,11 +86,11 @@ def resave(checkpoint: str, output: str, tp: int, pp: int, divisor: int) -> dict
     patches.apply()
     from megatron.core import dist_checkpointing
 
-    from remit_megatron.checkpoints import write_manifest
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import sharded_weights
+    from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
-    from remit_megatron.models.convert import load_weights
-    from remit_megatron.models.loading import sharded_weights
-    from remit_megatron.models.processes import process_groups
+    from remit_megatron.runtime.checkpoints import write_manifest
 
     source = resolve(checkpoint)
     sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
@@ -137,10 +137,10 @@ def save_whole(hf: str, output: str) -> None:
     patches.apply()
     from megatron.core import dist_checkpointing
 
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import sharded_weights
+    from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
-    from remit_megatron.models.convert import load_weights
-    from remit_megatron.models.loading import sharded_weights
-    from remit_megatron.models.processes import process_groups
 
     source = resolve(hf)
     with process_groups(alone=True) as groups:
@@ -321,7 +321,7 @@ def import_on_a_full_disk(hf: str, output: str) -> str:
     import patches
 
     patches.apply()
-    from remit_megatron.models import to_megatron
+    from remit_megatron.conversion import to_megatron
 
     left = iter(range(5))
     read = to_megatron.HuggingFaceWeights.read

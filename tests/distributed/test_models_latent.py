@@ -136,7 +136,7 @@ def duplicated_gradients(
     import patches
 
     patches.apply()
-    from remit_megatron.models import convert as loading
+    from remit_megatron.conversion import command as loading
 
     fill = loading.load_weights
 
@@ -192,11 +192,11 @@ def context_parallel(directory: str, ids: list[list[int]], documents: list[list[
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from remit_megatron import parallel
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.source import resolve
     from remit_megatron.models.attention import document_attention_mask
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
-    from remit_megatron.models.convert import load_weights
-    from remit_megatron.models.source import resolve
+    from remit_megatron.runtime import parallel
 
     environment = parallel.rank_environment()
     parallel.initialize(environment)
@@ -285,9 +285,9 @@ def refused_layout(directory: str, tp: int) -> str:
     import patches
 
     patches.apply()
-    from remit_megatron.errors import UserError
+    from remit_megatron.conversion.source import read_config
     from remit_megatron.models.build import default_arguments, model_config
-    from remit_megatron.models.source import read_config
+    from remit_megatron.runtime.errors import UserError
 
     try:
         model_config(read_config(Path(directory)), default_arguments(tensor_model_parallel_size=tp))

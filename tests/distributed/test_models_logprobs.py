@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 from tests.tiny import CHARACTERS, make_llama, make_tokenizer
 
 TEXTS = [
@@ -63,7 +63,7 @@ def expected(material) -> list[list[float]]:
 
 def run_logprobs(words: list[str]) -> None:
     """The command, in a rank process."""
-    from remit_megatron import logprobs
+    from remit_megatron.scoring import logprobs
 
     parser = argparse.ArgumentParser()
     logprobs.add_arguments(parser)
@@ -164,7 +164,7 @@ def test_layout_must_divide_the_model(pool, material, tmp_path):
 
 
 def test_microbatches_hold_every_pair_once():
-    from remit_megatron.logprobs import microbatches
+    from remit_megatron.scoring.logprobs import microbatches
 
     texts: list[Any] = [list(range(n)) for n in (0, 1, 2, 9, 30, 9, 3)]
     batches = microbatches(texts, batch_tokens=20)

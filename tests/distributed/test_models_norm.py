@@ -39,9 +39,9 @@ def on_a_rank(dtype: torch.dtype, twice: bool) -> dict[str, Any]:
     import patches
 
     patches.apply()
+    from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import default_arguments, model_config
     from remit_megatron.models.norm import ShardedRMSNorm
-    from remit_megatron.models.processes import process_groups
     from tests.families import hf_values
 
     config = model_config(hf_values("olmo2-mha_untied"), default_arguments(params_dtype=dtype)).transformer

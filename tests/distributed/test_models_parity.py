@@ -45,7 +45,7 @@ def run_megatron(directories: dict[str, str], tokens: list[list[int]], layout: d
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from remit_megatron.models.processes import process_groups
+    from remit_megatron.conversion.processes import process_groups
 
     tp, pp, virtual = layout.get("tp", 1), layout.get("pp", 1), layout.get("virtual")
     ids = torch.tensor(tokens)
@@ -80,10 +80,10 @@ def _trainable(directory: str, groups: Any, layout: dict[str, Any]) -> tuple[lis
     """Chunks under DistributedDataParallel, which is what finalize_model_grads works on."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
-    from remit_megatron.models.convert import load_weights
     from remit_megatron.models.family import family_of
-    from remit_megatron.models.source import resolve
 
     source = resolve(directory)
     config = model_config(source.hf_config, default_arguments(make_vocab_size_divisible_by=8, **layout))
@@ -120,8 +120,8 @@ def _forward_step(groups: Any, logits: list[torch.Tensor]):
 
 
 def _gradients(chunks: list[Any], names: Any) -> list[tuple[int | None, str, torch.Tensor]]:
+    from remit_megatron.conversion.loading import weights_of
     from remit_megatron.models.build import unwrap
-    from remit_megatron.models.loading import weights_of
 
     return [
         (layer, weight.local, parameter.main_grad.clone())
@@ -145,9 +145,9 @@ def truth(directory: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str
 
 def merged(directory: Path, ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Gradients under Hugging Face names, from all ranks, through the table of weights."""
+    from remit_megatron.conversion.source import read_config
     from remit_megatron.models.family import family_of
     from remit_megatron.models.mapping import Shape
-    from remit_megatron.models.source import read_config
 
     config = read_config(directory)
     family = family_of(config)
@@ -215,10 +215,10 @@ def bf16_logits(directory: str, tokens: list[list[int]]) -> torch.Tensor:
     import patches
 
     patches.apply()
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.processes import process_groups
+    from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
-    from remit_megatron.models.convert import load_weights
-    from remit_megatron.models.processes import process_groups
-    from remit_megatron.models.source import resolve
 
     source = resolve(directory)
     with process_groups() as groups, torch.no_grad():

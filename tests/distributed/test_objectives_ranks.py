@@ -161,7 +161,7 @@ def scored_batch() -> dict[str, torch.Tensor]:
 
 def select_tokens(rank: int, world: int, *, data: int, context: int, micro: int, keep: float) -> dict[str, list]:
     """What this rank keeps in each scope: positions in the global batch."""
-    from remit_megatron.batch import Batch, sequence_slice
+    from remit_megatron.models.batch import Batch, sequence_slice
     from remit_megatron.objectives import ScoredTokens, build_objective
 
     groups = [dist.new_group([d * context + c for c in range(context)]) for d in range(data)]

@@ -48,10 +48,10 @@ def train_rank(path: str) -> dict[str, float]:
     import patches
 
     patches.apply()
-    from remit_megatron.config import load_config
-    from remit_megatron.engine import Engine
-    from remit_megatron.step import TrainingStep
-    from remit_megatron.train import train
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.training.command import train
+    from remit_megatron.training.engine import Engine
+    from remit_megatron.training.step import TrainingStep
 
     found: dict[str, float] = {}
     saved, earlier = SavedTensors(), megatron_objects()  # of other tests in this process
@@ -83,8 +83,8 @@ def planned_ranks(path: Path, *, world_size: int) -> list[dict[str, float]]:
     from remit_megatron.cluster.planner import Planner
     from remit_megatron.cluster.state import place_of
     from remit_megatron.cluster.timing import Machine
-    from remit_megatron.config import load_config
-    from remit_megatron.prepare import prepare
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.run.prepare import prepare
 
     prepared = prepare(load_config(path), world_size=world_size)
     planner = Planner(

@@ -27,9 +27,9 @@ def train_rank(path: str) -> int:
     import patches
 
     patches.apply()
-    from remit_megatron.config import load_config
     from remit_megatron.models import build
-    from remit_megatron.train import train
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.training.command import train
     from tests.float8 import quantize_weights
 
     build_chunks, quantized = build.build_chunks, []
@@ -132,9 +132,9 @@ def test_refused_where_nothing_could_be_measured(material):
     import patches
 
     patches.apply()
-    from remit_megatron.config import load_config
-    from remit_megatron.errors import UserError
-    from remit_megatron.prepare import prepare
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.run.prepare import prepare
+    from remit_megatron.runtime.errors import UserError
 
     run_dir = material["root"] / "fp8_refused"
     run_dir.mkdir()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from remit_megatron.config import load_config
-from remit_megatron.errors import EXIT_START_ME_AGAIN, UserError
-from remit_megatron.prepare import prepare
+from remit_megatron.run.configuration import load_config
+from remit_megatron.run.prepare import prepare
+from remit_megatron.runtime.errors import EXIT_START_ME_AGAIN, UserError
 from tests.distributed.test_training import REMIT, configuration, train, train_rank
 from tests.distributed.test_training import material as material  # a fixture
 
@@ -59,7 +59,7 @@ def watched_rank(path: str) -> dict[str, Any]:
 
     patches.apply()
     from remit_megatron.reference.replicated import ReplicatedReference
-    from remit_megatron.train import train as train_run
+    from remit_megatron.training.command import train as train_run
 
     found: dict[str, Any] = {"microbatches": []}
     enter, original = ReplicatedReference._enter, ReplicatedReference.__init__
@@ -170,8 +170,8 @@ def choose(free: list[float]) -> tuple[bool, str]:
 
     import torch
 
-    from remit_megatron import parallel
     from remit_megatron.reference import placement
+    from remit_megatron.runtime import parallel
 
     environment = parallel.rank_environment()
     parallel.initialize(environment)
@@ -209,13 +209,13 @@ def scored_alike(model: str, fetched: int) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from remit_megatron import parallel
-    from remit_megatron.forward import ModelForward
+    from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import default_arguments
-    from remit_megatron.models.source import resolve
+    from remit_megatron.models.forward import ModelForward
     from remit_megatron.reference.idle import IdleFiller
     from remit_megatron.reference.live import LiveReference
     from remit_megatron.reference.replicated import ReplicatedReference
+    from remit_megatron.runtime import parallel
 
     environment = parallel.rank_environment()
     parallel.initialize(environment)
@@ -266,11 +266,11 @@ def in_parts(model: str, sequence_parallel: bool) -> list[bool]:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from remit_megatron import parallel
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
-    from remit_megatron.models.convert import load_weights
-    from remit_megatron.models.source import resolve
     from remit_megatron.reference.replicated import cut
+    from remit_megatron.runtime import parallel
 
     environment = parallel.rank_environment()
     parallel.initialize(environment)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remit_megatron.errors import EXIT_DONE, EXIT_START_ME_AGAIN
 from remit_megatron.reference.cache import ReferenceCache
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN
 from tests.distributed.test_training import LAYOUTS, REMIT, STEPS, configuration, train
 from tests.distributed.test_training import material as material  # a fixture
 
@@ -45,8 +45,8 @@ def score_rank(path: str, **options: Any) -> int:
     import patches
 
     patches.apply()
-    from remit_megatron.config import load_config
-    from remit_megatron.score import score
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.scoring.command import score
 
     return score(load_config(path), **options)
 
@@ -167,8 +167,8 @@ def test_verify_finds_another_models_scores(pool, material, single):
 
 def test_keys_of_training_do_not_matter(material):
     """What would be refused in a scoring job, or by Megatron beside what a scoring job sets."""
-    from remit_megatron.config import load_config
-    from remit_megatron.score import prepare_scoring
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.scoring.command import prepare_scoring
 
     training = {
         "fp8": "hybrid",

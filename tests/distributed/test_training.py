@@ -86,8 +86,8 @@ def train_rank(config: dict[str, Any], path: str) -> int:
     import patches
 
     patches.apply()
-    from remit_megatron.config import load_config
-    from remit_megatron.train import train
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.training.command import train
 
     del config
     return train(load_config(path))
@@ -171,14 +171,14 @@ def megatron_loss_and_gradients(
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from remit_megatron import parallel
-    from remit_megatron.batch import to_batch
-    from remit_megatron.forward import ModelForward
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.source import resolve
+    from remit_megatron.models.batch import to_batch
     from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
-    from remit_megatron.models.convert import load_weights
-    from remit_megatron.models.source import resolve
+    from remit_megatron.models.forward import ModelForward
     from remit_megatron.objectives import build_objective
-    from remit_megatron.step import TrainingStep
+    from remit_megatron.runtime import parallel
+    from remit_megatron.training.step import TrainingStep
 
     environment = parallel.rank_environment()
     parallel.initialize(environment)

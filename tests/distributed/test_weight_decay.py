@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from remit_megatron.weight_decay import is_embedding, weight_decay_overrides
+from remit_megatron.training.weight_decay import is_embedding, weight_decay_overrides
 from tests.families import make_case
 from tests.tiny import make_tokenizer, write_documents
 
@@ -38,8 +38,8 @@ def decay_of_run(path: str) -> dict[str, float]:
     patches.apply()
     from megatron.training import training
 
-    from remit_megatron.config import load_config
-    from remit_megatron.train import train
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.training.command import train
 
     original, built = training.get_megatron_optimizer, {}
 

@@ -25,8 +25,8 @@ def train_rank(path: str, overrides: list[str]) -> tuple[int, list[str]]:
     import patches
 
     patches.apply()
-    from remit_megatron.config import load_config
-    from remit_megatron.train import train
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.training.command import train
 
     warned: list[str] = []
     handler = logging.Handler(logging.WARNING)

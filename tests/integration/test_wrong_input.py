@@ -132,7 +132,7 @@ def test_two_runs_in_one_directory(config_for, remit, tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from remit_megatron.run_directory import RunLock;"
+            "import sys; from pathlib import Path; from remit_megatron.run.directory import RunLock;"
             f"lock = RunLock(Path({str(run_dir)!r})); print('held', flush=True); sys.stdin.read()",
         ],
         stdin=subprocess.PIPE,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from remit_megatron.config import RunConfig, load_config, load_model_description, read_blend
-from remit_megatron.errors import UserError
+from remit_megatron.run.configuration import RunConfig, load_config, load_model_description, read_blend
+from remit_megatron.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = """\
@@ -199,7 +199,7 @@ def test_unknown_and_unusable_models(tmp_path):
 
 
 # Parameter counts as published with each model; the formula is written out for one architecture on purpose, so that it
-# does not share a mistake with remit_megatron.plan_numbers.
+# does not share a mistake with remit_megatron.run.derived.
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

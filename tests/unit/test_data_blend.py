@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from remit_megatron.data.blend import BlendedDataset, BlendEntry, BlendOrder, open_blend, parse_blend
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.writer import DatasetWriter
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 EOD = 0
 

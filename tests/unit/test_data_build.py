@@ -25,7 +25,7 @@ from remit_megatron.data.build import build_dataset
 from remit_megatron.data.indexed import IndexedTokens
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.tokenizer import load_tokenizer
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT / "../shared/data"

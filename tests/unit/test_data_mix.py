@@ -23,7 +23,7 @@ from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.mix import parse_tokens, plan_mix
 from remit_megatron.data.recipe import HubPlace, load_recipe
 from remit_megatron.data.tokenizer import load_tokenizer
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 from tests.tiny import make_tokenizer
 
 TEXTS = {

@@ -21,7 +21,7 @@ from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.shuffle import Permutation, keyed_order, mix64, mix64_array, stream_key
 from remit_megatron.data.writer import DatasetWriter
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ import zstandard
 
 from remit_megatron.data import readers
 from remit_megatron.data.readers import BadRecord, TextFormat, expand_inputs, iter_chunks, iter_documents, total_bytes
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 TEXTS = [f"document {number} " + "wörter " * (number % 90) for number in range(3000)]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from remit_megatron.config import load_config
 from remit_megatron.data.blend import parse_blend
 from remit_megatron.data.blend_file import read_blend_file, write_blend_file
 from remit_megatron.data.recipe import HubPlace, load_recipe
-from remit_megatron.errors import UserError
+from remit_megatron.run.configuration import load_config
+from remit_megatron.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "configs/data"

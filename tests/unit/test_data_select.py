@@ -19,8 +19,8 @@ from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.miniplm import HISTOGRAM_BINS, QUANTILES, Keep, Scores, difference_score
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.select import select_miniplm
-from remit_megatron.errors import UserError
 from remit_megatron.reference import CacheIdentity, ReferenceCache
+from remit_megatron.runtime.errors import UserError
 from tests.unit.test_data_packing import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from remit_megatron.data.tokenizer import load_tokenizer
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 DOLMA2 = Path(__file__).resolve().parents[2] / "../shared/data/dolma2_tokenizer.json"
 

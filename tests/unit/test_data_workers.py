@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from remit_megatron.data.workers import WorkerDied, map_in_processes
-from remit_megatron.errors import UserError
+from remit_megatron.runtime.errors import UserError
 
 LONG = 1 << 22  # bytes; far more than a pipe holds
 

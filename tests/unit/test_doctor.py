@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from remit_megatron import doctor, doctor_probes
-from remit_megatron.doctor import Host
-from remit_megatron.doctor_probes import Probe
+from remit_megatron.doctor import probes as doctor_probes
+from remit_megatron.doctor import report as doctor
+from remit_megatron.doctor.probes import Probe
+from remit_megatron.doctor.report import Host
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GB = 10**9

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from remit_megatron.cli import main
-from remit_megatron.config import DataConfig, ObjectiveConfig, RunConfig, load_config, load_model_description
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.tokenizer import load_tokenizer
-from remit_megatron.dry_run import dry_run
-from remit_megatron.errors import UserError
-from remit_megatron.prepare import examine, prepare
+from remit_megatron.run.configuration import DataConfig, ObjectiveConfig, RunConfig, load_config, load_model_description
+from remit_megatron.run.dry_run import dry_run
+from remit_megatron.run.prepare import examine, prepare
+from remit_megatron.runtime.errors import UserError
 from tests.families import FIRST_CASES, hf_values, make_case
 from tests.tiny import make_tokenizer, write_documents
 
@@ -46,7 +46,7 @@ def numbers_of(config, *, world_size: int = 1):
     """Derived numbers of a run whose files are not here."""
     found = examine(config, world_size=world_size, absent=[])
     from remit_megatron.models.family import family_of
-    from remit_megatron.plan_numbers import plan_numbers
+    from remit_megatron.run.derived import plan_numbers
 
     unlisted = family_of(found.hf_config).unlisted_parameters(found.hf_config)
     return found, plan_numbers(found.arguments, unlisted=unlisted)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from remit_megatron.files import FollowingDigest, sha256_file
+from remit_megatron.runtime.files import FollowingDigest, sha256_file
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [5_000_000, 0, 3, 1 << 20, 7_654_321]])

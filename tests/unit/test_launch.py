@@ -16,14 +16,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run(tmp_path):
-    """Launches ``nproc`` ranks of a small program through remit_megatron.launch."""
+    """Launches ``nproc`` ranks of a small program through remit_megatron.runtime.launch."""
 
     def launch(program: str, nproc: int = 2) -> tuple[subprocess.CompletedProcess, float]:
         (tmp_path / "program.py").write_text(
             "import os, sys, time\nrank = os.environ['RANK']\n" + textwrap.dedent(program)
         )
         starter = (
-            f"import sys; from remit_megatron.launch import launch; sys.exit(launch({nproc}, [], module='program'))"
+            "import sys; from remit_megatron.runtime.launch import launch; "
+            f"sys.exit(launch({nproc}, [], module='program'))"
         )
         environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
         environment.pop("RANK", None)

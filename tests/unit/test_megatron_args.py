@@ -16,25 +16,25 @@ import patches
 
 patches.apply()
 
-from remit_megatron.config import (  # noqa: E402
+from remit_megatron.models.build import megatron_arguments, model_config  # noqa: E402
+from remit_megatron.models.family import family_of  # noqa: E402
+from remit_megatron.run.configuration import (  # noqa: E402
     CheckpointConfig,
     DataConfig,
     RunConfig,
     WandbConfig,
     load_model_description,
 )
-from remit_megatron.errors import UserError  # noqa: E402
-from remit_megatron.megatron_args import build_arguments, read_overrides  # noqa: E402
-from remit_megatron.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED  # noqa: E402
-from remit_megatron.models.build import megatron_arguments, model_config  # noqa: E402
-from remit_megatron.models.family import family_of  # noqa: E402
-from remit_megatron.plan_numbers import (  # noqa: E402
+from remit_megatron.run.derived import (  # noqa: E402
     count_parameters,
     describe,
     layers_of_stage,
     parameters_on_rank,
     plan_numbers,
 )
+from remit_megatron.run.megatron_args import build_arguments, read_overrides  # noqa: E402
+from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED  # noqa: E402
+from remit_megatron.runtime.errors import UserError  # noqa: E402
 from tests.families import CASES, hf_values  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,7 +318,7 @@ def test_the_configuration_owns_paths_seeds_and_loaders():
 
 def test_wandb_is_off_where_it_is_not_wanted_or_not_there(monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "offline")  # build_arguments would set it for the whole process
-    monkeypatch.setattr("remit_megatron.megatron_args._installed", lambda module: module == "wandb")
+    monkeypatch.setattr("remit_megatron.run.megatron_args._installed", lambda module: module == "wandb")
     config = run_config()
     config.logging.wandb = WandbConfig(project="p")
     args = arguments(config=config)
@@ -326,7 +326,7 @@ def test_wandb_is_off_where_it_is_not_wanted_or_not_there(monkeypatch, caplog):
     config.logging.wandb.mode = "disabled"
     assert arguments(config=config).wandb_project is None
     config.logging.wandb.mode = "offline"
-    monkeypatch.setattr("remit_megatron.megatron_args._installed", lambda module: False)
+    monkeypatch.setattr("remit_megatron.run.megatron_args._installed", lambda module: False)
     with caplog.at_level(logging.WARNING):
         assert arguments(config=config).wandb_project is None
     assert "wandb is not installed" in caplog.text
@@ -382,8 +382,8 @@ def test_parameters_of_latent_attention():
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_parameters_on_a_rank_equal_those_of_the_model_that_is_built(untied):
+    from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import build_chunks
-    from remit_megatron.models.processes import process_groups
 
     config = run_config(make_vocab_size_divisible_by=64)
     config.model = TINY | {"tie_word_embeddings": not untied}
@@ -397,8 +397,8 @@ def test_parameters_on_a_rank_equal_those_of_the_model_that_is_built(untied):
 
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_of_every_family_equal_those_of_the_model_that_is_built(case):
+    from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import build_chunks
-    from remit_megatron.models.processes import process_groups
 
     config = run_config(make_vocab_size_divisible_by=8)
     config.model = hf_values(case)

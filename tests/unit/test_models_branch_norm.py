@@ -16,13 +16,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 
-from remit_megatron.errors import UserError  # noqa: E402
+from remit_megatron.conversion.processes import process_groups  # noqa: E402
 from remit_megatron.models.attention import ScaledDotProductAttention  # noqa: E402
 from remit_megatron.models.branch_norm import branch_norm_layer  # noqa: E402
 from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap  # noqa: E402
 from remit_megatron.models.family import family_of  # noqa: E402
 from remit_megatron.models.norm import RMSNorm  # noqa: E402
-from remit_megatron.models.processes import process_groups  # noqa: E402
+from remit_megatron.runtime.errors import UserError  # noqa: E402
 from tests.families import hf_values  # noqa: E402
 
 VALUES = hf_values("olmo2-gqa_6_2_tied")

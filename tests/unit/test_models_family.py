@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.family import families, family_of, rope_of
+from remit_megatron.runtime.errors import UserError
 from tests.families import FAMILIES, FIRST_CASES, hf_values
 
 LLAMA: dict[str, Any] = {

@@ -14,10 +14,10 @@ import patches
 
 patches.apply()
 
-from remit_megatron.config import load_config, load_model_description  # noqa: E402
-from remit_megatron.errors import UserError  # noqa: E402
 from remit_megatron.models import fp8  # noqa: E402
 from remit_megatron.models.build import default_arguments, megatron_arguments, model_config  # noqa: E402
+from remit_megatron.run.configuration import load_config, load_model_description  # noqa: E402
+from remit_megatron.runtime.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = load_model_description({"base": "tiny_llama", "vocab_size": 301})
@@ -239,8 +239,8 @@ def test_configuration_says_what_it_takes(override):
 
 
 def test_the_fp8_head_is_refused_where_the_loss_takes_its_weight():
-    from remit_megatron.checks import check_linear_loss
     from remit_megatron.objectives import build_objective
+    from remit_megatron.run.checks import check_linear_loss
 
     config = load_config(ROOT / "configs/runs/example_remit.yaml", ["loss.linear=true"])
     check_linear_loss(config, default_arguments(), build_objective("remit"))
@@ -250,10 +250,10 @@ def test_the_fp8_head_is_refused_where_the_loss_takes_its_weight():
 
 def test_weights_are_loaded_into_fp8_parameters(tmp_path):
     """Also into what an optimizer makes its master weights from."""
+    from remit_megatron.conversion.loading import fill
+    from remit_megatron.conversion.processes import process_groups
+    from remit_megatron.conversion.source import resolve
     from remit_megatron.models import build
-    from remit_megatron.models.loading import fill
-    from remit_megatron.models.processes import process_groups
-    from remit_megatron.models.source import resolve
     from tests.float8 import Float8Weight, quantize_weights
     from tests.tiny import make_llama
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remit_megatron.errors import UserError
 from remit_megatron.models.mapping import QKV, WHOLE, Direct, GatedMLP, Shape, TensorRank, Vocabulary, Weight
+from remit_megatron.runtime.errors import UserError
 
 KINDS: dict[str, Weight] = {
     "column": Direct("a", "m", split="column"),

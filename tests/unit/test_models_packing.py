@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from remit_megatron.batch import document_ids_of
+from remit_megatron.models.batch import document_ids_of
 from remit_megatron.models.packing import document_boundaries
 
 

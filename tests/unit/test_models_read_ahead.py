@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from remit_megatron.models.read_ahead import one_ahead
+from remit_megatron.conversion.read_ahead import one_ahead
 
 
 def test_order_and_that_it_is_ahead():

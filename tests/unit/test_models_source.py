@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from remit_megatron.checkpoints import write_manifest
-from remit_megatron.errors import UserError
-from remit_megatron.models.directories import complete_directory
-from remit_megatron.models.source import resolve
+from remit_megatron.conversion.directories import complete_directory
+from remit_megatron.conversion.source import resolve
+from remit_megatron.runtime.checkpoints import write_manifest
+from remit_megatron.runtime.errors import UserError
 
 CONFIG = {"model_type": "llama", "vocab_size": 7}
 

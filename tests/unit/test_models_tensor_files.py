@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from remit_megatron.errors import UserError
-from remit_megatron.models.tensor_files import DTYPES, TensorFiles, TensorFileWriter
+from remit_megatron.conversion.tensor_files import DTYPES, TensorFiles, TensorFileWriter
+from remit_megatron.runtime.errors import UserError
 
 SHAPES = st.dictionaries(
     st.text('abé.0"', min_size=1, max_size=8),

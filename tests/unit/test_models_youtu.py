@@ -12,14 +12,14 @@ import patches
 
 patches.apply()
 
-from remit_megatron.config import DataConfig, RunConfig, load_model_description  # noqa: E402
-from remit_megatron.errors import UserError  # noqa: E402
-from remit_megatron.megatron_args import build_arguments  # noqa: E402
+from remit_megatron.conversion.processes import process_groups  # noqa: E402
 from remit_megatron.models.build import build_chunks, megatron_arguments, model_config  # noqa: E402
 from remit_megatron.models.family import family_of  # noqa: E402
 from remit_megatron.models.mapping import WHOLE, Direct, TensorRank, place_of  # noqa: E402
-from remit_megatron.models.processes import process_groups  # noqa: E402
-from remit_megatron.plan_numbers import count_parameters, parameters_on_rank  # noqa: E402
+from remit_megatron.run.configuration import DataConfig, RunConfig, load_model_description  # noqa: E402
+from remit_megatron.run.derived import count_parameters, parameters_on_rank  # noqa: E402
+from remit_megatron.run.megatron_args import build_arguments  # noqa: E402
+from remit_megatron.runtime.errors import UserError  # noqa: E402
 from tests.families import FAMILIES, hf_values  # noqa: E402
 
 PARAMETERS = 1_961_560_064
@@ -79,7 +79,7 @@ def test_the_config_that_transformers_writes(tmp_path):
     """Its class adds head_dim, qk_head_dim and rope_parameters."""
     import transformers
 
-    from remit_megatron.models.source import read_config
+    from remit_megatron.conversion.source import read_config
 
     values = {name: value for name, value in youtu_2b().items() if name != "model_type"}
     transformers.YoutuConfig(**values).save_pretrained(tmp_path)

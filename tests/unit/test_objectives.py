@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from remit_megatron.errors import UserError
 from remit_megatron.kernels import distillation_loss, token_loss
 from remit_megatron.objectives import REGISTRY, ScoredTokens, build_objective, settings_of
 from remit_megatron.objectives.kd import Distillation
 from remit_megatron.objectives.rho1 import SCOPES, Rho1
 from remit_megatron.objectives.selection import select_global, selection_keys
+from remit_megatron.runtime.errors import UserError
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -313,7 +313,7 @@ def test_kd_counts_the_tokens_of_the_mask():
 def test_settings_are_keys_of_the_configuration():
     from dataclasses import fields
 
-    from remit_megatron.config import ObjectiveConfig
+    from remit_megatron.run.configuration import ObjectiveConfig
 
     known = {item.name: item.default for item in fields(ObjectiveConfig)}
     for name in REGISTRY:
@@ -324,8 +324,8 @@ def test_settings_are_keys_of_the_configuration():
 
 
 def test_dropout_is_refused_beside_a_global_selection():
-    from remit_megatron.checks import check_dropout
-    from remit_megatron.config import ObjectiveConfig, RunConfig
+    from remit_megatron.run.checks import check_dropout
+    from remit_megatron.run.configuration import ObjectiveConfig, RunConfig
 
     config = RunConfig(objective=ObjectiveConfig(name="rho1", scope="global_batch"))
     check_dropout(config, Namespace(hidden_dropout=0.0, attention_dropout=0.0))

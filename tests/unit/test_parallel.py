@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from remit_megatron.errors import UserError
-from remit_megatron.launch import free_port, under_launcher
-from remit_megatron.parallel import RankEnvironment, rank_environment
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.launch import free_port, under_launcher
+from remit_megatron.runtime.parallel import RankEnvironment, rank_environment
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 

@@ -109,7 +109,7 @@ def test_a_synchronous_save_starts_no_process(tmp_path):
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from remit_megatron.models.processes import process_groups
+    from remit_megatron.conversion.processes import process_groups
 
     before = multiprocessing.active_children()
     with process_groups(alone=True):

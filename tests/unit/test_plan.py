@@ -26,13 +26,13 @@ from remit_megatron.cluster.inventory import Inventory, take_inventory  # noqa: 
 from remit_megatron.cluster.planner import Planner, ReferencePlan  # noqa: E402
 from remit_megatron.cluster.report import settings, text  # noqa: E402
 from remit_megatron.cluster.state import Bucket, Parameter  # noqa: E402
-from remit_megatron.config import load_config, load_model_description  # noqa: E402
-from remit_megatron.errors import UserError  # noqa: E402
-from remit_megatron.megatron_args import build_arguments  # noqa: E402
 from remit_megatron.models.build import megatron_arguments  # noqa: E402
 from remit_megatron.models.family import family_of  # noqa: E402
 from remit_megatron.models.spec import TE  # noqa: E402
-from remit_megatron.plan_numbers import count_parameters, parameters_on_rank  # noqa: E402
+from remit_megatron.run.configuration import load_config, load_model_description  # noqa: E402
+from remit_megatron.run.derived import count_parameters, parameters_on_rank  # noqa: E402
+from remit_megatron.run.megatron_args import build_arguments  # noqa: E402
+from remit_megatron.runtime.errors import UserError  # noqa: E402
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 MODELS = ("llama3_1b", "olmo2_1b", "smollm3_3b", "youtu_2b")

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from remit_megatron.errors import UserError
 from remit_megatron.reference import CacheIdentity, ReferenceCache, cache_shard
 from remit_megatron.reference import cache as cache_module
 from remit_megatron.reference.cache_format import token_hash
 from remit_megatron.reference.cache_shard import ShardKey, samples_per_shard
 from remit_megatron.reference.score_work import WorkUnit
+from remit_megatron.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 16

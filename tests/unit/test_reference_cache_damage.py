@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from remit_megatron.errors import UserError
 from remit_megatron.reference import ReferenceCache, cache_shard
 from remit_megatron.reference.cache_shard import ENTRY_HEADER_BYTES, HEADER_BYTES, ShardKey
+from remit_megatron.runtime.errors import UserError
 from tests.unit.test_reference_cache import (
     DATASET,
     IDENTITY,
@@ -400,7 +400,7 @@ _KILLED_WHILE_MAKING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from remit_megatron import files
+from remit_megatron.runtime import files
 from tests.unit.test_reference_cache import DATASET, losses_of, make, tokens_of
 cache = make(Path({directory!r}))
 os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from remit_megatron.errors import StartAgain, UserError
 from remit_megatron.reference import ReferenceCache, cached
 from remit_megatron.reference.cache_shard import Shard
 from remit_megatron.reference.cached import CachedScores
+from remit_megatron.runtime.errors import StartAgain, UserError
 from tests.unit.test_reference_cache import DATASET, LENGTH, losses_of, make, tokens_of
 from tests.unit.test_reference_cache_damage import flip
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remit_megatron.forward import ModelForward
+from remit_megatron.models.forward import ModelForward
 from remit_megatron.objectives import token_weights, weight_error_bound
 from remit_megatron.objectives.weights import CENTERINGS
 from remit_megatron.reference.gate import PrecisionGate, Verdict, verdict_line

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from remit_megatron.checks import check_resumed_schedule
-from remit_megatron.config import RunConfig
-from remit_megatron.errors import UserError
+from remit_megatron.run.checks import check_resumed_schedule
+from remit_megatron.run.configuration import RunConfig
+from remit_megatron.runtime.errors import UserError
 
 BASE = {"lr": 1e-3, "min_lr": 1e-5, "train_iters": 60, "global_batch_size": 32}
 

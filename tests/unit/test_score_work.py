@@ -19,7 +19,7 @@ import pytest
 from remit_megatron.reference import leases as leases_module
 from remit_megatron.reference.leases import Leases, Taken
 from remit_megatron.reference.score_work import CorpusWork, RunWork, unit_samples
-from remit_megatron.scoring_job import ScoringJob, _Compared
+from remit_megatron.scoring.job import ScoringJob, _Compared
 
 LENGTH = 1 << 15  # pieces of 16 samples
 NAMES = ("a" * 64, "b" * 64)

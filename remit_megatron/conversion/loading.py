@@ -1,0 +1,162 @@
+"""Weights into a Megatron model: this rank's shards, from safetensors or from a checkpoint of any layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from remit_megatron.conversion.checkpoint_files import CheckpointFiles
+from remit_megatron.conversion.source import ModelSource
+from remit_megatron.conversion.tensor_files import LazyTensor, TensorFiles
+from remit_megatron.models.build import shape_of, unwrap
+from remit_megatron.models.family import family_of
+from remit_megatron.models.mapping import WHOLE, NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
+from remit_megatron.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Buffers that old files hold and that the architecture implies.
+_IMPLIED = ("rotary_emb.inv_freq",)
+
+
+def fill(
+    chunks: Sequence[torch.nn.Module], source: ModelSource, *, on_bytes: Callable[[int], None] | None = None
+) -> None:
+    """See :func:`remit_megatron.conversion.command.load_weights`, which is the public name."""
+    models = [unwrap(chunk) for chunk in chunks]
+    names = family_of(source.hf_config).names(source.hf_config)
+    shape = shape_of(source.hf_config)
+    load = _load_huggingface if source.kind == "huggingface" else _load_checkpoint
+    with torch.no_grad():
+        load(models, source, names, shape, on_bytes or (lambda done: None))
+
+
+def weights_of(model: GPTModel, names: NameMap) -> Iterable[tuple[str, int | None, Weight, torch.nn.Parameter]]:
+    """Each parameter of a chunk: its name there, its layer in the whole model, its entry in the table, itself."""
+    numbers = {str(index): int(layer.layer_number) - 1 for index, layer in enumerate(model.decoder.layers)}  # pyright: ignore[reportArgumentType]
+    for name, parameter in model.named_parameters():
+        if name.startswith(names.megatron_prefix):
+            number, rest = name.removeprefix(names.megatron_prefix).split(".", 1)
+            layer, weight = names.find(f"{names.megatron_prefix}{numbers[number]}.{rest}")
+        else:
+            layer, weight = names.find(name)
+        yield name, layer, weight, parameter
+
+
+def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Fills a whole parameter at once, in its own precision.
+
+    Transformer Engine's FP8 parameters quantize what is copied into them, with scales taken from all of it. One that is
+    to be trained also keeps its random initial value in high precision on the host, and the optimizer makes its master
+    weight from that: it must hold the loaded weight too, or the first update would bring the random one back.
+    """
+    parameter.copy_(value)
+    kept = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    if kept is not None:
+        kept.copy_(value)
+
+
+def hf_names(names: NameMap, num_layers: int) -> set[str]:
+    """Every tensor name of a complete Hugging Face model."""
+    return {name for layer, weight in names.weights(num_layers) for name in names.hf_names(layer, weight)}
+
+
+class HuggingFaceWeights:
+    """The weights of a Hugging Face directory as Megatron parameters, each read when it is asked for.
+
+    Args:
+        source: of kind ``huggingface``.
+
+    Raises:
+        UserError: the directory holds a tensor that the family does not know.
+    """
+
+    def __init__(self, source: ModelSource):
+        self.names: NameMap = family_of(source.hf_config).names(source.hf_config)
+        self._shape, self._path = shape_of(source.hf_config), source.path
+        self._files = TensorFiles(source.path)
+        known = hf_names(self.names, source.hf_config["num_hidden_layers"])
+        if self.names.head is None:
+            known.add("lm_head.weight")  # a tied model's files may hold it a second time
+        unknown = sorted(name for name in self._files.names() - known if not name.endswith(_IMPLIED))
+        if unknown:
+            raise UserError(
+                f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
+            )
+
+    def tensors(
+        self, layer: int | None, weight: Weight, local: Sequence[int], place: TensorRank = WHOLE
+    ) -> list[LazyTensor]:
+        """What the parameter is made of, not read yet.
+
+        Args:
+            local: shape of the parameter, whose shard at ``place`` it is.
+
+        Raises:
+            UserError: a tensor is missing, or has another shape or a dtype that weights do not have.
+        """
+        found = [self._files[name] for name in self.names.hf_names(layer, weight)]
+        expected = weight.hf_shapes(weight.full_shape(local, place.size), self._shape)
+        for name, tensor, wanted in zip(self.names.hf_names(layer, weight), found, expected, strict=True):
+            if tensor.shape != tuple(wanted):
+                raise UserError(
+                    f"{self._path} {name}", f"shape {tensor.shape}", f"{tuple(wanted)}, as config.json says"
+                )
+        return found
+
+    def read(self, layer: int | None, weight: Weight, local: Sequence[int], place: TensorRank = WHOLE) -> Tensor:
+        """The parameter in the files' dtype; as :meth:`tensors` otherwise."""
+        found = self.tensors(layer, weight, local, place)
+        return weight.read(found, place, weight.full_shape(local, place.size), self._shape)
+
+
+def _load_huggingface(
+    models: Sequence[GPTModel], source: ModelSource, names: NameMap, shape: Shape, on_bytes: Callable[[int], None]
+) -> None:
+    weights = HuggingFaceWeights(source)
+    done = 0
+    filled: set[tuple[int | None, str]] = set()
+    for model in models:
+        rank = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
+        for _, layer, weight, parameter in weights_of(model, names):
+            place = place_of(weight, rank, model.config.transformer_impl)
+            assign(parameter, weights.read(layer, weight, parameter.shape, place))
+            # The embedding of a tied model fills two parameters where pipelining keeps a copy on the last stage.
+            assert (layer, weight.local) not in filled or weight is names.embedding, (
+                f"filled twice: {weight.local} of {layer}"
+            )
+            filled.add((layer, weight.local))
+            done += parameter.nbytes
+            on_bytes(done)
+
+
+def sharded_weights(model: GPTModel, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Megatron's description of a chunk for distributed checkpoints. ``metadata`` comes from the checkpoint that is
+    read."""
+    return model.sharded_state_dict(metadata={**(metadata or {}), "dp_cp_group": model.pg_collection.dp_cp})
+
+
+def _load_checkpoint(
+    models: Sequence[GPTModel], source: ModelSource, names: NameMap, shape: Shape, on_bytes: Callable[[int], None]
+) -> None:
+    files = CheckpointFiles(source.path)
+    done = 0
+    for model in models:
+        sharded = sharded_weights(model, files.content_metadata)
+        for name, _, weight, parameter in weights_of(model, names):
+            assign(parameter, files.read(sharded[name]))
+            if isinstance(weight, Vocabulary):
+                _zero_padding(parameter, model.pg_collection.tp.rank(), shape.vocab_size)
+            done += parameter.nbytes
+            on_bytes(done)
+
+
+def _zero_padding(parameter: Tensor, rank: int, vocab_size: int) -> None:
+    """Sets the rows of a vocabulary shard that lie behind the true vocabulary to zero."""
+    rows = parameter.shape[0]
+    parameter[max(0, min(rows, vocab_size - rank * rows)) :] = 0

@@ -1,0 +1,1 @@
+"""Rounds: train, evaluate, post-train, report."""

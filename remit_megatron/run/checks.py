@@ -1,0 +1,242 @@
+"""What is refused at the start: settings that contradict each other, or that would be accepted and then not done."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from remit_megatron.run.configuration import RunConfig
+from remit_megatron.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from remit_megatron.objectives import Objective
+
+logger = logging.getLogger(__name__)
+
+# Arguments that Megatron's parser knows and this loop does not honor.
+_NOT_HONORED = {
+    "step_batch_size_schedule": "megatron.global_batch_size",
+    "full_validation": "megatron.eval_iters",
+    "multiple_validation_sets": "one blend in data.valid",
+    "non_persistent_save_interval": "megatron.save_interval",
+}
+
+
+def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses what would be accepted and then not done.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for name, instead in _NOT_HONORED.items():
+        if value := getattr(arguments, name):
+            raise UserError(f"megatron.{name}", value, f"{instead} in its place")
+    if arguments.dataloader_type != "single":
+        raise UserError("megatron.dataloader_type", arguments.dataloader_type, "single; data.* says what is read")
+    if config.logging.wandb is not None and not config.logging.tensorboard:
+        raise UserError(
+            "logging.tensorboard", "false beside logging.wandb", "true: Megatron logs to wandb beside it only"
+        )
+
+
+def check_dropout(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses dropout beside a selection from the global batch, which is made in a forward pass of its own.
+
+    Raises:
+        UserError: the two passes would see different losses.
+    """
+    for name in ("hidden_dropout", "attention_dropout"):
+        if value := getattr(arguments, name):
+            expected = f"0 with objective.scope {config.objective.scope}, which runs the student twice in a step"
+            raise UserError(f"megatron.{name}", value, expected)
+
+
+def check_linear_loss(config: RunConfig, arguments: argparse.Namespace, objective: Objective) -> None:
+    """Refuses what cannot be computed without a microbatch's logits.
+
+    Raises:
+        UserError: the objective needs more than whole sequences one after the other, the dtype needs a loss scale
+            before backward, or Megatron would compute the output weight's gradient or its FP8 product itself.
+    """
+    if not objective.by_sequence:
+        name = config.objective.name
+        raise UserError("loss.linear", "true", f"false with objective {name}, which needs more than single sequences")
+    if arguments.fp16:
+        raise UserError("loss.linear", "true", "false with megatron.fp16, whose gradients need the loss scale")
+    if arguments.defer_embedding_wgrad_compute:
+        raise UserError("megatron.defer_embedding_wgrad_compute", "true", "false with loss.linear")
+    if arguments.fp8_output_proj:
+        raise UserError("megatron.fp8_output_proj", "true", "false with loss.linear, which reads the weight itself")
+
+
+def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses what packed sequences, Transformer Engine's form of document masks, cannot do.
+
+    Raises:
+        UserError: document masks with Transformer Engine and context parallelism, or with pipeline stages whose
+            microbatches hold several sequences (the stages exchange [s, b, h], packed sequences are [s * b, 1, h]).
+    """
+    if not config.data.document_mask or arguments.transformer_impl != "transformer_engine":
+        return
+    if arguments.context_parallel_size > 1:
+        raise UserError(
+            "data.document_mask", "true with context_parallel_size > 1", "false, or megatron.transformer_impl=local"
+        )
+    sizes = {"megatron.micro_batch_size": arguments.micro_batch_size}
+    if config.reference is not None:
+        sizes["reference.micro_batch_size"] = config.reference.micro_batch_size or 1
+    for name, size in sizes.items():
+        if arguments.pipeline_model_parallel_size > 1 and size > 1:
+            found = f"{size} with data.document_mask and pipeline stages"
+            raise UserError(name, found, "1, or megatron.transformer_impl=local")
+
+
+def check_reference_settings(config: RunConfig, arguments: argparse.Namespace, *, signal: str) -> None:
+    """Refuses settings of the reference that the objective or the layout cannot use.
+
+    Args:
+        signal: what the objective wants to know of the reference.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    settings = config.reference
+    assert settings is not None
+    size, student_size = settings.micro_batch_size, arguments.micro_batch_size
+    if size is not None and size % student_size:
+        expected = f"a multiple of megatron.micro_batch_size {student_size}"
+        raise UserError("reference.micro_batch_size", size, expected)
+    _check_placement(config, arguments, signal=signal)
+    if signal != "loss":
+        expected = f"{{}}: {config.objective.name} needs whole distributions, which no cache holds"
+        if settings.source == "cache":
+            raise UserError("reference.source", "cache", expected.format("live"))
+        if settings.write_cache:
+            raise UserError("reference.write_cache", "true", expected.format("false"))
+
+
+def _check_placement(config: RunConfig, arguments: argparse.Namespace, *, signal: str) -> None:
+    settings = config.reference
+    assert settings is not None
+    if settings.placement != "replicated" or settings.source != "live" or arguments.pipeline_model_parallel_size == 1:
+        return
+    reason = None
+    if signal != "loss":
+        reason = f"{config.objective.name} needs whole distributions, not one number per token"
+    elif settings.fp8 is not None:
+        reason = "reference.fp8 compares two references in the pipeline"
+    elif arguments.rerun_mode != "disabled":
+        reason = f"megatron.rerun_mode {arguments.rerun_mode} repeats steps, and samples are read a step ahead"
+    if reason is not None:
+        raise UserError("reference.placement", "replicated", f"pipeline: {reason}")
+
+
+# What Megatron compares with a checkpoint's, or finds its optimizer's parameters by: rates always, the others unless
+# megatron.override_opt_param_scheduler takes the new ones.
+_RATES = ("lr", "min_lr")
+_SCHEDULE = (
+    "lr_decay_style",
+    "lr_warmup_init",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "lr_warmup_fraction",
+    "weight_decay",
+    "weight_decay_incr_style",
+    "start_weight_decay",
+    "end_weight_decay",
+)
+
+
+def check_resumed_schedule(before: str, config: RunConfig) -> None:
+    """Refuses to resume with a learning rate or schedule that is not the checkpoints', which Megatron fails on.
+
+    Args:
+        before: the configuration that the run was trained with, as YAML.
+
+    Raises:
+        UserError: naming the key, with both values.
+    """
+    now = config.megatron
+    was = (yaml.safe_load(before) or {}).get("megatron") or {}
+    keys: list[str] = [*_RATES]
+    if not (now.get("override_opt_param_scheduler") or now.get("use_checkpoint_opt_param_scheduler")):
+        keys += _SCHEDULE
+        # The decay is as long as the run where nothing else is said.
+        keys += ["lr_decay_iters"] if now.get("lr_decay_iters") else ["lr_decay_iters", "train_iters"]
+        keys += ["lr_decay_samples"] if now.get("lr_decay_samples") else ["lr_decay_samples", "train_samples"]
+        if not now.get("train_samples"):  # the length of the decay is kept in samples
+            keys.append("global_batch_size")
+    for key in keys:
+        if was.get(key) != now.get(key):
+            expected = f"{was.get(key)}, as the checkpoints in {config.run_dir} have it, or another run_dir"
+            raise UserError(f"megatron.{key}", now.get(key), expected)
+
+
+def check_reference(
+    student: dict[str, Any],
+    reference: dict[str, Any],
+    tokenizer: Tokenizer,
+    reference_tokenizer: str | Path | None,
+    arguments: argparse.Namespace,
+    *,
+    student_tokenizer: str | Path | None = None,
+) -> None:
+    """Refuses a reference whose scores would mean something else, or that cannot be sharded like the student.
+
+    Raises:
+        UserError: naming the property, with both values.
+    """
+    from remit_megatron.models.build import check_layout, megatron_arguments
+
+    if reference["vocab_size"] != student["vocab_size"]:
+        raise UserError(
+            "reference.checkpoint", f"vocab_size {reference['vocab_size']}", f"{student['vocab_size']}, the student's"
+        )
+    if reference_tokenizer is not None:
+        digest = load_tokenizer(reference_tokenizer).digest
+        if digest != tokenizer.digest:
+            if student_tokenizer is not None and load_tokenizer(student_tokenizer).digest == digest:
+                raise UserError(
+                    "data.tokenizer", f"digest {tokenizer.digest[:16]}", f"{digest[:16]}, of both init and reference"
+                )
+            raise UserError(
+                "reference.checkpoint", f"tokenizer digest {digest[:16]}", f"{tokenizer.digest[:16]}, the student's"
+            )
+    else:
+        logger.warning("the reference brings no tokenizer: nothing says that it counts tokens as the student does")
+    try:
+        check_layout(megatron_arguments(reference), arguments)
+    except UserError as error:
+        expected = f"one that the student's {error.field} {error.found} fits: {error.expected}"
+        raise UserError("reference.checkpoint", "a model", expected) from None
+    if arguments.seq_length > reference.get("max_position_embeddings", arguments.seq_length):
+        raise UserError(
+            "reference.checkpoint",
+            f"max_position_embeddings {reference['max_position_embeddings']}",
+            f"at least megatron.seq_length {arguments.seq_length}",
+        )
+
+
+def check_reference_precision(
+    config: RunConfig, reference: dict[str, Any], arguments: argparse.Namespace, *, signal: str
+) -> None:
+    """Refuses an FP8 reference that cannot run here, or whose effect the gate could not measure.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.fp8 import check_frozen
+
+    assert config.reference is not None
+    if config.reference.fp8 is None:
+        return
+    if signal == "hidden":
+        expected = f"null with objective {config.objective.name}: it has no weights whose error could be measured"
+        raise UserError("reference.fp8", config.reference.fp8, expected)
+    check_frozen(config.reference.fp8, config.reference.fp8_recipe, megatron_arguments(reference), arguments)

@@ -1,0 +1,121 @@
+"""The run directory: one run at a time, its resolved configuration, its checkpoints, its logs.
+
+run_dir/  config.yaml  metrics.jsonl  validation.jsonl  checkpoints/  tensorboard/  logs/  data_cache/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import IO
+
+from remit_megatron.runtime import checkpoints
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.parallel import broadcast_object, gather_objects, same_fate
+from remit_megatron.runtime.progress import format_count
+
+logger = logging.getLogger(__name__)
+
+
+class RunLock:
+    """Holds ``run_dir`` for one run; released when the process ends, however it ends."""
+
+    def __init__(self, run_dir: Path):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held as long as the run
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                "run_dir", f"{run_dir}, in use by {owner}", "a directory that no other run is using"
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks; a run there is on its own.
+            logger.warning("run_dir %s cannot be locked (%s): do not start two runs in it", run_dir, error.strerror)
+        # A lock belongs to all processes that share the open file: data workers that outlive a killed run by moments
+        # must not hold it.
+        os.register_at_fork(after_in_child=self._file.close)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Gives the directory free; closing the file also does."""
+        self._file.close()
+
+
+def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
+    """Sends all that is logged (Megatron's prints too) to ``logs/rank_N.log``; the terminal gets our warnings."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    for handler in root.handlers:
+        # The libraries' remarks are in the file; on the terminal they would hide ours.
+        handler.setLevel(logging.WARNING)
+        handler.addFilter(lambda record: record.name.startswith(("remit_megatron", "patches")) and rank == 0)
+    handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    return handler
+
+
+def newest_verified(root: Path, *, rank: int, world_size: int) -> int | None:
+    """The newest checkpoint under ``root`` that is whole, agreed on by all ranks, which share the reading.
+
+    One that is not is reported and set aside, so that training again up to its iteration finds an empty place.
+    """
+    candidates = broadcast_object(checkpoints.iterations(root) if rank == 0 else [])
+    for iteration in candidates:
+        directory = checkpoints.iteration_directory(root, iteration)
+        try:
+            checkpoints.verify(directory, part=rank, parts=world_size)
+            damage = None
+        except (checkpoints.DamagedCheckpoint, OSError) as error:
+            damage = str(error)
+        damages = [text for text in gather_objects(damage) if text]
+        if not damages:
+            return iteration
+        with same_fate("setting a damaged checkpoint aside"):
+            if rank == 0:
+                logger.warning("skipping checkpoint %d: %s", iteration, damages[0])
+                aside = checkpoints.set_aside(root, iteration)
+                if aside is not None:
+                    logger.warning("kept the damaged checkpoint as %s", aside)
+    return None
+
+
+def require_space(directory: Path, needed: float, *, what: str) -> None:
+    """Refuses to begin what cannot be finished.
+
+    Raises:
+        UserError: fewer than ``needed`` bytes are free on the file system of ``directory``.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            "run_dir",
+            f"{format_count(free)}B free at {directory}",
+            f"at least {format_count(needed)}B, the size of {what}",
+        )
+
+
+def read_config(run_dir: Path) -> str | None:
+    """The configuration that the run was trained with so far, as written; None for a new run."""
+    path = run_dir / "config.yaml"
+    return path.read_text() if path.exists() else None
+
+
+def write_config(run_dir: Path, text: str) -> None:
+    """Writes the resolved configuration; an earlier different one is kept as config.yaml.previous."""
+    path = run_dir / "config.yaml"
+    if read_config(run_dir) not in (None, text):
+        os.replace(path, path.with_suffix(".yaml.previous"))
+    write_atomic(path, text)

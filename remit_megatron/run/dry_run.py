@@ -1,0 +1,54 @@
+"""``remit train --dry-run``: what a run would be, also where its files are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from remit_megatron.data.blend_file import is_blend_file
+from remit_megatron.data.manifest import manifest_path
+from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.prepare import examine
+
+
+def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
+    """The resolved configuration, the numbers that follow from it, and a line for each thing a run would need and this
+    machine does not have: runs are often planned where the weights are not.
+
+    Args:
+        world_size: ranks of the run; None is one replica of the model.
+
+    Raises:
+        UserError: anything is wrong that can be checked here.
+    """
+    import patches
+
+    patches.apply()
+    absent: list[str] = []
+    ranks = _fewest_ranks(config) if world_size is None else world_size
+    found = examine(config, world_size=ranks, absent=absent)
+    from remit_megatron.models.family import family_of
+    from remit_megatron.run.derived import describe
+
+    unlisted = family_of(found.hf_config).unlisted_parameters(found.hf_config)
+    missing = [*absent, *_absent_data(config)]
+    notes = "".join(f"not found here: {line} (a run needs it; it was not checked)\n" for line in missing)
+    return config.to_yaml() + "\n" + describe(config, found.arguments, unlisted=unlisted) + notes
+
+
+def _fewest_ranks(config: RunConfig) -> int:
+    """Ranks that hold the model once."""
+    from remit_megatron.run.megatron_args import read_overrides
+
+    chosen = read_overrides(config.megatron)
+    axes = ("tensor_model", "pipeline_model", "context")
+    return math.prod(max(chosen.get(f"{axis}_parallel_size") or 1, 1) for axis in axes)
+
+
+def _absent_data(config: RunConfig) -> Iterator[str]:
+    for key, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        for entry in blend:
+            path = entry if isinstance(entry, str) else entry[1]
+            if not Path(path if is_blend_file(path) else manifest_path(path)).exists():
+                yield f"{key} {path}"

@@ -1,0 +1,471 @@
+"""From a run's configuration to Megatron's validated arguments.
+
+Megatron reads its settings from one ``argparse.Namespace``. Its own parser gives names, types, choices and defaults
+here; nothing of it is repeated. Values are taken in this order, later ones winning: Megatron's defaults, ours
+(``megatron_keys.DEFAULTS``), the model's architecture, ``megatron:`` of the configuration, and the keys that other
+parts of the configuration own.
+
+``patches.apply()`` must run before this module is used: importing ``megatron.training`` asks for a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib.util
+import io
+import json
+import linecache
+import logging
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from remit_megatron.models.family import down_projections
+from remit_megatron.run.configuration import RunConfig, did_you_mean, show
+from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
+from remit_megatron.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_POSITIVE = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "seq_length",
+    "train_iters",
+    "train_samples",
+    "save_interval",
+    "eval_interval",
+    "lr",
+    "make_vocab_size_divisible_by",
+)
+_FLAGS = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
+
+
+def build_arguments(
+    config: RunConfig,
+    architecture: Mapping[str, Any],
+    *,
+    world_size: int,
+    rank: int,
+    local_rank: int = 0,
+    gpu: bool | None = None,
+    load: str | Path | None = None,
+    pretrained_checkpoint: str | Path | None = None,
+) -> argparse.Namespace:
+    """Builds the namespace that ``megatron.training`` runs on.
+
+    Args:
+        config: the run.
+        architecture: Megatron's arguments that describe the model, by name, from its family; ``vocab_size`` is the
+            number of rows without padding.
+        world_size: processes of the run. Nothing is launched, so a plan may name any number.
+        rank: this process among them.
+        local_rank: this process on its host.
+        gpu: whether the run computes on GPUs; None asks torch.
+        load: directory to resume from; None is ``run_dir/checkpoints``, or nothing with ``checkpoint.resume: never``.
+        pretrained_checkpoint: Megatron checkpoint to start from where there is nothing to resume; None starts from
+            random weights.
+
+    Returns:
+        The namespace after ``validate_args``, fit for ``set_global_variables(args, build_tokenizer=False)``.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a key that belongs elsewhere, or a combination that cannot run.
+    """
+    from remit_megatron.models import fp8
+
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    chosen = read_overrides(config.megatron)
+    _refuse_contradictions(chosen, architecture)
+    values = _gather(config, architecture, chosen, gpu=gpu)
+    values["local_rank"] = local_rank
+    values["load"] = str(load) if load else None if config.checkpoint.resume == "never" else str(config.checkpoints_dir)
+    values["pretrained_checkpoint"] = str(pretrained_checkpoint) if pretrained_checkpoint else None
+    _check_required(values)
+    _check_layout(values, world_size)
+    fp8.check_run(values)
+    _check_schedule(values)
+    multiple = values["make_vocab_size_divisible_by"] * values["tensor_model_parallel_size"]
+    values["padded_vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
+    _prepare_environment(config, values)
+
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+
+    with _quiet(), _arguments_of_this_program():
+        # The values are the parser's defaults, so that what parse_args derives from them is right as well.
+        args = parse_args(extra_args_provider=lambda parser: _with_defaults(parser, values))
+    args.rank, args.world_size = rank, world_size
+    with _quiet(), _translated(args, chosen):
+        validate_args(args)
+    with _quiet(), _translated(args, chosen):
+        core_transformer_config_from_args(args)  # its own checks come before anything is built or loaded
+    return args
+
+
+def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Brings ``megatron:`` into Megatron's names and types.
+
+    A key may be the name in the namespace or the flag, with dashes or underscores: ``layernorm_epsilon: 1e-6`` and
+    ``norm-epsilon: 1e-6`` are the same, and so are ``add_bias_linear: false`` and ``disable-bias-linear: true``.
+
+    Raises:
+        UserError: an unknown key, a key given twice, a wrong type, or a key that belongs elsewhere.
+    """
+    actions, spellings = _known_arguments()
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for key, value in overrides.items():
+        field = f"megatron.{key}"
+        name = str(key).lstrip("-").replace("-", "_")
+        destination, inverted = (name, False) if name in actions else spellings.get(name, (None, False))
+        if destination is None or destination == "help":
+            raise UserError(field, show(value), f"an argument of Megatron{_nearest(name, [*actions, *spellings])}")
+        if destination in OWNED:
+            place = OWNED[destination]
+            expected = (
+                f"no such key here, set {place}" if not place.startswith("nowhere") else f"no such key: {place[9:]}"
+            )
+            raise UserError(field, show(value), expected)
+        converted = coerce(actions[destination], value, field=field)
+        if inverted and isinstance(converted, bool):
+            converted = not converted
+        if destination in UNSUPPORTED and converted not in (None, False):
+            raise UserError(field, show(value), f"{UNSUPPORTED[destination]} instead")
+        if destination in given:
+            raise UserError(field, f"both {given[destination]} and {key}", "one of the two names of one argument")
+        values[destination], given[destination] = converted, str(key)
+    return values
+
+
+def coerce(action: argparse.Action, value: Any, *, field: str) -> Any:
+    """Checks a YAML value against what the parser's action takes, and converts it as the command line would.
+
+    Raises:
+        UserError: the value is not one that the argument can have.
+    """
+    if isinstance(action, _FLAGS):
+        if not isinstance(value, bool):
+            raise UserError(field, show(value), "true or false")
+        return value
+    if value is None:
+        if action.default is not None:
+            raise UserError(field, "null", f"a value ({show(action.default)} is Megatron's default)")
+        return None
+    if action.nargs in ("+", "*") or isinstance(action.nargs, int):
+        # Some arguments take a list as one expression; those have no nargs and come in _coerce_one.
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if isinstance(action.nargs, int) and len(items) != action.nargs:
+            raise UserError(field, show(value), f"a list of {action.nargs} values")
+        return [_coerce_one(action, item, field=field) for item in items]
+    return _coerce_one(action, value, field=field)
+
+
+def _coerce_one(action: argparse.Action, value: Any, *, field: str) -> Any:
+    choices = [getattr(choice, "name", choice) for choice in action.choices or ()]
+    if choices and value not in choices:
+        hint = did_you_mean(str(value), [str(choice) for choice in choices])
+        raise UserError(field, show(value), f"one of {', '.join(map(str, choices))}{hint}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if action.type is int:
+        if not number or not math.isfinite(value) or value != int(value):
+            raise UserError(field, show(value), "a whole number")
+        return int(value)
+    if action.type is float:
+        if not number:
+            raise UserError(field, show(value), "a number")
+        return float(value)
+    if action.type in (str, None):
+        if not isinstance(value, str) and not number:
+            raise UserError(field, show(value), "a text")
+        return str(value)
+    assert callable(action.type), action
+    text = json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
+    try:
+        return action.type(text)
+    except (ValueError, KeyError, TypeError, AssertionError, SyntaxError):
+        raise UserError(field, show(value), f"a value of {'/'.join(action.option_strings)}") from None
+
+
+@functools.cache
+def _known_arguments() -> tuple[dict[str, argparse.Action], dict[str, tuple[str, bool]]]:
+    """Megatron's arguments by their name in the namespace, and (name, inverted) by every other spelling."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    with _quiet():
+        add_megatron_arguments(parser)
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)  # argparse takes the default of the first of two with one name
+    spellings: dict[str, tuple[str, bool]] = {}
+    for action in parser._actions:
+        for option in action.option_strings:
+            off = isinstance(action, argparse._StoreFalseAction) or (
+                isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
+            )
+            spellings[option.lstrip("-").replace("-", "_")] = (action.dest, off)
+    return actions, {name: meaning for name, meaning in spellings.items() if name not in actions}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    if hint := did_you_mean(name, known):
+        return hint
+    parts = [candidate for candidate in known if name in candidate or candidate in name][:3]
+    return f"; did you mean {' or '.join(parts)}?" if parts else ""
+
+
+def _refuse_contradictions(chosen: Mapping[str, Any], architecture: Mapping[str, Any]) -> None:
+    for key in chosen:
+        if key not in ARCHITECTURE or chosen[key] == architecture.get(key, object()):
+            continue
+        if key in architecture:
+            raise UserError(f"megatron.{key}", show(chosen[key]), f"{show(architecture[key])}, which the model has")
+        default = _known_arguments()[0][key].default
+        if chosen[key] != default:
+            raise UserError(f"megatron.{key}", show(chosen[key]), "no such key here: the model's description decides")
+
+
+def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
+    """The value of every argument, before Megatron derives further ones."""
+    from remit_megatron.models.spec import transformer_engine_usable
+
+    actions, _ = _known_arguments()
+    for key in architecture:
+        if key not in actions:
+            raise ValueError(f"architecture: found {key}; expected names of Megatron's arguments only")
+    situation = Situation(
+        gpu=gpu,
+        transformer_engine=gpu and transformer_engine_usable(),
+        fused_gradients=_installed("fused_weight_gradient_mlp_cuda"),
+        chosen=chosen,
+    )
+    # Copies: validate_args appends to some of the lists.
+    values = {key: copy.copy(action.default) for key, action in actions.items() if key != "help"}
+    values |= {key: default.resolve(situation) for key, default in DEFAULTS.items()}
+    values |= dict(architecture)
+    values |= chosen
+    if values["transformer_impl"] == "transformer_engine" and not situation.transformer_engine:
+        raise UserError("megatron.transformer_impl", "transformer_engine", "local: Transformer Engine is not installed")
+    for key in ("fp8", "fp4"):
+        if values[key] and values["transformer_impl"] != "transformer_engine":
+            raise UserError(f"megatron.{key}", show(values[key]), "null: it needs Transformer Engine")
+    values |= {
+        "calculate_per_token_loss": True,
+        "create_attention_mask_in_dataloader": False,
+        "seed": config.seed,
+        "save": str(config.checkpoints_dir),
+        "num_workers": config.data.num_workers,
+        "data_cache_path": str(config.data_cache_dir),
+        "eod_mask_loss": config.data.mask_eod_loss,
+        "log_interval": config.logging.interval,
+        "tensorboard_log_interval": chosen.get("tensorboard_log_interval", config.logging.interval),
+        "tensorboard_dir": str(Path(config.run_dir or "") / "tensorboard") if config.logging.tensorboard else None,
+    }
+    if not config.data.valid:
+        values["eval_iters"] = 0
+    return values | _wandb(config)
+
+
+def _wandb(config: RunConfig) -> dict[str, Any]:
+    wandb = config.logging.wandb
+    if wandb is None or wandb.mode == "disabled":
+        return {}
+    if not _installed("wandb"):
+        logger.warning("logging.wandb is set and the package wandb is not installed: nothing is reported to it")
+        return {}
+    return {
+        "wandb_project": wandb.project,
+        "wandb_exp_name": wandb.name or Path(config.run_dir or "").resolve().name,
+        "wandb_entity": wandb.entity,
+        "wandb_save_dir": str(Path(config.run_dir or "") / "wandb"),
+    }
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent package that is missing or does not import
+        return False
+
+
+def _check_required(values: Mapping[str, Any]) -> None:
+    if values["train_iters"] is None and values["train_samples"] is None:
+        raise UserError("megatron.train_iters", "nothing", "the number of steps, or megatron.train_samples")
+    if values["train_iters"] is not None and values["train_samples"] is not None:
+        expected = "nothing, because megatron.train_iters is set"
+        raise UserError("megatron.train_samples", values["train_samples"], expected)
+    limit = values["max_position_embeddings"]
+    for key, expected in (
+        ("lr", "the peak learning rate"),
+        ("seq_length", f"tokens per sample, at most {limit} for this model"),
+        ("vocab_size", "the number of rows of the embedding"),
+    ):
+        if values[key] is None:
+            raise UserError(OWNED.get(key, f"megatron.{key}"), "nothing", expected)
+    for key in _POSITIVE:
+        if values[key] is not None and not values[key] > 0:
+            raise UserError(f"megatron.{key}", values[key], "more than 0")
+    if values["fp16"] and values["bf16"]:
+        raise UserError("megatron.bf16", "true together with fp16: true", "one of the two")
+
+
+def _check_layout(values: dict[str, Any], world_size: int) -> None:
+    tp, pp, cp = (values[f"{axis}_parallel_size"] for axis in ("tensor_model", "pipeline_model", "context"))
+    if world_size % (tp * pp * cp):
+        expected = f"a product that divides the {world_size} process{'es' if world_size > 1 else ''} of the run"
+        found = f"tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}"
+        raise UserError("megatron: parallel sizes", found, expected)
+    dp = world_size // (tp * pp * cp)
+    for key, what in (
+        ("num_attention_heads", "attention heads"),
+        ("num_query_groups", "query groups (key-value heads)"),
+        ("ffn_hidden_size", "columns of the feed-forward layer"),
+    ):
+        grouped = key != "num_query_groups" or values["group_query_attention"]
+        if grouped and values[key] is not None and values[key] % tp:
+            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {values[key]} {what}")
+    for what, rows in down_projections(values):
+        if rows % tp:
+            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {what}, {rows}")
+    _check_pipeline(values, pp)
+    length, limit = values["seq_length"], values["max_position_embeddings"]
+    if limit is not None and length > limit:
+        raise UserError("megatron.seq_length", length, f"at most {limit}, the model's max_position_embeddings")
+    if cp > 1 and length % (2 * cp):
+        raise UserError("megatron.seq_length", length, f"a multiple of {2 * cp}, twice the context_parallel_size")
+    if values["sequence_parallel"] and tp == 1:
+        expected = "false, or a tensor_model_parallel_size above 1"
+        raise UserError("megatron.sequence_parallel", "true with tensor_model_parallel_size 1", expected)
+    if values["sequence_parallel"] and (length // cp) % tp:
+        expected = f"a multiple of {tp * cp} with sequence_parallel (tensor {tp} x context {cp})"
+        raise UserError("megatron.seq_length", length, expected)
+    step = values["micro_batch_size"] * dp
+    for prefix in ("", "eval_"):
+        total, micro = values[f"{prefix}global_batch_size"], values[f"{prefix}micro_batch_size"]
+        step = (micro or values["micro_batch_size"]) * dp
+        if total is not None and total % step and not values["decrease_batch_size_if_needed"]:
+            expected = f"a multiple of {step} ({prefix}micro_batch_size {step // dp} x {dp} data-parallel ranks)"
+            raise UserError(f"megatron.{prefix}global_batch_size", total, expected)
+
+
+def _check_pipeline(values: Mapping[str, Any], pp: int) -> None:
+    uneven = "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout"
+    if any(values[key] is not None for key in uneven.split()):
+        return  # Megatron checks what is spelled out
+    layers, what = values["num_layers"], "layers"
+    for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
+        if values[key]:
+            layers, what = layers + 1, "layers, embedding and loss counted"
+    if layers % pp:
+        raise UserError("megatron.pipeline_model_parallel_size", pp, f"a divisor of the model's {layers} {what}")
+    for key in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        if values[key] is not None and (values[key] < 1 or (layers // pp) % values[key]):
+            expected = f"a divisor of the {layers // pp} {what} of a pipeline stage"
+            raise UserError(f"megatron.{key}", values[key], expected)
+
+
+def _check_schedule(values: Mapping[str, Any]) -> None:
+    if values["min_lr"] > values["lr"]:
+        raise UserError("megatron.min_lr", values["min_lr"], f"at most lr, {values['lr']}")
+    unit, other = ("iters", "samples") if values["train_iters"] is not None else ("samples", "iters")
+    for key in (f"lr_warmup_{other}", f"lr_decay_{other}"):
+        if values[key]:
+            raise UserError(f"megatron.{key}", values[key], f"lr_{key.split('_')[1]}_{unit}, as for train_{unit}")
+    decay = values[f"lr_decay_{unit}"] or values[f"train_{unit}"]
+    if values[f"lr_warmup_{unit}"] >= decay:
+        expected = f"less than {decay}, the end of decay"
+        raise UserError(f"megatron.lr_warmup_{unit}", values[f"lr_warmup_{unit}"], expected)
+    fraction = values["lr_warmup_fraction"]
+    if fraction is not None and not 0 <= fraction < 1:
+        raise UserError("megatron.lr_warmup_fraction", fraction, "a number from 0 to below 1")
+
+
+def _prepare_environment(config: RunConfig, values: Mapping[str, Any]) -> None:
+    if not values["use_torch_fsdp2"]:
+        # Megatron demands it before Blackwell: kernels of tensor parallelism start in the order they were issued.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if config.logging.wandb is not None:
+        os.environ.setdefault("WANDB_MODE", config.logging.wandb.mode)  # Megatron's call to wandb.init has no mode
+        os.environ.setdefault("WANDB_SILENT", "true")  # its report at the end is longer than a short run's own lines
+
+
+def _with_defaults(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> argparse.ArgumentParser:
+    parser.set_defaults(**values)
+    return parser
+
+
+@contextlib.contextmanager
+def _arguments_of_this_program() -> Iterator[None]:
+    """Hides our command line from parse_args, which reads ``sys.argv``."""
+    argv, sys.argv = sys.argv, ["megatron"]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What Megatron prints and warns goes to the log, at level debug."""
+    printed = io.StringIO()
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for line in printed.getvalue().splitlines():
+                logger.debug("%s", line)
+            for warning in caught:
+                logger.debug("%s", warning.message)
+
+
+@contextlib.contextmanager
+def _translated(args: argparse.Namespace, chosen: Mapping[str, Any]) -> Iterator[None]:
+    """Turns a failed check of Megatron into one line that names the argument, one of ``chosen`` where it can."""
+    try:
+        yield
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError, KeyError, SystemExit) as error:
+        _raise_translated(error, args, chosen)
+
+
+def _raise_translated(error: BaseException, args: argparse.Namespace, chosen: Mapping[str, Any]) -> NoReturn:
+    message, source = " ".join(str(error).split()), _failed_statement(error)
+    actions, spellings = _known_arguments()
+    # The check reads arguments as attributes; its message may name more of them, as flags or as they are.
+    words = re.findall(r"(?:args|self)\.(\w+)", source)
+    words += [word.strip("-").replace("-", "_") for word in re.findall(r"[A-Za-z_-][\w-]*_\w+|--[\w-]+", message)]
+    named = list(dict.fromkeys(name for word in words if (name := spellings.get(word, (word,))[0]) in actions))
+    named.sort(key=lambda name: name not in chosen)
+    key = f"megatron.{named[0]}" if named else "megatron"
+    found = show(getattr(args, named[0], None)) if named else "a combination that Megatron refuses"
+    condition = re.sub(r"(?:args|self)\.(\w+) is not None", r"\1 to be set", source.removeprefix("assert "))
+    condition = re.sub(r"(?:args|self)\.", "", condition)
+    text = message if message and not isinstance(error, SystemExit) else condition
+    raise UserError(key, found, f"what Megatron checks: {text.rstrip('.')}") from None
+
+
+def _failed_statement(error: BaseException) -> str:
+    """The source of what raised: in an ``assert`` without a message, the condition is all there is to go by."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return ""
+    code = traceback.tb_frame.f_code
+    first, last, *_ = list(code.co_positions())[traceback.tb_lasti // 2]
+    lines = range(first or traceback.tb_lineno, (last or traceback.tb_lineno) + 1)
+    return " ".join(linecache.getline(code.co_filename, line).strip() for line in lines)

@@ -1,0 +1,66 @@
+"""The samples of a run: training and validation, opened from its configuration."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from remit_megatron.run.prepare import Prepared, total_steps
+from remit_megatron.runtime import parallel
+from remit_megatron.runtime.errors import UserError
+
+
+def open_data(prepared: Prepared, environment: parallel.RankEnvironment) -> tuple[Any, Any]:
+    """Opens the training and validation samples: rank 0 first, which builds the index that the others map."""
+    arguments = prepared.arguments
+    samples = total_steps(arguments) * arguments.global_batch_size
+    train = valid = None
+    for turn in (environment.rank == 0, environment.rank != 0):
+        with parallel.same_fate("opening the data"):
+            if turn:
+                train, valid = open_datasets(prepared, samples)
+    return train, valid
+
+
+def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
+    """The run's training samples, and its validation samples or None."""
+    from remit_megatron.data.blend import open_blend, parse_blend
+
+    config, arguments = prepared.config, prepared.arguments
+    common: dict[str, Any] = dict(
+        sequence_length=arguments.seq_length,
+        packing_seed=config.data.packing_seed,
+        cache_dir=config.data_cache_dir,
+        tokenizer_digest=prepared.tokenizer.digest,
+        eod_id=prepared.tokenizer.eod_id,
+        mask_eod_loss=config.data.mask_eod_loss,
+    )
+    if not config.data.train:
+        raise UserError("data.train", "nothing", "a list of [weight, prefix] pairs")
+    train = open_blend(
+        parse_blend(config.data.train, field="data.train"), num_samples=train_samples, seed=config.seed, **common
+    )
+    if not config.data.valid:
+        return train, None
+    # The same samples at every validation, so that its losses compare.
+    valid_samples = arguments.eval_iters * arguments.eval_global_batch_size
+    valid = open_blend(
+        parse_blend(config.data.valid, field="data.valid"), num_samples=valid_samples, seed=config.seed, **common
+    )
+    return train, RepeatedSamples(valid)
+
+
+class RepeatedSamples:
+    """A data set gone through again and again, always in the same order. Its length is Megatron's idea of enough."""
+
+    def __init__(self, samples: Any):
+        from megatron.core.datasets.utils import Split
+
+        self._samples = samples
+        self.split = Split.valid  # Megatron's loader takes the validation batch sizes by it
+
+    def __len__(self) -> int:
+        return sys.maxsize // 2
+
+    def __getitem__(self, index: int) -> Any:
+        return self._samples[index % len(self._samples)]

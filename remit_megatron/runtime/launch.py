@@ -1,0 +1,131 @@
+"""Local ranks: ``--nproc N`` starts the same command N times, as torchrun would, and minds the exit codes.
+
+torchrun turns every failure into exit code 1 and prints its own report over the command's one clear line; the codes
+2, 70 and 75 are part of our interface, so that this small launcher takes its place on one machine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import IO
+
+from remit_megatron.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE
+from remit_megatron.runtime.parallel import started_by_srun
+
+_GRACE_SECONDS = 20.0
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def under_launcher() -> bool:
+    """Whether torchrun, srun or :func:`launch` has started this process as one of several ranks."""
+    return "RANK" in os.environ or started_by_srun()
+
+
+def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -> int:
+    """Runs ``python -m module argv…`` as ``nproc`` ranks on this machine and waits for them.
+
+    When one fails, the others get SIGTERM and, after a grace time, SIGKILL. Signals that reach this process are passed
+    on. Rank 0 writes to the terminal as usual; what another rank wrote to standard error is shown only if it was the
+    first to fail: its error is the cause of the others'. A mistake in the input, which all find alike, is said once.
+
+    Returns:
+        0 if every rank returned 0, else the exit code of the first that did not (128 + number for a signal).
+    """
+    environment = dict(os.environ)
+    environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(nproc))
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    processes: list[subprocess.Popen] = []
+    captured: list[IO[bytes] | None] = []
+    forwarded: dict[int, object] = {}
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            forwarded[number] = signal.signal(number, forward)
+        for rank in range(nproc):
+            errors = tempfile.TemporaryFile() if rank else None  # noqa: SIM115 - read when the ranks are done
+            captured.append(errors)
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *argv],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stderr=errors,
+                    start_new_session=True,  # Ctrl-C reaches the ranks once, through forward()
+                )
+            )
+        first = _wait(processes)
+        if first is not None:
+            _stop(processes)
+            code = processes[first].returncode
+            if not code == processes[0].returncode == EXIT_BAD_INPUT:  # else rank 0 has said it
+                _show(first, captured[first])
+            return 128 - code if code < 0 else code
+        return EXIT_DONE
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in forwarded.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _wait(processes: list[subprocess.Popen]) -> int | None:
+    """Waits until all are done; returns the rank that failed first, or None."""
+    running = set(range(len(processes)))
+    while running:
+        for rank in sorted(running):
+            code = processes[rank].poll()
+            if code is None:
+                continue
+            if code != 0:
+                return rank
+            running.discard(rank)
+        time.sleep(0.05)
+    return None
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    # The others find the same mistake, or finish the same save, within moments: let them.
+    deadline = time.monotonic() + 3.0
+    while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _show(rank: int, errors: IO[bytes] | None) -> None:
+    """Repeats what the first failing rank wrote to standard error (rank 0 has written it already)."""
+    if errors is None:
+        return
+    errors.seek(0)
+    text = errors.read().decode(errors="replace").strip()
+    if text:
+        sys.stderr.write("\n".join(f"[rank {rank}] {line}" for line in text.splitlines()[-40:]) + "\n")

@@ -1,0 +1,1 @@
+"""Scores and log-probabilities of texts, forward only."""

@@ -1,0 +1,317 @@
+"""``remit logprobs``: log-probability of every token of a text, through Megatron, on any tensor and pipeline layout.
+
+Lines are taken in windows; inside a window, texts of similar length share a microbatch, padded on the right, where
+causal attention does not see it. A window goes through the pipeline schedule at once. Data-parallel replicas share its
+microbatches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remit_megatron.conversion.source import ModelSource, resolve
+from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.files import temporary_sibling
+from remit_megatron.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WINDOW_LINES = 2048
+_IGNORED = -100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``remit logprobs``."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--checkpoint", metavar="CKPT", help="a checkpoint, or a run directory (its newest complete one)"
+    )
+    model.add_argument("--hf", metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument("--input", required=True, metavar="F.jsonl", help='one {"text": ...} per line')
+    parser.add_argument("--output", required=True, metavar="F.jsonl", help="one line per input line, in order")
+    parser.add_argument("--nproc", type=int, metavar="N", help="local ranks (default: TP x PP)")
+    parser.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel size (default: 1)")
+    parser.add_argument("--pp", type=int, default=1, metavar="P", help="pipeline-parallel size (default: 1)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default: fp32)")
+    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="of a microbatch (default: 8192)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Scores a file; starts local ranks where more than one is asked for and no launcher has."""
+    from remit_megatron.runtime import launch
+
+    for name in ("tp", "pp", "nproc", "batch_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}", value, "at least 1")
+    ranks = args.nproc or args.tp * args.pp
+    if ranks % (args.tp * args.pp):
+        raise UserError("--nproc", ranks, f"a multiple of TP x PP = {args.tp * args.pp}")
+    if not Path(args.input).is_file():
+        raise UserError("--input", f"no file {args.input}", 'a JSONL file with {"text": ...} lines')
+    if not Path(args.output).absolute().parent.is_dir():
+        raise UserError("--output", f"no directory {Path(args.output).absolute().parent}", "a place that exists")
+    source = _source(args)
+    if ranks > 1 and not launch.under_launcher():
+        return launch.launch(ranks, _command(args))
+    import patches
+
+    patches.apply()
+    score_file(
+        source, args.input, args.output, tp=args.tp, pp=args.pp, dtype=args.dtype, batch_tokens=args.batch_tokens
+    )
+    return EXIT_DONE
+
+
+def _source(args: argparse.Namespace) -> ModelSource:
+    option, path, kind = (
+        ("--hf", args.hf, "huggingface") if args.hf else ("--checkpoint", args.checkpoint, "checkpoint")
+    )
+    source = resolve(path, field=option)
+    if source.kind != kind:
+        other = "--checkpoint" if args.hf else "--hf"
+        raise UserError(
+            option, f"{source.path}, a {source.kind} directory", f"a {kind} directory, or the option {other}"
+        )
+    if source.tokenizer is None:
+        raise UserError(option, f"no tokenizer in {source.hf_files}", "tokenizer.json beside config.json")
+    return source
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    model = ["--hf", args.hf] if args.hf else ["--checkpoint", args.checkpoint]
+    options = {"input": args.input, "output": args.output, "tp": args.tp, "pp": args.pp, "dtype": args.dtype}
+    options["batch-tokens"] = args.batch_tokens
+    return ["logprobs", *model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Texts of similar length.
+
+    Attributes:
+        lines: position of each text in its window.
+        tokens: [b, s] int64, each text without its last token, padded on the right.
+        labels: [b, s] int64, each text without its first token; -100 where padded.
+    """
+
+    lines: tuple[int, ...]
+    tokens: Tensor
+    labels: Tensor
+
+
+def microbatches(texts: Sequence[Sequence[int]], *, batch_tokens: int) -> list[Microbatch]:
+    """Groups token ids by length into microbatches of at most ``batch_tokens`` padded positions (or one text).
+
+    Texts of fewer than two tokens have nothing to predict and are left out.
+    """
+    import torch
+
+    batches: list[Microbatch] = []
+    order = sorted((i for i, ids in enumerate(texts) if len(ids) > 1), key=lambda i: len(texts[i]), reverse=True)
+    while order:
+        length = len(texts[order[0]]) - 1
+        taken = max(1, batch_tokens // length)
+        lines, order = order[:taken], order[taken:]
+        tokens = torch.zeros(len(lines), length, dtype=torch.int64)
+        labels = torch.full((len(lines), length), _IGNORED, dtype=torch.int64)
+        for row, line in enumerate(lines):
+            ids = torch.tensor(texts[line], dtype=torch.int64)
+            tokens[row, : len(ids) - 1] = ids[:-1]
+            labels[row, : len(ids) - 1] = ids[1:]
+        batches.append(Microbatch(tuple(lines), tokens, labels))
+    return batches
+
+
+def score_file(
+    source: ModelSource,
+    input_path: str | Path,
+    output_path: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dtype: str = "fp32",
+    batch_tokens: int = 8192,
+) -> None:
+    """Writes ``token_ids``, ``tokens`` and ``logprobs`` (natural log; the first is null) for each line; whole or not at
+    all.
+
+    Runs on every rank of the layout; rank 0 writes.
+
+    Raises:
+        UserError: a line that is not ``{"text": ...}``, a text longer than the model, a layout that does not fit.
+    """
+    import tokenizers
+
+    from remit_megatron.conversion.processes import process_groups
+    from remit_megatron.data.tokenizer import load_tokenizer
+    from remit_megatron.runtime.parallel import gather_objects, rank_environment
+
+    assert source.tokenizer is not None
+    tokenizer = load_tokenizer(source.tokenizer)
+    names = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    longest = int(source.hf_config["max_position_embeddings"])
+    writer = rank_environment().rank == 0
+    with process_groups(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp) as groups:
+        scorer = Scorer(source, groups, tp=tp, pp=pp, dtype=dtype)
+        progress = Progress("logprobs", total=Path(input_path).stat().st_size, unit="B")
+        target = temporary_sibling(output_path) if writer else nullcontext("/dev/null")
+        with target as temporary, open(temporary, "w", encoding="utf-8") as stream:
+            for window, done in _windows(Path(input_path)):
+                texts = tokenizer.encode_batch([text for _, text in window])
+                _refuse_long(window, texts, longest, input_path)
+                scored = scorer.score(microbatches(texts, batch_tokens=batch_tokens))
+                parts: dict[int, list[float]] = {}
+                for part in gather_objects(scored):
+                    parts |= part
+                if writer:
+                    for line, ids in enumerate(texts):
+                        stream.write(_record(ids, names, parts.get(line, [])) + "\n")
+                    progress.update(done)
+        if writer:
+            progress.finish()
+
+
+def _record(ids: Sequence[int], names: Any, logprobs: Sequence[float]) -> str:
+    assert len(logprobs) == max(0, len(ids) - 1)
+    values = [None, *logprobs] if ids else []
+    record = {"token_ids": list(ids), "tokens": [names.id_to_token(i) for i in ids], "logprobs": values}
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _windows(path: Path) -> Iterator[tuple[list[tuple[int, str]], int]]:
+    """Windows of (line number, text), each with the bytes read so far."""
+    done = 0
+    with open(path, "rb") as stream:
+        lines = enumerate(stream, start=1)
+        while raw := list(islice(lines, _WINDOW_LINES)):
+            done += sum(len(line) for _, line in raw)
+            yield [(number, _text(path, number, line)) for number, line in raw], done
+
+
+def _text(path: Path, number: int, line: bytes) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path} line {number}", f"no JSON ({error})", 'a line like {"text": "..."}') from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = f"text {text!r}" if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{path} line {number}", found, 'a line like {"text": "..."}')
+    return text
+
+
+def _refuse_long(
+    window: Sequence[tuple[int, str]], texts: Sequence[Sequence[int]], longest: int, path: str | Path
+) -> None:
+    for (number, _), ids in zip(window, texts, strict=True):
+        if len(ids) > longest:
+            raise UserError(f"{path} line {number}", f"{len(ids)} tokens", f"at most {longest}, the model's positions")
+
+
+class Scorer:
+    """A frozen model on this rank's part of the layout.
+
+    Args:
+        source: weights and config.json.
+        groups: process groups of the layout.
+        tp, pp: sizes of ``groups``.
+        dtype: ``fp32`` or ``bf16``, of weights and activations; log-probabilities are float32 either way.
+    """
+
+    def __init__(self, source: ModelSource, groups: Any, *, tp: int, pp: int, dtype: str = "fp32"):
+        import logging
+
+        import torch
+
+        from remit_megatron.conversion.loading import fill
+        from remit_megatron.models.build import build_chunks, default_arguments, model_config
+        from remit_megatron.runtime.parallel import device
+
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        arguments = default_arguments(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+            use_cpu_initialization=not torch.cuda.is_available(),
+        )
+        config = model_config(source.hf_config, arguments)
+        config.transformer.variable_seq_lengths = True  # microbatches of a window have different shapes
+        self._groups, self._device = groups, device()
+        self._vocab_size: int = source.hf_config["vocab_size"]
+        self._chunks: list[torch.nn.Module] = list(build_chunks(config, groups))
+        fill(self._chunks, source)
+
+    def score(self, batches: Sequence[Microbatch]) -> dict[int, list[float]]:
+        """Log-probabilities of this replica's share of ``batches``, by line; empty on ranks that do not hold the head's
+        result.
+
+        Collective over the ranks of a replica.
+        """
+        import torch
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        share = list(batches[self._groups.dp.rank() :: self._groups.dp.size()])
+        if not share:
+            return {}
+        with torch.no_grad():
+            results: Any = get_forward_backward_func()(
+                forward_step_func=self._forward,
+                data_iterator=iter(share),
+                model=self._chunks[0],
+                num_microbatches=len(share),
+                seq_length=1,  # the schedules exchange the true shapes
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        if self._groups.tp.rank() != 0:
+            return {}  # the same numbers as rank 0
+        scored: dict[int, list[float]] = {}
+        for batch, logprob in zip(share, results, strict=False):  # no results except on the last stage
+            for row, line in enumerate(batch.lines):
+                counted = int((batch.labels[row] != _IGNORED).sum())
+                values = logprob[row, :counted].tolist()
+                assert all(math.isfinite(value) for value in values), f"a log-probability of line {line} is not finite"
+                scored[line] = values
+        return scored
+
+    def _forward(self, batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
+        """What the schedule calls: [b, s] log-probabilities on the last stage, hidden states before it."""
+        import torch
+
+        batch = next(batches)
+        tokens, labels = batch.tokens.to(self._device), batch.labels.to(self._device)
+        positions = torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)
+        output = model(tokens, positions, None, output_processor=self._logprobs, output_processor_context=labels)
+        return output, partial(_keep, output)
+
+    def _logprobs(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Tensor, **_: Any
+    ):
+        from remit_megatron.kernels import token_logprob
+
+        weight = output_layer.weight if output_weight is None else output_weight
+        logprob = token_logprob(
+            hidden_states,
+            weight,
+            context.t(),
+            tp_group=self._groups.tp,
+            vocab_size=self._vocab_size,
+            ignore_index=_IGNORED,
+        )
+        return logprob.t()
+
+
+def _keep(output: Tensor, *_: Any, **__: Any) -> Tensor:
+    return output.float().cpu()

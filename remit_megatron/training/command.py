@@ -1,0 +1,232 @@
+"""``remit train``: from a configuration to Megatron's loop.
+
+Read :func:`train` top to bottom; it is a run. What is refused before it is in ``prepare.py`` and ``checks.py``; what
+happens inside Megatron's loop in ``engine.py`` and ``step.py``; what is changed in Megatron in ``patches/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from remit_megatron.run import directory as run_directory
+from remit_megatron.run.checks import check_resumed_schedule
+from remit_megatron.run.configuration import RunConfig, load_config
+from remit_megatron.run.prepare import Prepared, prepare, total_steps
+from remit_megatron.run.samples import open_data
+from remit_megatron.run.score_cache import RunScores, open_run_scores
+from remit_megatron.runtime import checkpoints, launch, parallel
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+
+logger = logging.getLogger(__name__)
+
+
+# Bytes of a checkpoint per parameter, at most: weights, and in fp32 master weights and two moments.
+_CHECKPOINT_BYTES_PER_PARAMETER = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``remit train``."""
+    parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML)")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="start N ranks on this machine (default: 1; for --dry-run as few as the layout takes)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and what follows from it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``remit train``; returns the exit code."""
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        from remit_megatron.run.dry_run import dry_run
+
+        sys.stdout.write(dry_run(config, world_size=args.nproc))
+        return EXIT_DONE
+    if (args.nproc or 1) > 1 and not launch.under_launcher():
+        return launch.launch(args.nproc, ["train", args.config, *args.overrides])
+    return train(config)
+
+
+def train(config: RunConfig) -> int:
+    """Trains on this rank (start it on all ranks of the job). Returns the exit code.
+
+    Raises:
+        UserError: the input is wrong; nothing has been changed on disk that a run needs.
+    """
+    environment = parallel.rank_environment()
+    prepared = prepare(config, world_size=environment.world_size, rank=environment.rank)
+    arguments = prepared.arguments
+    run_dir = Path(config.run_dir or "")
+    parallel.initialize(environment, timeout_minutes=arguments.distributed_timeout_minutes)
+
+    lock = None
+    with parallel.same_fate("opening the run directory"):
+        if environment.rank == 0:
+            lock = run_directory.RunLock(run_dir)
+            Path(arguments.save).mkdir(parents=True, exist_ok=True)
+    handler = run_directory.log_to_file(run_dir, environment.rank)
+    try:
+        resumed_at = _resume(config, arguments, environment)
+        if resumed_at >= total_steps(arguments):
+            if environment.rank == 0:
+                changed = run_directory.read_config(run_dir) not in (None, config.to_yaml())
+                note = "; the configuration is not the one in config.yaml, and was not used" if changed else ""
+                sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done{note}\n")
+            return EXIT_DONE
+        train_samples, valid_samples = open_data(prepared, environment)
+        consumed = _consumed_samples(arguments, resumed_at)
+        scores = open_run_scores(prepared, train_samples, rank=environment.rank, consumed=consumed)
+        if scores.cache is not None and scores.reads:
+            from remit_megatron.reference.cached import ScoredSamples
+
+            train_samples = ScoredSamples(train_samples, scores.cache)
+        with parallel.same_fate("writing the configuration"):
+            if environment.rank == 0:
+                run_directory.write_config(run_dir, config.to_yaml())
+        return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        if lock is not None:
+            lock.release()
+
+
+def _resume(config: RunConfig, arguments: argparse.Namespace, environment: parallel.RankEnvironment) -> int:
+    """Points Megatron at the newest whole checkpoint of this run; returns its iteration, 0 for a new run."""
+    root = Path(arguments.save)
+    arguments.load = None
+    found = run_directory.newest_verified(root, rank=environment.rank, world_size=environment.world_size)
+    if config.checkpoint.resume == "never":
+        if found is not None:
+            raise UserError(
+                "checkpoint.resume", f"never, with checkpoint {found} in {root}", "auto, or another run_dir"
+            )
+        return 0
+    if found is None:
+        return 0
+    with parallel.same_fate("comparing the configuration with the run's"):
+        before = run_directory.read_config(Path(config.run_dir or "")) if environment.rank == 0 else None
+        if before is not None:
+            check_resumed_schedule(before, config)
+    with parallel.same_fate("moving the checkpoint pointer"):
+        if environment.rank == 0:
+            checkpoints.point_to(root, found)
+            logger.info("resuming at step %d", found)
+            sys.stdout.write(f"resuming at step {found} from {root}\n")
+    arguments.load = str(root)
+    return found
+
+
+def _consumed_samples(arguments: argparse.Namespace, iteration: int) -> int:
+    """Samples that the run has trained on up to its checkpoint of ``iteration``, as Megatron counts them; 0 where the
+    checkpoint does not say. Not the product with the batch size, which may be another one now."""
+    if not iteration:
+        return 0
+    manifest = checkpoints.read_manifest(checkpoints.iteration_directory(arguments.save, iteration))
+    return int(manifest.properties.get("consumed_samples", 0))
+
+
+def _train(
+    prepared: Prepared,
+    environment: parallel.RankEnvironment,
+    resumed_at: int,
+    datasets: tuple[Any, Any],
+    scores: RunScores,
+) -> int:
+    from megatron.core.enums import ModelType
+    from megatron.training import global_vars, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from patches.quiet_megatron import redirect
+    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.models.build import model_config
+    from remit_megatron.training.engine import Engine
+    from remit_megatron.training.metrics import RunRecorder
+
+    arguments, config = prepared.arguments, prepared.config
+    global_vars.set_global_variables(arguments, build_tokenizer=False)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if arguments.exit_signal_handler:
+        _ctrl_c_as(arguments.exit_signal)
+    student = model_config(prepared.hf_config, arguments)
+    engine = Engine(prepared, environment, scores)
+
+    def before_wrapping(chunks: list) -> list:
+        # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
+        with parallel.same_fate("loading the weights"):
+            if prepared.init is not None and not resumed_at:
+                load_weights(chunks, prepared.init)
+            if environment.rank == 0:
+                _require_space(arguments, chunks, environment.world_size)
+        with parallel.same_fate("loading the reference"):
+            engine.build_reference()
+        return chunks
+
+    student.pre_wrap_hooks.append(before_wrapping)
+    container = pretrain_cfg_container_from_args(arguments, student)
+    recorder = None
+    with parallel.same_fate("opening the files of the run"):
+        if environment.rank == environment.world_size - 1:  # the last pipeline stage, where the losses are
+            recorder = RunRecorder(
+                config.run_dir or "",
+                total_steps=total_steps(arguments),
+                resumed_at=resumed_at,
+                interval=config.logging.interval,
+            )
+    engine.connect(recorder)
+    redirect()
+
+    def provider(_samples, vp_stage=None):
+        return (*datasets, None)
+
+    provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches
+    try:
+        pretrain(container, provider, ModelType.encoder_or_decoder, engine.step.forward_step)
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        engine.close()
+        if recorder is not None:
+            recorder.close()
+    code = _exit_code(arguments)
+    if code == EXIT_START_ME_AGAIN and environment.rank == 0:
+        step, total = arguments.curr_iteration + 1, total_steps(arguments)
+        sys.stdout.write(f"stopped at step {step} of {total}, which is saved; start it again to go on\n")
+    return code
+
+
+def _ctrl_c_as(number: signal.Signals) -> None:
+    """Ctrl-C does what Megatron's exit signal does: the step is finished and saved. The second time it interrupts."""
+
+    def once(_: int, __: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGINT, once)
+
+
+def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:
+    replicas = arguments.data_parallel_size * arguments.context_parallel_size
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters()) * world_size / replicas
+    needed = parameters * _CHECKPOINT_BYTES_PER_PARAMETER
+    run_directory.require_space(Path(arguments.save), needed, what="one checkpoint")
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
+    """0 where the run is done; 75 where it stopped on purpose before (a signal, an exit interval), having saved."""
+    done = arguments.curr_iteration + 1 >= total_steps(arguments)
+    return EXIT_DONE if done else EXIT_START_ME_AGAIN

@@ -1,0 +1,268 @@
+"""What runs inside Megatron's loop: the step, the frozen reference, and what is done after a step and around a save.
+
+The places in the loop are opened by ``patches/``; :meth:`Engine.connect` says what stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from remit_megatron.models.forward import ModelForward
+from remit_megatron.objectives import build_objective
+from remit_megatron.reference.idle import IdleFiller
+from remit_megatron.reference.source import ScoreSource
+from remit_megatron.run import directory as run_directory
+from remit_megatron.run.score_cache import RunScores
+from remit_megatron.runtime import checkpoints, parallel
+from remit_megatron.runtime.files import HF_SUBFOLDER
+from remit_megatron.runtime.parallel import RankEnvironment
+from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics
+from remit_megatron.training.scores import ScoreParts, build_score_source
+from remit_megatron.training.step import TrainingStep
+from remit_megatron.training.weight_decay import weight_decay_overrides
+
+if TYPE_CHECKING:
+    from remit_megatron.run.prepare import Prepared
+
+
+class Engine:
+    """The parts of one run; those that need process groups are made when Megatron has them."""
+
+    def __init__(self, prepared: Prepared, environment: RankEnvironment, scores: RunScores):
+        self._prepared = prepared
+        self._run_scores = scores
+        self._environment = environment
+        self._arguments = prepared.arguments
+        self._root = Path(prepared.arguments.save)
+        self._groups: Any = None
+        self._score_parts = ScoreParts()
+        self._recorder: RunRecorder | None = None
+        self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._last_checkpoint_size = 0
+        self._consumed: dict[int, int] = {}  # samples up to a save that has begun, by its iteration
+        config = prepared.config
+        self.forward = ModelForward(
+            eod_id=prepared.tokenizer.eod_id,
+            groups=self.groups,
+            document_mask=config.data.document_mask,
+            packed_attention=prepared.arguments.transformer_impl == "transformer_engine",
+        )
+        self.step = TrainingStep(
+            objective=build_objective(config.objective.name, **prepared.objective_settings),
+            vocab_size=prepared.hf_config["vocab_size"],
+            forward=self.forward,
+            scores=None if prepared.reference is None else self.scores,
+            upcoming=self._upcoming_microbatches,
+            linear=config.loss.linear,
+        )
+        self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
+
+    def groups(self) -> Any:
+        """Megatron's process groups."""
+        if self._groups is None:
+            from megatron.core.process_groups_config import ProcessGroupCollection
+
+            self._groups = ProcessGroupCollection.use_mpu_process_groups()
+        return self._groups
+
+    def scores(self) -> ScoreSource:
+        """Where the run's reference scores come from."""
+        assert self._score_parts.source is not None, "build_reference comes first"
+        return self._score_parts.source
+
+    def build_reference(self) -> None:
+        """Makes the source of the run's scores; nothing where none is needed. Collective over all ranks."""
+        self._score_parts = build_score_source(
+            self._prepared,
+            self._run_scores,
+            forward=self.forward,
+            filler=self._filler,
+            signal="hidden" if self.step.objective.reference_signal == "hidden" else "loss",
+            say=self._say,
+            stopped=self._stopped,
+        )
+
+    def _stopped(self) -> bool:
+        """Whether Megatron's signal came to this process; its own question, after each step, is a collective."""
+        if not self._arguments.exit_signal_handler:
+            return False
+        from megatron.training.global_vars import get_signal_handler
+
+        handler: Any = get_signal_handler()
+        return handler._signal_received
+
+    def _upcoming_microbatches(self) -> int:
+        """How many microbatches of the coming step can be read now; 0 where no step of this run takes them.
+
+        During a ramp-up of the batch size the coming step may have more.
+        """
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        coming = self._arguments.curr_iteration + 2  # counted from 1, as iterations_to_skip; the present one is + 1
+        if coming > self._arguments.train_iters or coming in self._arguments.iterations_to_skip:
+            return 0
+        return get_num_microbatches()
+
+    def _say(self, text: str) -> None:
+        if self._recorder is not None:
+            self._recorder.message(text)
+
+    def close(self) -> None:
+        """Ends what runs beside the training."""
+        if self._score_parts.writer is not None:
+            self._score_parts.writer.close()
+
+    def connect(self, recorder: RunRecorder | None) -> None:
+        """Takes the places that ``patches/`` opens in Megatron's loop.
+
+        Args:
+            recorder: writes the run's files; given on one rank, a last pipeline stage.
+        """
+        from patches import (
+            checkpoint_commit,
+            evaluation_log,
+            optimizer_overrides,
+            pipeline_wait,
+            schedule,
+            training_log,
+        )
+
+        self._recorder = recorder
+        schedule.wrapper = self.step.wrap_schedule
+        pipeline_wait.hook = self._filler.wait
+        training_log.hook = self.after_step
+        evaluation_log.hook = self.after_evaluation
+        checkpoint_commit.before = self.before_save
+        checkpoint_commit.after = self.after_save
+        optimizer_overrides.hook = partial(
+            weight_decay_overrides, **dataclasses.asdict(self._prepared.config.optimizer)
+        )
+
+    # -- after a step ------------------------------------------------------------------------------------------------
+
+    def after_step(
+        self,
+        losses: dict[str, torch.Tensor],
+        *,
+        iteration: int,
+        learning_rate: float | None,
+        grad_norm: float | None,
+        skipped: bool,
+    ) -> dict[str, torch.Tensor]:
+        """Derives the step's figures, records them, and gives Megatron those that it should log."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        if not losses or skipped:
+            return losses
+        args = self._arguments
+        microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
+        figures = step_statistics(losses, microbatches=microbatches)
+        if self._recorder is not None:
+            self._recorder.step(self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches()))
+        template = losses["lm_loss"]
+        return {name: template.new_tensor([value]) for name, value in figures.items()}
+
+    def _record(
+        self,
+        figures: dict[str, float | None],
+        iteration: int,
+        learning_rate: float | None,
+        grad_norm: float | None,
+        microbatches: int,
+    ) -> dict[str, Any]:
+        """One line of metrics.jsonl."""
+        from megatron.training.training import num_floating_point_operations
+
+        args, clock = self._arguments, self.step.clock
+        seconds = clock.step_seconds()
+        batch = microbatches * args.micro_batch_size * args.data_parallel_size
+        flops_per_second = num_floating_point_operations(args, batch) / seconds / self._environment.world_size
+        losses = ("lm_loss", "objective_loss")
+        return {
+            "iteration": iteration,
+            "consumed_tokens": args.consumed_train_samples * args.seq_length,
+            **{name: figures[name] for name in losses},
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": batch * args.seq_length / seconds,
+            "mfu": None if self._peak is None else flops_per_second / self._peak,
+            "step_seconds": seconds,
+            "reference_seconds": clock.reference_seconds(),
+            **{name: value for name, value in figures.items() if name not in losses},
+            **({} if self._score_parts.gate is None else self._score_parts.gate.figures()),
+        }
+
+    def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
+        """Records a validation."""
+        if self._recorder is not None and "lm_loss" in losses:
+            iteration = self._arguments.curr_iteration + 1
+            self._recorder.validation({"iteration": iteration, "lm_loss": float(losses["lm_loss"])})
+
+    # -- around a save -----------------------------------------------------------------------------------------------
+
+    def before_save(self, iteration: int) -> None:
+        """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
+        self._consumed[iteration] = self._arguments.consumed_train_samples  # an asynchronous save ends steps later
+        if self._score_parts.writer is not None:
+            # What a resumed run will not compute again is on disk before its checkpoint.
+            self._score_parts.writer.flush()
+        with parallel.same_fate("saving a checkpoint"):
+            if self._environment.rank == 0:
+                if checkpoints.iteration_directory(self._root, iteration).exists():
+                    checkpoints.set_aside(self._root, iteration)
+                run_directory.require_space(self._root, self._last_checkpoint_size, what="the last checkpoint")
+
+    def after_save(self, iteration: int) -> None:
+        """Declares the checkpoint complete: model files, digests (shared out), manifest, pointer, retention."""
+        directory = checkpoints.iteration_directory(self._root, iteration)
+        rank, world_size = self._environment.rank, self._environment.world_size
+        consumed = self._consumed.pop(iteration)
+        with parallel.same_fate("saving a checkpoint"):
+            if rank == 0:
+                self._add_model_files(directory)
+        # One rank lists: on a network file system another may not see every file yet.
+        names = parallel.broadcast_object(checkpoints.list_files(directory) if rank == 0 else [])
+        with parallel.same_fate("saving a checkpoint"):
+            part = checkpoints.describe_files(directory, names[rank::world_size])
+        parts = parallel.gather_objects(part)
+        with parallel.same_fate("saving a checkpoint"):
+            if rank == 0:
+                files = {name: entry for part in parts for name, entry in part.items()}
+                self._last_checkpoint_size = sum(entry["size"] for entry in files.values())
+                checkpoints.write_manifest(
+                    directory,
+                    files=files,
+                    iteration=iteration,
+                    consumed_samples=consumed,
+                    tokenizer=self._prepared.tokenizer.digest,
+                )
+                checkpoints.point_to(self._root, iteration)
+                checkpoints.retain(self._root, self._prepared.config.checkpoint.keep)
+
+    def _add_model_files(self, directory: Path) -> None:
+        """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
+        from remit_megatron.conversion.source import COMPANION_FILES
+
+        target = directory / HF_SUBFOLDER
+        target.mkdir(exist_ok=True)
+        config = self._prepared.hf_config
+        if self._prepared.init is None and "eos_token_id" not in config:
+            # A model from a description: transformers would put in the ids of another tokenizer.
+            config = config | {"bos_token_id": None, "eos_token_id": self._prepared.tokenizer.eod_id}
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        folders = [Path(self._prepared.tokenizer.path)]
+        if self._prepared.init is not None:
+            folders.append(self._prepared.init.hf_files)
+        for name in COMPANION_FILES:
+            for folder in folders:
+                source = (folder if folder.is_dir() else folder.parent) / name
+                if source.is_file():
+                    shutil.copyfile(source, target / name)
+                    break
