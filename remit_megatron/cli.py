@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from remit_megatron import __version__
 from remit_megatron.runtime.errors import (
@@ -19,56 +20,22 @@ from remit_megatron.runtime.errors import (
     UserError,
 )
 
-# command -> (module, name of its add-arguments function, name of its run function, one line for --help)
-_COMMANDS: dict[str, tuple[str, str, str, str]] = {
-    "doctor": (
-        "doctor.report",
-        "add_arguments",
-        "run",
-        "versions, device, optional parts, patches, what would be used",
-    ),
-    "quickstart": (
-        "flywheel.quickstart",
-        "add_arguments",
-        "run",
-        "the whole method at toy size, in minutes, on two CPU cores",
-    ),
-    "import": (
-        "conversion.command",
-        "add_import_arguments",
-        "run_import",
-        "Hugging Face model to a Megatron checkpoint",
-    ),
-    "export": (
-        "conversion.command",
-        "add_export_arguments",
-        "run_export",
-        "Megatron checkpoint to a Hugging Face model",
-    ),
-    "logprobs": (
-        "scoring.logprobs",
-        "add_arguments",
-        "run",
-        "log-probability of every token of a text, through Megatron",
-    ),
-    "train": ("training.command", "add_arguments", "run", "mid-training"),
-    "plan": ("cluster.command", "add_arguments", "run", "memory, time and layout of a run on a cluster, by arithmetic"),
-    "score": (
-        "scoring.command",
-        "add_arguments",
-        "run",
-        "the reference's score of every token of a run's data, into a cache",
-    ),
+# command -> (room, one line for --help). What a command NAME takes and does is in the room's command.py:
+# add_NAME_arguments and run_NAME.
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("doctor", "versions, device, optional parts, patches, what would be used"),
+    "quickstart": ("flywheel", "the whole method at toy size, in minutes, on two CPU cores"),
+    "import": ("conversion", "Hugging Face model to a Megatron checkpoint"),
+    "export": ("conversion", "Megatron checkpoint to a Hugging Face model"),
+    "logprobs": ("scoring", "log-probability of every token of a text, through Megatron"),
+    "train": ("training", "mid-training"),
+    "plan": ("cluster", "memory, time and layout of a run on a cluster, by arithmetic"),
+    "score": ("scoring", "the reference's score of every token of a run's data, into a cache"),
 }
-_DATA_COMMANDS: dict[str, tuple[str, str, str, str]] = {
-    "build": ("data.build", "add_arguments", "run", "documents to token files"),
-    "mix": ("data.mix", "add_arguments", "run", "the sources of a recipe to token files and a blend for a run"),
-    "select": (
-        "data.select",
-        "add_arguments",
-        "run",
-        "the samples of token files that are worth training on (MiniPLM)",
-    ),
+_DATA_COMMANDS: dict[str, tuple[str, str]] = {
+    "build": ("data", "documents to token files"),
+    "mix": ("data", "the sources of a recipe to token files and a blend for a run"),
+    "select": ("data", "the samples of token files that are worth training on (MiniPLM)"),
 }
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
@@ -84,19 +51,23 @@ _USER_ERRNOS = {
 }
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:
-    """Parses ``argv``; imports only the module of the command that was asked for, so that --help stays quick."""
+def _commands_of(room: str) -> ModuleType:
+    return importlib.import_module(f"remit_megatron.{room}.command")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses ``argv``; imports only the room of the command that was asked for, so that --help stays quick."""
     parser = argparse.ArgumentParser(prog="remit", description="RL-guided mid-training (ReMiT) on Megatron-Core.")
     parser.add_argument("--version", action="version", version=f"remit {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     words = [word for word in argv if not word.startswith("-")][:2]
 
-    def add(subparsers, name: str, command: tuple[str, str, str, str], wanted: bool) -> None:
-        module, add_arguments, run, summary = command
+    def add(subparsers, name: str, command: tuple[str, str], wanted: bool) -> None:
+        room, summary = command
         child = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        child.set_defaults(_module=module, _run=run)
+        child.set_defaults(_room=room, _name=name)
         if wanted:
-            getattr(importlib.import_module(f"remit_megatron.{module}"), add_arguments)(child)
+            getattr(_commands_of(room), f"add_{name}_arguments")(child)
 
     for name, command in _COMMANDS.items():
         add(commands, name, command, words[:1] == [name])
@@ -109,7 +80,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:
         namespace.overrides = [*namespace.overrides, *rest]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return namespace, namespace._module, namespace._run
+    return namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        namespace, module, run = _parse(argv)
-        return getattr(importlib.import_module(f"remit_megatron.{module}"), run)(namespace)
+        namespace = _parse(argv)
+        return getattr(_commands_of(namespace._room), f"run_{namespace._name}")(namespace)
     except UserError as error:
         _one_line(str(error))
         return EXIT_BAD_INPUT

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from remit_megatron.cluster.timing import Machine
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``remit plan``."""
     parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="F", help="write the figures to a file as well")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """Runs ``remit plan``; returns the exit code: 70 where the simulation finds other bytes than the plan."""
     _check_options(args)
     config = load_config(args.config, args.overrides)

@@ -1,44 +1,12 @@
-"""``remit import`` and ``remit export``, and the loading of weights. Light to import: Megatron comes with the work."""
+"""``remit import`` and ``remit export``. Light to import: Megatron comes with the work."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-    from remit_megatron.conversion.source import ModelSource
 
 DTYPES = ("bf16", "fp32")
-
-
-def load_weights(
-    chunks: Sequence[torch.nn.Module],
-    source: ModelSource,
-    *,
-    on_bytes: Callable[[int], None] | None = None,
-) -> None:
-    """Fills every parameter of this rank's model chunks from ``source``, in place, in the parameters' own dtype.
-
-    Collective over all ranks where the source is a checkpoint. Only weights are read, no optimizer. Rows that pad the
-    vocabulary are set to zero. From safetensors, memory beyond the model is about one tensor.
-
-    Args:
-        chunks: of :func:`remit_megatron.models.build.build_chunks`, or of a training run (wrapped or not).
-        source: what :func:`remit_megatron.conversion.source.resolve` found; the chunks must have been built from its
-            ``hf_config``.
-        on_bytes: called with the bytes filled so far, after each parameter read from safetensors.
-
-    Raises:
-        UserError: a weight is missing or unknown, or has another shape than the model.
-    """
-    from remit_megatron.conversion.loading import fill
-
-    fill(chunks, source, on_bytes=on_bytes)
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,10 +24,23 @@ logger = logging.getLogger(__name__)
 _IMPLIED = ("rotary_emb.inv_freq",)
 
 
-def fill(
+def load_weights(
     chunks: Sequence[torch.nn.Module], source: ModelSource, *, on_bytes: Callable[[int], None] | None = None
 ) -> None:
-    """See :func:`remit_megatron.conversion.command.load_weights`, which is the public name."""
+    """Fills every parameter of this rank's model chunks from ``source``, in place, in the parameters' own dtype.
+
+    Collective over all ranks where the source is a checkpoint. Only weights are read, no optimizer. Rows that pad the
+    vocabulary are set to zero. From safetensors, memory beyond the model is about one tensor.
+
+    Args:
+        chunks: of :func:`remit_megatron.models.build.build_chunks`, or of a training run (wrapped or not).
+        source: what :func:`remit_megatron.conversion.source.resolve` found; the chunks must have been built from its
+            ``hf_config``.
+        on_bytes: called with the bytes filled so far, after each parameter read from safetensors.
+
+    Raises:
+        UserError: a weight is missing or unknown, or has another shape than the model.
+    """
     models = [unwrap(chunk) for chunk in chunks]
     names = family_of(source.hf_config).names(source.hf_config)
     shape = shape_of(source.hf_config)

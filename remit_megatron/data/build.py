@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,80 +15,14 @@ from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chun
 from remit_megatron.data.indexed import token_dtype
 from remit_megatron.data.manifest import Manifest
 from remit_megatron.data.readers import LOCAL_FILES, FileStore, TextFormat, expand_inputs, iter_chunks, total_bytes
-from remit_megatron.data.stoppable import stoppable
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.data.writer import DatasetWriter
-from remit_megatron.runtime.errors import EXIT_DONE, UserError
-from remit_megatron.runtime.progress import Progress, format_count, format_duration
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.progress import Progress, format_count
 
 logger = logging.getLogger(__name__)
 
 _SKIPPED_LINES_SHOWN = 20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``remit data build``."""
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="F",
-        help="files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), patterns, directories of them, or a Hugging Face data "
-        "set written by save_to_disk",
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="Hugging Face directory, checkpoint, or tokenizer.json"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="makes PREFIX.bin, PREFIX.idx and PREFIX.json"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="processes that tokenize (default: one per usable core)"
-    )
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="field that holds the text (default: text)")
-    parser.add_argument(
-        "--template",
-        metavar="TEXT",
-        help="text made of several fields, as 'Question: {question}\\nAnswer: {answer}'; understands \\n, \\t and \\\\",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="a bad line stops the build (default), or is counted and skipped",
-    )
-    parser.add_argument("--no-eod", action="store_true", help="append no end-of-document token")
-    parser.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Builds what the command line asks for; returns the exit code."""
-    template = args.template
-    if template is not None:
-        escapes = {"n": "\n", "t": "\t", "\\": "\\"}
-        template = re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], template)
-    started = time.monotonic()
-    with stoppable("remit data build"):
-        manifest = build_dataset(
-            args.input,
-            tokenizer=args.tokenizer,
-            output=args.output,
-            workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
-            text_key=args.text_key,
-            template=template,
-            on_error=args.on_error,
-            append_eod=not args.no_eod,
-            max_documents=args.max_documents,
-            overwrite=args.overwrite,
-            progress=True,
-        )
-    skipped = f", {manifest.skipped} lines skipped" if manifest.skipped else ""
-    print(
-        f"{args.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}){skipped}, "
-        f"took {format_duration(time.monotonic() - started)}"
-    )
-    return EXIT_DONE
 
 
 def build_dataset(

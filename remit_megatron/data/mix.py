@@ -6,7 +6,6 @@ stopped and started again: what is finished is recognized by its manifest and le
 
 from __future__ import annotations
 
-import argparse
 import glob
 import hashlib
 import json
@@ -23,42 +22,13 @@ from remit_megatron.data.blend_file import write_blend_file
 from remit_megatron.data.build import build_files
 from remit_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from remit_megatron.data.readers import LOCAL_FILES, FileStore, expand_inputs
-from remit_megatron.data.recipe import Recipe, Source, load_recipe
-from remit_megatron.data.stoppable import stoppable
+from remit_megatron.data.recipe import Recipe, Source
 from remit_megatron.data.tokenizer import load_tokenizer
-from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.progress import format_count
 
 BLEND = "blend.yaml"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``remit data mix``."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, as those in configs/data")
-    parser.add_argument("--root", default=".", metavar="DIR", help="folder that the recipe's files are in (default: .)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face directory, checkpoint, or tokenizer.json")
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help=f"receives the data sets, one a source, and {BLEND}"
-    )
-    parser.add_argument(
-        "--tokens", metavar="N", help="size of the mix (50e9, 50B): no source is read further than its share of it"
-    )
-    parser.add_argument(
-        "--hub", action="store_true", help="read what has no files below --root from the Hugging Face hub"
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="make the blend without sources that are missing")
-    parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="processes that tokenize (default: one per usable core)"
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="a bad line stops the build (default), or is counted and skipped",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="build again what was built from something else")
-    parser.add_argument("--dry-run", action="store_true", help="print shares, tokens and what is there; write nothing")
 
 
 State = Literal["done", "changed", "local", "hub", "missing"]
@@ -85,32 +55,6 @@ class Plan:
     manifest: Manifest | None
     state: State
     reason: str = ""
-
-
-def run(args: argparse.Namespace) -> int:
-    """Mixes what the command line asks for; returns the exit code."""
-    recipe, budget = load_recipe(args.recipe), parse_tokens(args.tokens)
-    options: dict[str, Any] = dict(root=args.root, output=args.output, budget=budget, hub=args.hub)
-    if args.dry_run:
-        plans = plan_mix(recipe, allow_missing=args.allow_missing, **options)
-        sys.stdout.write(_table(plans) + _advice(plans, args.root))
-        return EXIT_DONE
-    if args.tokenizer is None:
-        raise UserError("--tokenizer", "nothing", "a Hugging Face directory, a checkpoint or a tokenizer.json file")
-    with stoppable("remit data mix"):
-        plans = mix(
-            recipe,
-            tokenizer=args.tokenizer,
-            allow_missing=args.allow_missing,
-            workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
-            on_error=args.on_error,
-            overwrite=args.overwrite,
-            progress=True,
-            **options,
-        )
-    sys.stdout.write(_table(plans))
-    print(f"{Path(args.output) / BLEND}: {sum(plan.share > 0 for plan in plans)} sources")
-    return EXIT_DONE
 
 
 def parse_tokens(text: str | None) -> int | None:
@@ -232,7 +176,7 @@ def _check_missing(plans: Sequence[Plan], recipe: Recipe, *, root: str, allow_mi
     """Names of the sources that are missing; refuses them where they are not allowed, or are all there are."""
     missing = [plan.source.name for plan in plans if plan.state == "missing"]
     if missing and (not allow_missing or len(missing) == len(plans)):
-        sys.stdout.write(_advice(plans, root))
+        sys.stdout.write(advice(plans, root))
         listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         expected = "all of them; or --allow-missing, for a blend of the others in proportion"
         raise UserError(str(recipe.path), f"{len(missing)} of {len(plans)} sources missing ({listed})", expected)
@@ -363,7 +307,7 @@ def _hub_files(source: Source) -> tuple[FileStore, list[str]]:
     return store, sorted(store.files, key=_scattered)
 
 
-def _table(plans: Sequence[Plan]) -> str:
+def table(plans: Sequence[Plan]) -> str:
     """One line a source: share, tokens wanted, tokens there, state."""
     width = max(len(plan.source.name) for plan in plans)
     lines = [f"{'source':<{width}}  {'share':>9}  {'wanted':>8}  {'tokens':>8}  state\n"]
@@ -385,7 +329,7 @@ def _table(plans: Sequence[Plan]) -> str:
     return "".join([*lines, f"{'sum':<{width}}  {summed}\n"])
 
 
-def _advice(plans: Sequence[Plan], root: str) -> str:
+def advice(plans: Sequence[Plan], root: str) -> str:
     """What to do about each source that is missing."""
     lines = []
     for plan in plans:

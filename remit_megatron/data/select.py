@@ -12,11 +12,9 @@ are packed as text is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,73 +26,17 @@ import numpy as np
 from remit_megatron.data.indexed import token_dtype
 from remit_megatron.data.miniplm import Keep, Scores, difference_score
 from remit_megatron.data.packing import PackedDataset
-from remit_megatron.data.stoppable import stoppable
 from remit_megatron.data.writer import DatasetWriter
 from remit_megatron.reference.cache import ReferenceCache
-from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import write_atomic
-from remit_megatron.runtime.progress import Progress, format_duration
+from remit_megatron.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 REPORT_FORMAT = "remit-selection"
 REPORT_VERSION = 1
 _SAMPLES_AT_ONCE = 65536
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``remit data select``."""
-    parser.add_argument("--method", choices=("miniplm",), required=True, help="how samples are chosen")
-    parser.add_argument("--teacher", required=True, metavar="CACHE", help="score cache of the teacher")
-    parser.add_argument("--reference", required=True, metavar="CACHE", help="score cache of the small reference")
-    parser.add_argument(
-        "--keep",
-        required=True,
-        metavar="SHARE|N",
-        help="share of the samples, with a point (0.8), or number of samples (50000)",
-    )
-    parser.add_argument(
-        "--data", nargs="+", required=True, metavar="PREFIX", help="data sets, without endings; both caches have them"
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="PREFIX",
-        help="makes PREFIX.bin, PREFIX.idx, PREFIX.json and PREFIX.selection.json",
-    )
-    parser.add_argument(
-        "--mask-eod-loss",
-        action="store_true",
-        help="do not count the prediction of what follows an end of document (as data.mask_eod_loss of a run)",
-    )
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="folder for the index of the data (as data.cache_dir of a run)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Selects what the command line asks for; returns the exit code."""
-    keep, started = Keep.parse(args.keep), time.monotonic()
-    with stoppable("remit data select"):
-        report = select_miniplm(
-            args.data,
-            teacher=args.teacher,
-            reference=args.reference,
-            keep=keep,
-            output=args.output,
-            mask_eod_loss=args.mask_eod_loss,
-            cache_dir=args.cache_dir,
-            overwrite=args.overwrite,
-            progress=True,
-        )
-    scores = report["scores"]
-    print(
-        f"{args.output}: {report['kept']} of {scores['samples']} samples kept, {report['tokens']} tokens, scores of "
-        f"{report['threshold']:.4f} nats or more (mean of all {scores.get('mean', float('nan')):.4f}), "
-        f"took {format_duration(time.monotonic() - started)}"
-    )
-    return EXIT_DONE
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +12,6 @@ from typing import Any
 from remit_megatron import __version__
 from remit_megatron.doctor import probes
 from remit_megatron.doctor.probes import Probe
-from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, EXIT_DONE
 
 PYTHON = (3, 12)
 MEGATRON = "0.19.2"
@@ -360,24 +357,3 @@ def table(report: Report) -> str:
     lines += [f"problem: {problem}" for problem in report.problems]
     lines.append("training cannot work here" if report.problems else "training works here")
     return "\n".join(lines) + "\n"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``remit doctor``."""
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S", help="seconds a library may take to import"
-    )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--require-gpu", action="store_true", help="a machine without a GPU is a problem (cluster jobs)")
-    group.add_argument(
-        "--allow-no-gpu", action="store_true", help="libraries that need a GPU to import are no problem (image builds)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the report; 0 where training can work, else 70."""
-    report = examine(timeout=args.timeout, allow_no_gpu=args.allow_no_gpu, require_gpu=args.require_gpu)
-    text = json.dumps(dataclasses.asdict(report), indent=2) + "\n" if args.json else table(report)
-    sys.stdout.write(text)
-    return EXIT_DO_NOT_RESTART if report.problems else EXIT_DONE

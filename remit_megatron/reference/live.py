@@ -78,7 +78,7 @@ class LiveReference:
         Raises:
             UserError: the layout does not fit the model, or a weight is missing or has another shape.
         """
-        from remit_megatron.conversion.command import load_weights
+        from remit_megatron.conversion.loading import load_weights
         from remit_megatron.models.build import build_chunks, model_config
         from remit_megatron.models.fp8 import frozen_arguments
 

@@ -76,7 +76,7 @@ class ReplicatedReference(LiveReference):
         cls, source: ModelSource, arguments: Any, *, forward: ModelForward, **settings: Any
     ) -> ReplicatedReference:
         """See :meth:`LiveReference.load`; ``settings`` are those of this class, FP8 is not among them."""
-        from remit_megatron.conversion.command import load_weights
+        from remit_megatron.conversion.loading import load_weights
         from remit_megatron.models.build import build_chunks, model_config
         from remit_megatron.models.fp8 import frozen_arguments
 

@@ -1,4 +1,7 @@
-"""``remit score``: fills the reference score cache of a run's data. Forward only; any number of ranks and of jobs."""
+"""``remit score`` fills the reference score cache of a run's data; ``remit logprobs`` scores the texts of a file.
+
+Forward only; any number of ranks, and of scoring jobs.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from remit_megatron.conversion.source import ModelSource, resolve
 from remit_megatron.data.blend import BlendedDataset
 from remit_megatron.data.shuffle import stream_key
 from remit_megatron.reference.score_work import CorpusWork, RunWork
@@ -20,7 +24,7 @@ from remit_megatron.run.prepare import Prepared, prepare
 from remit_megatron.run.samples import open_datasets
 from remit_megatron.run.score_cache import open_cache
 from remit_megatron.runtime import launch, parallel
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import EXIT_DONE, UserError
 
 # Beginnings of Megatron's arguments that belong to training; a job that only runs forward has none of them.
 _TRAINING = (
@@ -36,7 +40,7 @@ _TRAINING = (
 _TIMEOUT_MINUTES = 30
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``remit score``."""
     parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML), with reference.cache_dir")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run_score(args: argparse.Namespace) -> int:
     """Runs ``remit score``; returns the exit code."""
     if args.verify is not None and args.verify < 1:
         raise UserError("--verify", args.verify, "1 sample or more")
@@ -203,3 +207,68 @@ def _consumed(run_dir: Path, sequence_length: int) -> int:
         return json.loads(lines[-1])["consumed_tokens"] // sequence_length
     except (OSError, IndexError, ValueError, KeyError):
         return 0
+
+
+def add_logprobs_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``remit logprobs``."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--checkpoint", metavar="CKPT", help="a checkpoint, or a run directory (its newest complete one)"
+    )
+    model.add_argument("--hf", metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument("--input", required=True, metavar="F.jsonl", help='one {"text": ...} per line')
+    parser.add_argument("--output", required=True, metavar="F.jsonl", help="one line per input line, in order")
+    parser.add_argument("--nproc", type=int, metavar="N", help="local ranks (default: TP x PP)")
+    parser.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel size (default: 1)")
+    parser.add_argument("--pp", type=int, default=1, metavar="P", help="pipeline-parallel size (default: 1)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default: fp32)")
+    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="of a microbatch (default: 8192)")
+
+
+def run_logprobs(args: argparse.Namespace) -> int:
+    """Scores a file; starts local ranks where more than one is asked for and no launcher has."""
+    for name in ("tp", "pp", "nproc", "batch_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}", value, "at least 1")
+    ranks = args.nproc or args.tp * args.pp
+    if ranks % (args.tp * args.pp):
+        raise UserError("--nproc", ranks, f"a multiple of TP x PP = {args.tp * args.pp}")
+    if not Path(args.input).is_file():
+        raise UserError("--input", f"no file {args.input}", 'a JSONL file with {"text": ...} lines')
+    if not Path(args.output).absolute().parent.is_dir():
+        raise UserError("--output", f"no directory {Path(args.output).absolute().parent}", "a place that exists")
+    source = _model(args)
+    if ranks > 1 and not launch.under_launcher():
+        return launch.launch(ranks, _logprobs_command(args))
+    import patches
+
+    patches.apply()
+    from remit_megatron.scoring.logprobs import score_file
+
+    score_file(
+        source, args.input, args.output, tp=args.tp, pp=args.pp, dtype=args.dtype, batch_tokens=args.batch_tokens
+    )
+    return EXIT_DONE
+
+
+def _model(args: argparse.Namespace) -> ModelSource:
+    option, path, kind = (
+        ("--hf", args.hf, "huggingface") if args.hf else ("--checkpoint", args.checkpoint, "checkpoint")
+    )
+    source = resolve(path, field=option)
+    if source.kind != kind:
+        other = "--checkpoint" if args.hf else "--hf"
+        raise UserError(
+            option, f"{source.path}, a {source.kind} directory", f"a {kind} directory, or the option {other}"
+        )
+    if source.tokenizer is None:
+        raise UserError(option, f"no tokenizer in {source.hf_files}", "tokenizer.json beside config.json")
+    return source
+
+
+def _logprobs_command(args: argparse.Namespace) -> list[str]:
+    model = ["--hf", args.hf] if args.hf else ["--checkpoint", args.checkpoint]
+    options = {"input": args.input, "output": args.output, "tp": args.tp, "pp": args.pp, "dtype": args.dtype}
+    options["batch-tokens"] = args.batch_tokens
+    return ["logprobs", *model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]

@@ -7,7 +7,6 @@ microbatches.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.conversion.source import ModelSource, resolve
-from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.conversion.source import ModelSource
+from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import temporary_sibling
 from remit_megatron.runtime.progress import Progress
 
@@ -28,71 +27,6 @@ if TYPE_CHECKING:
 
 _WINDOW_LINES = 2048
 _IGNORED = -100
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``remit logprobs``."""
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument(
-        "--checkpoint", metavar="CKPT", help="a checkpoint, or a run directory (its newest complete one)"
-    )
-    model.add_argument("--hf", metavar="DIR", help="a Hugging Face directory")
-    parser.add_argument("--input", required=True, metavar="F.jsonl", help='one {"text": ...} per line')
-    parser.add_argument("--output", required=True, metavar="F.jsonl", help="one line per input line, in order")
-    parser.add_argument("--nproc", type=int, metavar="N", help="local ranks (default: TP x PP)")
-    parser.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel size (default: 1)")
-    parser.add_argument("--pp", type=int, default=1, metavar="P", help="pipeline-parallel size (default: 1)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default: fp32)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="of a microbatch (default: 8192)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Scores a file; starts local ranks where more than one is asked for and no launcher has."""
-    from remit_megatron.runtime import launch
-
-    for name in ("tp", "pp", "nproc", "batch_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}", value, "at least 1")
-    ranks = args.nproc or args.tp * args.pp
-    if ranks % (args.tp * args.pp):
-        raise UserError("--nproc", ranks, f"a multiple of TP x PP = {args.tp * args.pp}")
-    if not Path(args.input).is_file():
-        raise UserError("--input", f"no file {args.input}", 'a JSONL file with {"text": ...} lines')
-    if not Path(args.output).absolute().parent.is_dir():
-        raise UserError("--output", f"no directory {Path(args.output).absolute().parent}", "a place that exists")
-    source = _source(args)
-    if ranks > 1 and not launch.under_launcher():
-        return launch.launch(ranks, _command(args))
-    import patches
-
-    patches.apply()
-    score_file(
-        source, args.input, args.output, tp=args.tp, pp=args.pp, dtype=args.dtype, batch_tokens=args.batch_tokens
-    )
-    return EXIT_DONE
-
-
-def _source(args: argparse.Namespace) -> ModelSource:
-    option, path, kind = (
-        ("--hf", args.hf, "huggingface") if args.hf else ("--checkpoint", args.checkpoint, "checkpoint")
-    )
-    source = resolve(path, field=option)
-    if source.kind != kind:
-        other = "--checkpoint" if args.hf else "--hf"
-        raise UserError(
-            option, f"{source.path}, a {source.kind} directory", f"a {kind} directory, or the option {other}"
-        )
-    if source.tokenizer is None:
-        raise UserError(option, f"no tokenizer in {source.hf_files}", "tokenizer.json beside config.json")
-    return source
-
-
-def _command(args: argparse.Namespace) -> list[str]:
-    model = ["--hf", args.hf] if args.hf else ["--checkpoint", args.checkpoint]
-    options = {"input": args.input, "output": args.output, "tp": args.tp, "pp": args.pp, "dtype": args.dtype}
-    options["batch-tokens"] = args.batch_tokens
-    return ["logprobs", *model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
 @dataclass(frozen=True)
@@ -234,7 +168,7 @@ class Scorer:
 
         import torch
 
-        from remit_megatron.conversion.loading import fill
+        from remit_megatron.conversion.loading import load_weights
         from remit_megatron.models.build import build_chunks, default_arguments, model_config
         from remit_megatron.runtime.parallel import device
 
@@ -250,7 +184,7 @@ class Scorer:
         self._groups, self._device = groups, device()
         self._vocab_size: int = source.hf_config["vocab_size"]
         self._chunks: list[torch.nn.Module] = list(build_chunks(config, groups))
-        fill(self._chunks, source)
+        load_weights(self._chunks, source)
 
     def score(self, batches: Sequence[Microbatch]) -> dict[int, list[float]]:
         """Log-probabilities of this replica's share of ``batches``, by line; empty on ranks that do not hold the head's

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``remit train``."""
     parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run_train(args: argparse.Namespace) -> int:
     """Runs ``remit train``; returns the exit code."""
     config = load_config(args.config, args.overrides)
     if args.dry_run:
@@ -150,7 +150,7 @@ def _train(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from patches.quiet_megatron import redirect
-    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.models.build import model_config
     from remit_megatron.training.engine import Engine
     from remit_megatron.training.metrics import RunRecorder

@@ -162,7 +162,7 @@ def model_logits(directory: str, tokens: list[list[int]], documents: list[list[i
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models.attention import document_attention_mask, gather_sequence
     from remit_megatron.models.build import build_chunks, default_arguments, model_config

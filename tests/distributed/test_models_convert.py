@@ -86,8 +86,7 @@ def resave(checkpoint: str, output: str, tp: int, pp: int, divisor: int) -> dict
     patches.apply()
     from megatron.core import dist_checkpointing
 
-    from remit_megatron.conversion.command import load_weights
-    from remit_megatron.conversion.loading import sharded_weights
+    from remit_megatron.conversion.loading import load_weights, sharded_weights
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
     from remit_megatron.runtime.checkpoints import write_manifest
@@ -137,8 +136,7 @@ def save_whole(hf: str, output: str) -> None:
     patches.apply()
     from megatron.core import dist_checkpointing
 
-    from remit_megatron.conversion.command import load_weights
-    from remit_megatron.conversion.loading import sharded_weights
+    from remit_megatron.conversion.loading import load_weights, sharded_weights
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
 

@@ -136,7 +136,7 @@ def duplicated_gradients(
     import patches
 
     patches.apply()
-    from remit_megatron.conversion import command as loading
+    from remit_megatron.conversion import loading
 
     fill = loading.load_weights
 
@@ -192,7 +192,7 @@ def context_parallel(directory: str, ids: list[list[int]], documents: list[list[
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models.attention import document_attention_mask
     from remit_megatron.models.build import build_chunks, default_arguments, model_config

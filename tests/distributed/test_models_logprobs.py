@@ -63,11 +63,11 @@ def expected(material) -> list[list[float]]:
 
 def run_logprobs(words: list[str]) -> None:
     """The command, in a rank process."""
-    from remit_megatron.scoring import logprobs
+    from remit_megatron.scoring import command
 
     parser = argparse.ArgumentParser()
-    logprobs.add_arguments(parser)
-    assert logprobs.run(parser.parse_args(words)) == 0
+    command.add_logprobs_arguments(parser)
+    assert command.run_logprobs(parser.parse_args(words)) == 0
 
 
 def refused(words: list[str]) -> str:

@@ -80,7 +80,7 @@ def _trainable(directory: str, groups: Any, layout: dict[str, Any]) -> tuple[lis
     """Chunks under DistributedDataParallel, which is what finalize_model_grads works on."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
     from remit_megatron.models.family import family_of
@@ -215,7 +215,7 @@ def bf16_logits(directory: str, tokens: list[list[int]]) -> torch.Tensor:
     import patches
 
     patches.apply()
-    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import build_chunks, default_arguments, model_config

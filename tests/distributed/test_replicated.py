@@ -266,7 +266,7 @@ def in_parts(model: str, sequence_parallel: bool) -> list[bool]:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import build_chunks, default_arguments, model_config
     from remit_megatron.reference.replicated import cut

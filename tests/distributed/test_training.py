@@ -171,7 +171,7 @@ def megatron_loss_and_gradients(
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from remit_megatron.conversion.command import load_weights
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models.batch import to_batch
     from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap

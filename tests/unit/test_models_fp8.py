@@ -250,7 +250,7 @@ def test_the_fp8_head_is_refused_where_the_loss_takes_its_weight():
 
 def test_weights_are_loaded_into_fp8_parameters(tmp_path):
     """Also into what an optimizer makes its master weights from."""
-    from remit_megatron.conversion.loading import fill
+    from remit_megatron.conversion.loading import load_weights
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models import build
@@ -265,8 +265,8 @@ def test_weights_are_loaded_into_fp8_parameters(tmp_path):
         (model,) = build.build_chunks(config, groups)
         names = quantize_weights(model, trained=True)
         assert len(names) == 4 * 2, "four linear weights in each layer but the first and the last"
-        fill([expected], source)
-        fill([model], source)
+        load_weights([expected], source)
+        load_weights([model], source)
     wanted = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         if name not in names:
