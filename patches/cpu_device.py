@@ -4,7 +4,7 @@ Target    torch 2.13: torch.cuda, tensor factories, Tensor.to/.cuda/.type
 Why       Megatron asks CUDA for its device, streams, events, random state and memory, and names "cuda" in factories.
           Here each of these questions is answered by the CPU, so that the same training loop runs, is tested and is
           learned on any machine. It is not a simulation of speed.
-Test      tests/distributed/test_training.py::test_ntp_equals_megatron_loss
+Test      tests/distributed/training/test_training.py::test_ntp_equals_megatron_loss
 Upstream  not reported; Megatron-Core states that it needs CUDA
 Drop when Megatron takes its device from torch.accelerator
 
@@ -263,7 +263,7 @@ PATCH = Patch(
     package="torch",
     versions=("2.13",),
     why="Megatron names CUDA wherever it needs a device; without a GPU the CPU answers",
-    test="tests/distributed/test_training.py::test_ntp_equals_megatron_loss",
+    test="tests/distributed/training/test_training.py::test_ntp_equals_megatron_loss",
     upstream="not reported: Megatron-Core states that it needs CUDA",
     drop_when="Megatron takes its device from torch.accelerator",
     install=_install,

@@ -8,7 +8,7 @@ Why       With ``qk_layernorm``, gradients of parameters whose names hold ``q_la
           behind it has summed its gradient already, and the sum multiplies it by the number of ranks. Under sequence
           parallelism a rank sees a part of the tokens and the sum is right; the parameter is marked for it, as the
           norm of keys and values is, whose name does not match.
-Test      tests/distributed/test_models_latent.py::test_gradient_of_the_query_norm
+Test      tests/distributed/models/test_latent.py::test_gradient_of_the_query_norm
 Upstream  not reported; the code is the same on main at d98e8a6
 Drop when finalize_model_grads tells norms of heads from norms of a latent by something else than the name
 """
@@ -43,7 +43,7 @@ PATCH = Patch(
     package="megatron-core",
     versions=("0.19.2",),
     why="the query norm of multi-latent attention is taken for a norm of heads by its name: TP times its gradient",
-    test="tests/distributed/test_models_latent.py::test_gradient_of_the_query_norm",
+    test="tests/distributed/models/test_latent.py::test_gradient_of_the_query_norm",
     upstream="not reported; the code is the same on main at d98e8a6",
     drop_when="norms of heads are told from norms of a latent by something else than the name",
     install=_install,

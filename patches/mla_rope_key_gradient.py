@@ -6,7 +6,7 @@ Why       All heads share one rotary key, each rank uses it for its own heads, a
           back unsummed. With Megatron's own column-parallel down projection that is so with and without sequence
           parallelism, with Transformer Engine's duplicated one without it. Logits and loss are right; the gradients of
           everything before the rotary key are wrong, and copies of weights drift apart.
-Test      tests/distributed/test_models_latent.py::test_gradient_of_the_shared_rotary_key
+Test      tests/distributed/models/test_latent.py::test_gradient_of_the_shared_rotary_key
 Upstream  not reported; the code is the same on main at d98e8a6
 Drop when the rotary key enters MLASelfAttention's tensor-parallel region through a copy whose backward sums
 
@@ -59,7 +59,7 @@ PATCH = Patch(
     package="megatron-core",
     versions=("0.19.2",),
     why="under tensor parallelism the gradient of the rotary key that all heads share is not summed over the ranks",
-    test="tests/distributed/test_models_latent.py::test_gradient_of_the_shared_rotary_key",
+    test="tests/distributed/models/test_latent.py::test_gradient_of_the_shared_rotary_key",
     upstream="not reported; the code is the same on main at d98e8a6",
     drop_when="the rotary key enters the tensor-parallel region through a copy whose backward sums",
     install=_install,

@@ -3,7 +3,7 @@
 Target    megatron-core 0.19.2, megatron.training.training.get_megatron_optimizer_config
 Why       The optimizer takes overrides for groups of parameters; the training loop makes them up itself and asks
           nobody. Recipes that decay norms, or do not decay embeddings, cannot be told from the arguments.
-Test      tests/distributed/test_weight_decay.py::test_parameter_groups
+Test      tests/distributed/training/test_weight_decay.py::test_parameter_groups
 Upstream  the function says that it may be replaced; there is no argument for it
 Drop when megatron.training takes overrides of parameter groups from its caller
 
@@ -42,7 +42,7 @@ PATCH = Patch(
     package="megatron-core",
     versions=("0.19.2",),
     why="recipes that decay norms, or do not decay embeddings, cannot be told from Megatron's arguments",
-    test="tests/distributed/test_weight_decay.py::test_parameter_groups",
+    test="tests/distributed/training/test_weight_decay.py::test_parameter_groups",
     upstream="the function says that it may be replaced; there is no argument for it",
     drop_when="megatron.training takes overrides of parameter groups from its caller",
     install=_install,

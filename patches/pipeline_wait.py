@@ -3,7 +3,7 @@
 Target    megatron-core 0.19.2, megatron.core.pipeline_parallel.p2p_communication._p2p_ops and ._batched_p2p_ops
 Why       A frozen model whose forward passes do not depend on the student's can run in the pipeline's bubbles, but the
           schedules post a receive and wait for it in one breath.
-Test      tests/distributed/test_replicated.py::test_the_pauses_are_filled
+Test      tests/distributed/reference/test_replicated.py::test_the_pauses_are_filled
 Upstream  no hook of this kind
 Drop when Megatron's communicator accepts work to do while it waits
 
@@ -67,7 +67,7 @@ PATCH = Patch(
     package="megatron-core",
     versions=("0.19.2",),
     why="the schedules post a receive and wait for it in one breath; a replicated reference runs in between",
-    test="tests/distributed/test_replicated.py::test_the_pauses_are_filled",
+    test="tests/distributed/reference/test_replicated.py::test_the_pauses_are_filled",
     upstream="no hook of this kind",
     drop_when="Megatron's communicator accepts work to do while it waits",
     install=_install,

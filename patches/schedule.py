@@ -3,7 +3,7 @@
 Target    megatron-core 0.19.2, megatron.training.training.get_forward_backward_func
 Why       The scores of all microbatches of a step are needed before the student's schedule starts. Inside
           ``forward_step`` the reference's pipeline communication would meet the student's, and deadlock.
-Test      tests/distributed/test_training.py::test_layouts_agree
+Test      tests/distributed/training/test_training.py::test_layouts_agree
 Upstream  no hook of this kind; training and evaluation each look the schedule up when they start
 Drop when Megatron accepts a schedule from its caller
 
@@ -39,7 +39,7 @@ PATCH = Patch(
     package="megatron-core",
     versions=("0.19.2",),
     why="the reference scores a step's microbatches before the student's schedule starts; inside it, it would deadlock",
-    test="tests/distributed/test_training.py::test_layouts_agree",
+    test="tests/distributed/training/test_training.py::test_layouts_agree",
     upstream="no hook of this kind",
     drop_when="Megatron accepts a schedule from its caller",
     install=_install,

@@ -18,35 +18,37 @@ from remit_megatron import cli
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = sorted(REPOSITORY.glob("remit_megatron/**/*.py"))
 PATCH_FILES = sorted(path for path in REPOSITORY.glob("patches/*.py") if path.name != "__init__.py")
+SOURCES = sorted(
+    path
+    for folder in ("remit_megatron", "patches", "scripts", "tests")
+    for path in REPOSITORY.glob(f"{folder}/**/*.py")
+)
 MAXIMUM_LINES = 600
 
-# layer -> what it may import of remit_megatron. A layer is a folder, or a file beside them; "reference.cache" is one
-# file of a folder (plain numpy, which the selection of data reads).
-BASE = {"errors", "files", "progress"}
-ALLOWED = {
-    "errors": set(),
-    "files": BASE,
-    "progress": BASE,
-    "kernels": BASE | {"kernels"},
-    "objectives": BASE | {"kernels", "objectives"},
-    "parallel": BASE,
-    "checkpoints": BASE,
-    "data": BASE | {"data", "reference.cache"},
-    "models": BASE | {"parallel", "checkpoints", "kernels", "models"},
-    "batch": BASE,
-    "forward": BASE | {"batch", "models", "parallel"},
-    "reference": BASE | {"batch", "forward", "parallel", "checkpoints", "kernels", "models", "reference"},
-    "linear_loss": BASE | {"batch", "kernels", "objectives"},
-    "step": BASE | {"batch", "data", "forward", "kernels", "linear_loss", "objectives", "parallel", "reference"},
-    "cluster": BASE
-    | {"checks", "cluster", "config", "megatron_args", "metrics", "models", "objectives", "plan_numbers", "prepare"},
-}
-# layer -> packages that it must not import.
+# The rooms, lowest first: a room imports from those below it and its own files. Rooms of one line stand side by side
+# and do not see each other. Some have not moved in yet; their place is kept.
+ROOMS: list[tuple[str, ...]] = [
+    ("kernels", "runtime"),
+    ("objectives", "models", "evaluation", "analysis", "posttrain"),
+    ("conversion",),
+    ("reference",),
+    ("data",),
+    ("run",),
+    ("training", "scoring"),
+    ("cluster", "flywheel", "doctor"),
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+# Beside the rooms: the table of commands, which imports a room only when its command is asked for.
+LOOSE = {"__init__.py", "__main__.py", "cli.py"}
+# What a room may see of the rooms below it, where that is less than all of them: Hugging Face models and files.
+NARROW = {"evaluation": {"runtime"}, "analysis": {"runtime", "kernels"}, "posttrain": {"runtime"}}
+# room -> packages that it must not import.
 FORBIDDEN = {
     "kernels": ("megatron", "patches"),
     "objectives": ("megatron", "patches"),
     "data": ("torch.distributed", "megatron.training"),
     "evaluation": ("megatron", "patches"),
+    "analysis": ("megatron", "patches"),
     "posttrain": ("megatron", "patches"),
 }
 
@@ -56,8 +58,9 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def layer(path: Path) -> str:
-    return path.relative_to(REPOSITORY / "remit_megatron").parts[0].removesuffix(".py")
+def room(path: Path) -> str:
+    """The folder below remit_megatron that a file is in; of a file beside the folders, its name."""
+    return path.relative_to(REPOSITORY / "remit_megatron").parts[0]
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
@@ -74,23 +77,53 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+def may_import(importer: str, imported_room: str) -> bool:
+    """Whether a file of the room ``importer`` may import from ``imported_room``."""
+    if importer == imported_room:
+        return True
+    return LEVEL[imported_room] < LEVEL[importer] and imported_room in NARROW.get(importer, LEVEL)
+
+
 def test_import_direction() -> None:
     wrong = [
-        f"{path.relative_to(REPOSITORY)}:{line}: {layer(path)} imports {name}"
+        f"{path.relative_to(REPOSITORY)}:{line}: {room(path)} imports {name}"
         for path in MODULES
-        if layer(path) in ALLOWED
+        if room(path) not in LOOSE
         for line, name in imported(path)
-        if name.startswith("remit_megatron.")
-        and name != "remit_megatron.__version__"
-        and not any(within(name, f"remit_megatron.{allowed}") for allowed in ALLOWED[layer(path)])
+        if name.startswith("remit_megatron.") and name != "remit_megatron.__version__"
+        if not may_import(room(path), name.split(".")[1])
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_layer_of_the_design_is_checked() -> None:
-    folders = {path.name for path in (REPOSITORY / "remit_megatron").iterdir() if (path / "__init__.py").exists()}
+def test_every_room_has_its_place() -> None:
+    folders = {path.name for path in (REPOSITORY / "remit_megatron").iterdir() if any(path.glob("*.py"))}
     assert {"kernels", "objectives", "models", "reference", "data"} <= folders
-    assert folders <= ALLOWED.keys() | FORBIDDEN.keys(), "a new folder needs its place in ALLOWED"
+    assert folders <= LEVEL.keys(), "a new folder needs its place in ROOMS"
+
+
+def test_no_loose_files() -> None:
+    assert {path.name for path in (REPOSITORY / "remit_megatron").glob("*.py")} == LOOSE
+
+
+def test_commands_live_in_their_rooms() -> None:
+    """``command.py`` of a room has the arguments and the run of each of its commands, and no other file has any."""
+    commands = {**cli._COMMANDS, **cli._DATA_COMMANDS}
+    for name, (place, _) in commands.items():
+        defined = {
+            node.name
+            for node in parse(REPOSITORY / f"remit_megatron/{place}/command.py").body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert {f"add_{name}_arguments", f"run_{name}"} <= defined
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in MODULES
+        if path.name not in {"command.py", "cli.py"}
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute) and node.attr == "add_argument"
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
@@ -98,7 +131,7 @@ def test_forbidden_packages(name: str) -> None:
     wrong = [
         f"{path.relative_to(REPOSITORY)}:{line}: {imports}"
         for path in MODULES
-        if layer(path) == name
+        if room(path) == name
         for line, imports in imported(path)
         if any(within(imports, package) for package in FORBIDDEN[name])
     ]
@@ -132,21 +165,33 @@ def test_nothing_patches_megatron_from_outside_patches() -> None:
 
 
 def test_print_is_left_to_the_command_line() -> None:
-    """Modules with a command (those that define its arguments) may print their result; the others log."""
-    wrong = []
-    for path in MODULES:
-        nodes = list(ast.walk(parse(path)))
-        if any(isinstance(node, ast.FunctionDef) and re.fullmatch(r"add_\w*arguments", node.name) for node in nodes):
-            continue
-        for node in nodes:
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                wrong.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}")
+    """Commands may print their result; the rest logs."""
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in MODULES
+        if path.name != "command.py"
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", MODULES + PATCH_FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_file_length(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAXIMUM_LINES
+
+
+def test_function_length() -> None:
+    """A bench sets up what it times in one place, and may be as long as that takes."""
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}: {node.name} has {length} lines"
+        for path in SOURCES
+        if not path.name.startswith("bench_")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (length := node.end_lineno - node.lineno + 1) > (150 if "kernels" in path.parts else 80)  # type: ignore[operator]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 # Patches.

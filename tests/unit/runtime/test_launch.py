@@ -1,0 +1,67 @@
+"""The local launcher: exit codes, whose words are shown, nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Launches ``nproc`` ranks of a small program through remit_megatron.runtime.launch."""
+
+    def launch(program: str, nproc: int = 2) -> tuple[subprocess.CompletedProcess, float]:
+        (tmp_path / "program.py").write_text(
+            "import os, sys, time\nrank = os.environ['RANK']\n" + textwrap.dedent(program)
+        )
+        starter = (
+            "import sys; from remit_megatron.runtime.launch import launch; "
+            f"sys.exit(launch({nproc}, [], module='program'))"
+        )
+        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+        environment.pop("RANK", None)
+        started = time.monotonic()
+        result = subprocess.run(
+            [sys.executable, "-c", starter], env=environment, capture_output=True, text=True, timeout=90
+        )
+        return result, time.monotonic() - started
+
+    return launch
+
+
+def test_all_ranks_run_and_know_each_other(run):
+    # One write per line: lines of ranks may come in any order, but not inside each other.
+    program = "os.write(1, f\"{rank}/{os.environ['WORLD_SIZE']} {os.environ['MASTER_ADDR']}\\n\".encode())"
+    result, _ = run(program, nproc=3)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["0/3 127.0.0.1", "1/3 127.0.0.1", "2/3 127.0.0.1"]
+
+
+def test_the_same_mistake_is_said_once(run):
+    result, _ = run("sys.stderr.write('error: the same\\n'); sys.exit(2)")
+    assert result.returncode == 2
+    assert result.stderr == "error: the same\n"
+
+
+def test_a_mistake_of_another_rank_is_shown(run):
+    result, seconds = run("if rank == '1':\n    sys.stderr.write('error: only here\\n'); sys.exit(2)\ntime.sleep(60)")
+    assert result.returncode == 2
+    assert result.stderr == "[rank 1] error: only here\n"
+    assert seconds < 45, "rank 0 was told to stop"
+
+
+def test_a_killed_rank_ends_the_others(run):
+    result, _ = run("if rank == '1':\n    os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    assert result.returncode == 128 + 9
+
+
+def test_codes_pass_through(run):
+    assert run("sys.exit(75)")[0].returncode == 75
