@@ -8,8 +8,8 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from remit_megatron import __version__
 from remit_megatron.runtime.errors import (
@@ -51,12 +51,12 @@ _USER_ERRNOS = {
 }
 
 
-def _commands_of(room: str) -> ModuleType:
-    return importlib.import_module(f"remit_megatron.{room}.command")
+def _command(room: str, function: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"remit_megatron.{room}.command"), function)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses ``argv``; imports only the room of the command that was asked for, so that --help stays quick."""
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:
+    """Arguments, room and run function of the command; imports only that room, so that --help stays quick."""
     parser = argparse.ArgumentParser(prog="remit", description="RL-guided mid-training (ReMiT) on Megatron-Core.")
     parser.add_argument("--version", action="version", version=f"remit {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -65,9 +65,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     def add(subparsers, name: str, command: tuple[str, str], wanted: bool) -> None:
         room, summary = command
         child = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        child.set_defaults(_room=room, _name=name)
+        child.set_defaults(_room=room, _run=f"run_{name}")
         if wanted:
-            getattr(_commands_of(room), f"add_{name}_arguments")(child)
+            _command(room, f"add_{name}_arguments")(child)
 
     for name, command in _COMMANDS.items():
         add(commands, name, command, words[:1] == [name])
@@ -80,7 +80,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         namespace.overrides = [*namespace.overrides, *rest]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return namespace
+    return namespace, namespace._room, namespace._run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        namespace = _parse(argv)
-        return getattr(_commands_of(namespace._room), f"run_{namespace._name}")(namespace)
+        namespace, room, run = _parse(argv)
+        return _command(room, run)(namespace)
     except UserError as error:
         _one_line(str(error))
         return EXIT_BAD_INPUT

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from remit_megatron.run.configuration import did_you_mean
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, did_you_mean
 from remit_megatron.training.metrics import peak_flops
 
 GIB = 1 << 30

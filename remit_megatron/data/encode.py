@@ -111,14 +111,9 @@ class Encoder:
         return EncodedChunk(chunk.file, chunk.end, tokens, lengths, lines)
 
 
-def _lone_encoder(settings: EncodeSettings) -> Encoder:
-    """For a process among several, which share the cores already."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return Encoder(settings)
-
-
 @contextmanager
 def _single_threaded_tokenizer() -> Iterator[None]:
+    """In this process and in those started meanwhile: they share the cores already."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -143,15 +138,14 @@ def encode_chunks(
     Raises:
         UserError: a worker process died.
     """
-    if workers == 1:
-        encode = Encoder(settings, tokenizer)
-        with _single_threaded_tokenizer():
-            yield from map(encode, chunks)
-        return
-    try:
-        yield from map_in_processes(partial(_lone_encoder, settings), chunks, workers=workers)
-    except WorkerDied:
-        # A signal to the whole group ends the workers too; give the handler of this process the chance to say so.
-        time.sleep(0.2)
-        found = "a worker process that ended before its work was done (out of memory, or killed)"
-        raise UserError("--workers", found, f"all {workers} to live; fewer of them need less memory") from None
+    with _single_threaded_tokenizer():
+        if workers == 1:
+            yield from map(Encoder(settings, tokenizer), chunks)
+            return
+        try:
+            yield from map_in_processes(partial(Encoder, settings), chunks, workers=workers)
+        except WorkerDied:
+            # A signal to the whole group ends the workers too; give the handler of this process the chance to say so.
+            time.sleep(0.2)
+            found = "a worker process that ended before its work was done (out of memory, or killed)"
+            raise UserError("--workers", found, f"all {workers} to live; fewer of them need less memory") from None

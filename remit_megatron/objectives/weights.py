@@ -45,7 +45,7 @@ def token_weights(
     loss_mask: Tensor,
     *,
     epsilon: float | None = 0.2,
-    centering: str = "sequence",
+    centering: str | None = None,
     document_ids: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -57,9 +57,11 @@ def token_weights(
         loss_mask: [b, s] tokens above 0 count.
         epsilon: weights lie in [1 - epsilon, 1 + epsilon]. None does not clip: weights lie in [0, 2]. With 0 all are
             exactly 1.
-        centering: what delta is centered over: "sequence", "document" (within each sequence), or "none" (mu = 0).
+        centering: what delta is centered over: "sequence", "document" (within each sequence), or "none" (mu = 0). Left
+            out it is "document" where ``document_ids`` are given, else "sequence".
         document_ids: [b, s] integers, equal within a document of a sequence and different between them, in any order;
-            under context parallelism the same for all parts of a document. Read with ``centering="document"`` only.
+            under context parallelism the same for all parts of a document. Another ``centering`` that is asked for by
+            name does not read them.
         cp_group: ranks that hold the other tokens of these sequences, or None. One collective ("none": no collective).
 
     Returns:
@@ -77,7 +79,7 @@ def weighted_loss(
     loss_mask: Tensor,
     *,
     epsilon: float | None = 0.2,
-    centering: str = "sequence",
+    centering: str | None = None,
     document_ids: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> ObjectiveResult:
@@ -130,7 +132,7 @@ def weight_error_bound(
     loss_mask: Tensor,
     *,
     epsilon: float | None = 0.2,
-    centering: str = "sequence",
+    centering: str | None = None,
     document_ids: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -156,6 +158,7 @@ def weight_error_bound(
     Raises:
         ValueError: shapes differ, or a setting is not one of those of `token_weights`.
     """
+    centering = _centering(centering, document_ids)
     _check(reference_loss, other_loss, loss_mask, epsilon, centering, document_ids)
     in_mask, scored, other_scored = loss_mask > 0, torch.isfinite(reference_loss), torch.isfinite(other_loss)
     counted = in_mask & scored & other_scored
@@ -173,10 +176,11 @@ def _weighting(
     reference_loss: Tensor,
     loss_mask: Tensor,
     epsilon: float | None,
-    centering: str,
+    centering: str | None,
     document_ids: Tensor | None,
     cp_group: dist.ProcessGroup | None,
 ) -> _Weighting:
+    centering = _centering(centering, document_ids)
     _check(student_loss, reference_loss, loss_mask, epsilon, centering, document_ids)
     counted = (loss_mask > 0) & torch.isfinite(reference_loss)
     delta = torch.where(counted, student_loss.double() - reference_loss.double(), 0.0)
@@ -200,6 +204,13 @@ def _centered(
         assert document_ids is not None
         return delta - _document_mean(delta, counted, document_ids, cp_group)
     return delta
+
+
+def _centering(centering: str | None, document_ids: Tensor | None) -> str:
+    """What is centered over where the caller leaves it out: boundaries that are given are meant."""
+    if centering is None:
+        return "sequence" if document_ids is None else "document"
+    return centering
 
 
 def _bounds(epsilon: float | None) -> tuple[float, float]:

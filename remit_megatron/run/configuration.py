@@ -10,7 +10,6 @@ it. Everything Megatron has an argument for stands under ``megatron`` by Megatro
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import typing
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from remit_megatron.data.blend_file import expand_existing
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, did_you_mean, show
 
 REPOSITORY_MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
@@ -278,20 +277,6 @@ CHOICES = {
     "checkpoint.resume": ("auto", "never"),
     "logging.wandb.mode": ("online", "offline", "disabled"),
 }
-
-
-def show(value: object, limit: int = 80) -> str:
-    """A value as it stands in a one-line message: strings quoted, long ones cut, ``nothing`` for None."""
-    if value is None:
-        return "nothing"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """``; did you mean X?`` with the nearest of ``known``, or an empty string where none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

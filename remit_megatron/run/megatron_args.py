@@ -31,9 +31,9 @@ from typing import Any, NoReturn
 import torch
 
 from remit_megatron.models.family import down_projections
-from remit_megatron.run.configuration import RunConfig, did_you_mean, show
+from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, did_you_mean, show
 
 logger = logging.getLogger(__name__)
 

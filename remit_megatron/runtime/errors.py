@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2  # one clear line, nothing lost; starting again unchanged gives the same
 EXIT_DO_NOT_RESTART = 70  # failed for a reason that a restart does not mend
@@ -32,3 +35,17 @@ class StartAgain(Exception):
 
     All ranks raise it together, with one text: a rank that left alone would leave the others in a collective.
     """
+
+
+def show(value: object, limit: int = 80) -> str:
+    """A value as it stands in a one-line message: strings quoted, long ones cut, ``nothing`` for None."""
+    if value is None:
+        return "nothing"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """``; did you mean X?`` with the nearest of ``known``, or an empty string where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

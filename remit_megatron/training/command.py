@@ -11,6 +11,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -157,9 +159,6 @@ def _train(
 
     arguments, config = prepared.arguments, prepared.config
     global_vars.set_global_variables(arguments, build_tokenizer=False)
-    interrupt = signal.getsignal(signal.SIGINT)
-    if arguments.exit_signal_handler:
-        _ctrl_c_as(arguments.exit_signal)
     student = model_config(prepared.hf_config, arguments)
     engine = Engine(prepared, environment, scores)
 
@@ -193,12 +192,12 @@ def _train(
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches
     try:
-        pretrain(container, provider, ModelType.encoder_or_decoder, engine.step.forward_step)
+        with _ctrl_c_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
+            pretrain(container, provider, ModelType.encoder_or_decoder, engine.step.forward_step)
     except SystemExit as stop:
         if stop.code not in (0, None):
             raise
     finally:
-        signal.signal(signal.SIGINT, interrupt)
         engine.close()
         if recorder is not None:
             recorder.close()
@@ -209,7 +208,8 @@ def _train(
     return code
 
 
-def _ctrl_c_as(number: signal.Signals) -> None:
+@contextmanager
+def _ctrl_c_as(number: signal.Signals) -> Iterator[None]:
     """Ctrl-C does what Megatron's exit signal does: the step is finished and saved. The second time it interrupts."""
 
     def once(_: int, __: FrameType | None) -> None:
@@ -217,6 +217,10 @@ def _ctrl_c_as(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
     before = signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remit_megatron.objectives.weights import CENTERINGS, token_weights, weighted_loss
+from remit_megatron.objectives.weights import CENTERINGS, token_weights, weight_error_bound, weighted_loss
 
 EPSILONS = (0.2, 0.0, 0.05, 1.0, None)
 ROUNDING = 3 * torch.finfo(torch.float32).eps  # of a weight, which is at most 2
@@ -216,3 +216,25 @@ def test_wrong_arguments_are_named(change, message):
     arguments = {name: torch.zeros(2, 3) for name in ("student_loss", "reference_loss", "loss_mask")} | change
     with pytest.raises(ValueError, match=message):
         token_weights(**arguments)
+
+
+def test_boundaries_that_are_given_are_meant():
+    """``centering`` left out with ``document_ids`` is "document"; a name that is given wins."""
+    generator = torch.Generator().manual_seed(5)
+    student, reference = torch.rand(2, 7, generator=generator), torch.rand(2, 7, generator=generator)
+    mask, documents = torch.ones(2, 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [4, 4, 2, 2, 2, 2, 2]])
+    inputs = (student, reference, mask)
+    by_document = token_weights(*inputs, centering="document", document_ids=documents)
+    by_sequence = token_weights(*inputs, centering="sequence")
+    assert not torch.allclose(by_document, by_sequence)
+    assert torch.equal(token_weights(*inputs, document_ids=documents), by_document)
+    assert torch.equal(token_weights(*inputs, centering="sequence", document_ids=documents), by_sequence)
+    assert torch.equal(token_weights(*inputs), by_sequence)
+    assert torch.equal(
+        weighted_loss(*inputs, document_ids=documents).loss_sum,
+        weighted_loss(*inputs, centering="document", document_ids=documents).loss_sum,
+    )
+    # Another reference whose loss is higher by a constant within each document moves no weight of document centering.
+    shifted = reference + documents.float()
+    assert float(weight_error_bound(reference, shifted, mask, document_ids=documents)[0]) < 1e-5
+    assert float(weight_error_bound(reference, shifted, mask)[0]) > 0.1
