@@ -20,9 +20,9 @@ from remit_megatron.cli import _COMMANDS, _DATA_COMMANDS, _parse, main
     ],
 )
 def test_overrides_may_stand_anywhere_after_the_configuration(words):
-    namespace, module, run = _parse(words)
+    namespace, room, run = _parse(words)
     assert (namespace.config, namespace.overrides, namespace.nproc) == ("run.yaml", ["a.b=1", "c=2"], 2)
-    assert (module, run) == ("train", "run")
+    assert (room, run) == ("training", "run_train")
 
 
 def test_unknown_options_are_refused(capsys):
