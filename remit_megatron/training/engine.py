@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from remit_megatron.training.weight_decay import weight_decay_overrides
 
 if TYPE_CHECKING:
     from remit_megatron.run.prepare import Prepared
+    from remit_megatron.training.evaluation import RunEvaluation
 
 
 class Engine:
@@ -63,6 +65,8 @@ class Engine:
             linear=config.loss.linear,
         )
         self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
+        self._evaluation: RunEvaluation | None = None
+        self._student: list = []  # its chunks on this rank, as Megatron trains them; known from the first step on
 
     def groups(self) -> Any:
         """Megatron's process groups."""
@@ -119,11 +123,12 @@ class Engine:
         if self._score_parts.writer is not None:
             self._score_parts.writer.close()
 
-    def connect(self, recorder: RunRecorder | None) -> None:
+    def connect(self, recorder: RunRecorder | None, evaluation: RunEvaluation | None = None) -> None:
         """Takes the places that ``patches/`` opens in Megatron's loop.
 
         Args:
             recorder: writes the run's files; given on one rank, a last pipeline stage.
+            evaluation: scores a suite between steps; None scores none.
         """
         from patches import (
             checkpoint_commit,
@@ -134,16 +139,44 @@ class Engine:
             training_log,
         )
 
-        self._recorder = recorder
-        schedule.wrapper = self.step.wrap_schedule
+        self._recorder, self._evaluation = recorder, evaluation
+        schedule.wrapper = self.step.wrap_schedule if evaluation is None else self._evaluated_schedule
         pipeline_wait.hook = self._filler.wait
-        training_log.hook = self.after_step
+        training_log.hook = self.after_step if evaluation is None else self._after_step_and_evaluation
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save
         checkpoint_commit.after = self.after_save
         optimizer_overrides.hook = partial(
             weight_decay_overrides, **dataclasses.asdict(self._prepared.config.optimizer)
         )
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluated_schedule(self, schedule: Callable[..., list]) -> Callable[..., list]:
+        """The schedule of the run; sees the student, and evaluates it before the first step of a new run."""
+        scored = self.step.wrap_schedule(schedule)
+
+        def with_student(*, model: Any, forward_only: bool = False, **settings: Any) -> list:
+            if not forward_only and not self._student:
+                self._student = list(model) if isinstance(model, list) else [model]
+                if self._arguments.curr_iteration == 0:
+                    self._evaluate(0)
+            return scored(model=model, forward_only=forward_only, **settings)
+
+        return with_student
+
+    def _after_step_and_evaluation(self, losses: dict[str, torch.Tensor], *, iteration: int, **figures: Any):
+        logged = self.after_step(losses, iteration=iteration, **figures)
+        self._evaluate(iteration)
+        return logged
+
+    def _evaluate(self, step: int) -> None:
+        if self._evaluation is None or not self._evaluation.due(step):
+            return
+        record = self._evaluation.run(self._student, step)
+        if self._recorder is not None:
+            consumed = self._arguments.consumed_train_samples * self._arguments.seq_length
+            self._recorder.evaluation({"iteration": step, "consumed_tokens": consumed, **record})
 
     # -- after a step ------------------------------------------------------------------------------------------------
 

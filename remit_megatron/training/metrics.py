@@ -17,6 +17,7 @@ from remit_megatron.runtime.progress import format_count, format_duration
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
 
 # Dense peak of the tensor cores in bf16, FLOP/s, from the makers' data sheets (without sparsity).
 _PEAK_FLOPS = {
@@ -106,7 +107,9 @@ class RunRecorder:
         self._total, self._first, self._interval = total_steps, resumed_at, max(1, interval)
         self._stream = stream or sys.stdout
         self._started = time.monotonic()
-        for name in (METRICS_FILE, VALIDATION_FILE):
+        for name in (METRICS_FILE, VALIDATION_FILE, EVALUATION_FILE):
+            if name == EVALUATION_FILE and not (self._run_dir / name).exists():
+                continue  # most runs have none
             records = [r for r in read_records(self._run_dir / name) if r["iteration"] <= resumed_at]
             write_atomic(self._run_dir / name, "".join(_json_line(r) for r in records))
         self._metrics = open(self._run_dir / METRICS_FILE, "a", buffering=1)  # noqa: SIM115 - open for the whole run
@@ -123,6 +126,15 @@ class RunRecorder:
         with open(self._run_dir / VALIDATION_FILE, "a") as file:
             file.write(_json_line(record))
         self._line(f"validation at step {record['iteration']}: lm_loss {record['lm_loss']:.4f}", keep=True)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Appends the result of a suite (:meth:`RunEvaluation.run`) and writes its figures on one line."""
+        with open(self._run_dir / EVALUATION_FILE, "a") as file:
+            file.write(_json_line(record))
+        tasks = record["tasks"].items()
+        figures = "  ".join(f"{name.split('/')[0]} {task['score']:.3f}" for name, task in tasks)
+        cost = f"{format_duration(record['seconds'])}, {record['share']:.1%} of the time so far"
+        self._line(f"evaluation at step {record['iteration']}: {figures} ({cost})", keep=True)
 
     def message(self, text: str) -> None:
         """Writes a line of its own among the progress lines."""

@@ -34,7 +34,8 @@ ROOMS: list[tuple[str, ...]] = [
     ("reference",),
     ("data",),
     ("run",),
-    ("training", "scoring"),
+    ("scoring",),
+    ("training",),  # a run scores its suite between steps
     ("cluster", "flywheel", "doctor"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
