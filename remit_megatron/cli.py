@@ -37,6 +37,14 @@ _DATA_COMMANDS: dict[str, tuple[str, str]] = {
     "mix": ("data", "the sources of a recipe to token files and a blend for a run"),
     "select": ("data", "the samples of token files that are worth training on (MiniPLM)"),
 }
+_CHECK_COMMANDS: dict[str, tuple[str, str]] = {
+    "reference": ("scoring", "whether a reference is ahead of the student, on held-out text and a suite"),
+}
+# word -> (one line for --help, its commands).
+_GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
+    "data": ("corpora to token files", _DATA_COMMANDS),
+    "check": ("what is worth knowing before a run", _CHECK_COMMANDS),
+}
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
 _USER_ERRNOS = {
@@ -71,9 +79,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, str]:
 
     for name, command in _COMMANDS.items():
         add(commands, name, command, words[:1] == [name])
-    data = commands.add_parser("data", help="corpora to token files").add_subparsers(metavar="COMMAND", required=True)
-    for name, command in _DATA_COMMANDS.items():
-        add(data, name, command, words == ["data", name])
+    for group, (summary, members) in _GROUPS.items():
+        children = commands.add_parser(group, help=summary).add_subparsers(metavar="COMMAND", required=True)
+        for name, command in members.items():
+            add(children, name, command, words == [group, name])
     namespace, rest = parser.parse_known_args(argv)
     # argparse takes a list of words only in one piece; `train CONFIG --nproc 2 a.b=c` has it in two.
     if rest and hasattr(namespace, "overrides") and not any(word.startswith("-") for word in rest):

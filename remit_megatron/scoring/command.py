@@ -93,14 +93,7 @@ def score(
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.scoring.job import ScoringJob
 
-    layout: dict[str, Any] = dict(
-        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
-        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=arguments.virtual_pipeline_model_parallel_size,
-        context_parallel_size=arguments.context_parallel_size,
-    )
-    timeout = max(arguments.distributed_timeout_minutes, _TIMEOUT_MINUTES)
-    with process_groups(**layout, timeout_minutes=timeout) as groups:
+    with process_groups(**forward_layout(arguments)) as groups:
         blend: Any = None
         for turn in (environment.rank == 0, environment.rank != 0):
             with parallel.same_fate("opening the data"):
@@ -128,6 +121,28 @@ def prepare_scoring(config: RunConfig, *, world_size: int, rank: int = 0) -> Pre
     Raises:
         UserError: the first thing that is wrong.
     """
+    if config.reference is not None and not config.reference.cache_dir:
+        raise UserError("reference.cache_dir", "nothing", "the directory that receives the scores")
+    return prepare_forward(config, world_size=world_size, rank=rank)
+
+
+def forward_layout(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`remit_megatron.conversion.processes.process_groups` takes, of a run's arguments."""
+    return dict(
+        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=arguments.virtual_pipeline_model_parallel_size,
+        context_parallel_size=arguments.context_parallel_size,
+        timeout_minutes=max(arguments.distributed_timeout_minutes, _TIMEOUT_MINUTES),
+    )
+
+
+def prepare_forward(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
+    """`prepare` for a job that trains nothing: any number of ranks, the reference's own micro-batch.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
     import patches
 
     patches.apply()
@@ -136,8 +151,6 @@ def prepare_scoring(config: RunConfig, *, world_size: int, rank: int = 0) -> Pre
     settings = config.reference
     if settings is None:
         raise UserError("reference.checkpoint", "nothing", "the model that scores")
-    if not settings.cache_dir:
-        raise UserError("reference.cache_dir", "nothing", "the directory that receives the scores")
     chosen = read_overrides(config.megatron)
     kept = {name: value for name, value in chosen.items() if not name.startswith(_TRAINING)}
     kept |= {"train_iters": 1, "lr": 1.0, "min_lr": 0.0, "use_distributed_optimizer": False}
@@ -207,6 +220,31 @@ def _consumed(run_dir: Path, sequence_length: int) -> int:
         return json.loads(lines[-1])["consumed_tokens"] // sequence_length
     except (OSError, IndexError, ValueError, KeyError):
         return 0
+
+
+def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``remit check reference``."""
+    parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML): init, reference, data, evaluation")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values that replace the file's")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)")
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="sequences of held-out text (default: 64)")
+    parser.add_argument("--output", metavar="F.json", help="file that receives all figures")
+
+
+def run_reference(args: argparse.Namespace) -> int:
+    """Runs ``remit check reference``; returns the exit code."""
+    if args.samples < 1:
+        raise UserError("--samples", args.samples, "1 or more")
+    config = load_config(args.config, args.overrides)
+    if args.nproc > 1 and not launch.under_launcher():
+        command = ["check", "reference", args.config, *args.overrides, "--samples", str(args.samples)]
+        return launch.launch(args.nproc, command + (["--output", args.output] if args.output else []))
+    import patches
+
+    patches.apply()
+    from remit_megatron.scoring.check_reference import check_reference
+
+    return check_reference(config, samples=args.samples, output=args.output)
 
 
 def add_logprobs_arguments(parser: argparse.ArgumentParser) -> None:

@@ -193,18 +193,25 @@ class RequestScorer:
             items = [default_collate([row.item for row in filled[i : i + size]]) for i in range(0, len(filled), size)]
             yield taken, items
 
-    def results(self, logprobs: Sequence[float]) -> dict[str, dict[str, Any]]:
-        """Figures of each task: ``score``, ``stderr``, ``bits_per_byte``, ``items``, ``metric``, ``shots``."""
-        results, start = {}, 0
+    def questions(self, logprobs: Sequence[float]) -> dict[str, list[dict[str, float]]]:
+        """:func:`score_question` of each question of each task, in their order."""
+        found, start = {}, 0
         for task in self.encoded.suite.tasks:
-            scores = []
+            scores = found[task.name] = []
             for question in task.questions:
                 end = start + len(requests_of(question))
                 lengths = [request.counted for request in self.encoded.requests[start:end]]
                 scores.append(score_question(question, logprobs[start:end], lengths, metric=task.metric))
                 start = end
-            results[task.name] = {**summarize(scores), "metric": task.metric, "shots": task.shots}
-        return results
+        return found
+
+    def results(self, logprobs: Sequence[float]) -> dict[str, dict[str, Any]]:
+        """Figures of each task: ``score``, ``stderr``, ``bits_per_byte``, ``items``, ``metric``, ``shots``."""
+        scores = self.questions(logprobs)
+        return {
+            task.name: {**summarize(scores[task.name]), "metric": task.metric, "shots": task.shots}
+            for task in self.encoded.suite.tasks
+        }
 
 
 def _sums(losses: Tensor, row: Row) -> list[float]:
