@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ class _Comparison:
     """Both models on this rank's part of the layout."""
 
     def __init__(self, prepared: Prepared, groups: Any):
+        logging.getLogger("megatron").setLevel(logging.ERROR)
         self._prepared, self._groups, self._arguments = prepared, groups, prepared.arguments
         self._forward = ModelForward(
             eod_id=prepared.tokenizer.eod_id,

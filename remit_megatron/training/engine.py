@@ -20,10 +20,12 @@ from remit_megatron.objectives import build_objective
 from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run import directory as run_directory
+from remit_megatron.run.prepare import total_steps
 from remit_megatron.run.score_cache import RunScores
 from remit_megatron.runtime import checkpoints, parallel
 from remit_megatron.runtime.files import HF_SUBFOLDER
 from remit_megatron.runtime.parallel import RankEnvironment
+from remit_megatron.training.first_look import FirstLook
 from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics
 from remit_megatron.training.scores import ScoreParts, build_score_source
 from remit_megatron.training.step import TrainingStep
@@ -66,6 +68,8 @@ class Engine:
         )
         self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
         self._evaluation: RunEvaluation | None = None
+        followed = self.step.objective.reference_signal == "loss"
+        self._first_look = FirstLook(steps=total_steps(prepared.arguments)) if followed else None
         self._student: list = []  # its chunks on this rank, as Megatron trains them; known from the first step on
 
     def groups(self) -> Any:
@@ -198,7 +202,10 @@ class Engine:
         microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
         figures = step_statistics(losses, microbatches=microbatches)
         if self._recorder is not None:
-            self._recorder.step(self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches()))
+            record = self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches())
+            self._recorder.step(record)
+            if self._first_look is not None and (line := self._first_look.add(record)) is not None:
+                self._recorder.message(line)
         template = losses["lm_loss"]
         return {name: template.new_tensor([value]) for name, value in figures.items()}
 

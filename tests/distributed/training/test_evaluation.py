@@ -89,13 +89,12 @@ def definition(model_directory: Path, questions: list[dict[str, Any]]) -> dict[s
 
 
 def trained(directory: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A run on this rank; its files, and from rank 0 its model in ``run_dir/hf``."""
+    """A run on this rank; its files."""
     import os
 
     import patches
 
     patches.apply()
-    from remit_megatron.conversion.to_huggingface import export_model
     from remit_megatron.run.configuration import load_config
     from remit_megatron.training.command import train
 
@@ -103,13 +102,20 @@ def trained(directory: str, config: dict[str, Any]) -> dict[str, Any]:
     path.write_text(json.dumps(config))
     assert train(load_config(path)) == 0
     run_dir = Path(config["run_dir"])
-    if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "1":
-        export_model(run_dir, run_dir / "hf")
     files = {name: run_dir / f"{name}.jsonl" for name in ("metrics", "evaluation")}
     return {
         name: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         for name, file in files.items()
     }
+
+
+def exported(run_dir: str) -> None:
+    import patches
+
+    patches.apply()
+    from remit_megatron.conversion.to_huggingface import export_model
+
+    export_model(run_dir, Path(run_dir) / "hf")
 
 
 def trained_alone(directory: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +153,7 @@ def alone(pool, material, toy, tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("one")
     config = evaluated(material, folder / "run", toy)
     found = pool.run(trained, world_size=1, directory=str(folder), config=config)[0]
+    pool.run(exported, world_size=1, run_dir=str(folder / "run"))
     before, after = (definition(model, toy[2]) for model in (material["student"], folder / "run" / "hf"))
     return found | {"before": before, "after": after}
 

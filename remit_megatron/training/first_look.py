@@ -1,0 +1,50 @@
+"""What a run's first steps say of its reference, in one line: the short form of ``remit check reference``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+STEPS = 10
+# Two-sided 95% quantiles of Student's t with 1 to STEPS - 1 degrees of freedom.
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_FLAT = 0.005  # a spread of the weights below it: next-token prediction for all that matters
+
+
+class FirstLook:
+    """Gathers the first steps of a start of a run; says one thing, once.
+
+    Args:
+        steps: of the whole run; a run of fewer than :data:`STEPS` is looked at for as long as it is.
+    """
+
+    def __init__(self, *, steps: int = STEPS):
+        self._steps = max(2, min(STEPS, steps))
+        self._records: list[tuple[float, float]] = []
+
+    def add(self, record: Mapping[str, Any]) -> str | None:
+        """Takes a line of metrics.jsonl; the sentence when there are enough of them, else None."""
+        if len(self._records) >= self._steps or record.get("delta_mean") is None:
+            return None
+        self._records.append((record["delta_mean"], record["weight_std"]))
+        return self._sentence() if len(self._records) == self._steps else None
+
+    def _sentence(self) -> str:
+        count = len(self._records)
+        deltas = [delta for delta, _ in self._records]
+        spread = sum(std for _, std in self._records) / count
+        mean = sum(deltas) / count
+        error = math.sqrt(sum((delta - mean) ** 2 for delta in deltas) / (count - 1) / count)
+        clear = _QUANTILES[count - 2] * error
+        what = f"{abs(mean):.3f} nats a token of the training text in {count} steps, spread of the weights {spread:.3f}"
+        if spread < _FLAT:
+            return f"warning: the weights hardly differ from 1 ({what}): this run is next-token prediction"
+        if mean > clear:
+            return f"the reference is ahead of the student by {what}"
+        if mean < -clear:
+            return (
+                f"warning: the reference is behind the student by {what}; unless this text is what the reference has "
+                "learnt to do better than, it teaches what it knows less of: see remit check reference"
+            )
+        return f"warning: the reference is neither ahead of the student nor behind ({what}): see remit check reference"

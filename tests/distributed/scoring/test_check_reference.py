@@ -1,0 +1,100 @@
+"""`remit check reference`: the figures are those of transformers on the same tokens, on every layout."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.training.test_evaluation import definition, write_requests
+from tests.distributed.training.test_training import LAYOUTS, configuration, material
+
+__all__ = ["material"]
+
+SAMPLES = 10
+
+
+def checked(directory: str, config: dict[str, Any], output: str) -> None:
+    """The command on this rank."""
+    import patches
+
+    patches.apply()
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.scoring.check_reference import check_reference
+
+    path = Path(directory) / f"run_{os.environ['RANK']}.yaml"
+    path.write_text(json.dumps(config))
+    assert check_reference(load_config(path), samples=SAMPLES, output=output) == 0
+
+
+def tokens_of_the_text(material) -> np.ndarray:
+    """[SAMPLES, 65] the sequences, as the data layer gives them."""
+    from remit_megatron.data.blend import open_blend
+
+    blend = open_blend(
+        [(None, str(material["corpus"]))], sequence_length=64, num_samples=SAMPLES, seed=1234, packing_seed=0, eod_id=0
+    )
+    return np.stack([np.append(item["tokens"], item["labels"][-1:]) for item in (blend[n] for n in range(SAMPLES))])
+
+
+def losses(model_directory: Path, tokens: np.ndarray) -> np.ndarray:
+    """[SAMPLES, 64] of transformers in float64, each document by itself."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float64).eval()
+    found = np.zeros((len(tokens), 64))
+    for row, ids in enumerate(torch.from_numpy(tokens).long()):
+        starts = [0, *(np.nonzero(tokens[row, :-1] == 0)[0] + 1).tolist(), 64]
+        for first, end in itertools.pairwise(starts):
+            if first == end:
+                continue
+            with torch.no_grad():
+                scores = model(ids[None, first:end]).logits[0].log_softmax(-1)
+            found[row, first:end] = -scores.gather(1, ids[first + 1 : end + 1, None])[:, 0].numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def truth(material) -> dict[str, Any]:
+    tokens = tokens_of_the_text(material)
+    student, reference = (losses(material[name], tokens) for name in ("student", "reference"))
+    delta = student - reference
+    return {
+        "student_loss": student.mean(),
+        "reference_loss": reference.mean(),
+        "difference": delta.mean(),
+        "tokens_ahead": (delta > 0).mean(),
+        "weights": np.clip(2 / (1 + np.exp(-(delta - delta.mean(1, keepdims=True)))), 0.8, 1.2),
+    }
+
+
+@pytest.mark.parametrize("name", ["one", "tp2_pp2", "pp2_virtual2", "cp2", "dp2"])
+def test_figures_are_those_of_transformers(pool, material, truth, tmp_path, name):
+    world_size, layout = (1, {}) if name == "one" else LAYOUTS[name]
+    suite, questions = write_requests(tmp_path / "requests")
+    config = configuration(material, tmp_path / "run", {"name": "remit"}, **layout)
+    config["evaluation"] = {"suite": str(suite), "data": str(tmp_path / "requests")}
+    output = tmp_path / "found.json"
+    pool.run(checked, world_size=world_size, directory=str(tmp_path), config=config, output=str(output))
+    found = json.loads(output.read_text())
+    text = found["text"]
+    assert text["tokens"] == SAMPLES * 64
+    for figure in ("student_loss", "reference_loss", "tokens_ahead"):
+        assert text[figure] == pytest.approx(truth[figure], abs=1e-4), figure
+    assert text["loss_difference"]["value"] == pytest.approx(truth["difference"], abs=1e-4)
+    assert text["weight_std"] == pytest.approx(truth["weights"].std(), abs=1e-4)
+    assert text["clipped"] == pytest.approx(np.isin(truth["weights"], (0.8, 1.2)).mean(), abs=2e-3)
+    for role in ("student", "reference"):
+        expected = definition(material[role], questions)
+        assert {task["task"]: task[role] for task in found["tasks"]} == {
+            task: pytest.approx(figures["score"], abs=1e-4) for task, figures in expected.items()
+        }
+    gold = next(task for task in found["tasks"] if task["task"] == "sums/gold")
+    assert gold["difference"]["value"] == pytest.approx(gold["student"] - gold["reference"])  # fewer bits are better
+    assert not (tmp_path / "run").exists(), "nothing is trained"
