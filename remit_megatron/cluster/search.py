@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from remit_megatron.cluster.activations import tokens_of_microbatch
 from remit_megatron.cluster.hardware import GIB
@@ -245,17 +245,33 @@ def _checked(ranked: list[Candidate], accepted: Callable[[Layout], bool]) -> lis
     return kept
 
 
+class _Standing(NamedTuple):
+    """By what layouts are ordered; less is better."""
+
+    slower: int  # than the fastest, in whole steps of _SAME_TIME
+    missing: int  # tokens of a microbatch that enough ones would have more
+    memory: float
+
+
+def _standings(found: list[Candidate]) -> list[_Standing]:
+    """One for each of ``found``, which has one candidate at least."""
+    fastest = min(item.seconds for item in found)
+    return [
+        _Standing(
+            slower=int((item.seconds / fastest - 1) / _SAME_TIME),
+            missing=max(_ENOUGH_TOKENS - item.tokens, 0),
+            memory=item.memory,
+        )
+        for item in found
+    ]
+
+
 def rank(found: list[Candidate]) -> list[Candidate]:
     """Best first: by time, in steps of one percent; then by tokens of a microbatch, up to enough; then by memory."""
     if not found:
         return []
-    fastest = min(item.seconds for item in found)
-
-    def key(item: Candidate) -> tuple[int, int, float]:
-        slower = int((item.seconds / fastest - 1) / _SAME_TIME)
-        return slower, -min(item.tokens, _ENOUGH_TOKENS), item.memory
-
-    return sorted(found, key=key)
+    ordered = sorted(zip(_standings(found), found, strict=True), key=lambda pair: pair[0])
+    return [item for _, item in ordered]
 
 
 def tie(found: Search) -> str | None:
@@ -264,14 +280,12 @@ def tie(found: Search) -> str | None:
     Args:
         found: with one fitting layout at least.
     """
-    best = found.fitting[0]
-    fastest = min(item.seconds for item in found.fitting)
-    same = [item for item in found.fitting if item.seconds < fastest * (1 + _SAME_TIME)]
-    if best not in same or len(same) == 1:
+    best, *_ = standings = _standings(found.fitting)
+    same = [standing for standing in standings if standing.slower == 0]
+    if best.slower or len(same) == 1:
         return None
-    tokens = {min(item.tokens, _ENOUGH_TOKENS) for item in same}
     why = "the least memory"
-    if len(tokens) > 1:
+    if len({standing.missing for standing in same}) > 1:
         why = f"the most tokens in a microbatch (counted up to {_ENOUGH_TOKENS:,}), then the least memory"
     return f"of {len(same):,} within {_SAME_TIME:.0%} of the fastest: {why}"
 
