@@ -85,12 +85,12 @@ def installed(archives, tmp_path_factory) -> Installed:
 
 
 def files_below(*folders: str) -> set[str]:
-    """Paths of the repository that a package must have: code, and configurations."""
+    """Paths of the repository that a package must have: all that is in a folder but what Python leaves there."""
     return {
         str(path.relative_to(REPOSITORY))
         for folder in folders
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in {".py", ".yaml"}
+        if path.is_file() and "__pycache__" not in path.parts
     }
 
 
