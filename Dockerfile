@@ -34,7 +34,7 @@ COPY constraints.txt scripts/image_requirements.py ./
 RUN python image_requirements.py constraints.txt > requirements.txt \
     && uv pip install --no-deps --compile-bytecode --requirement requirements.txt
 
-# Editable, because configs/ and scripts/ are part of it; readable for every user, because clusters run it under theirs.
+# Editable, because scripts/ is part of it; readable for every user, because clusters run it under theirs.
 COPY . /opt/remit_megatron
 WORKDIR /opt/remit_megatron
 RUN uv pip install --no-deps --editable . \

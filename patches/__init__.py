@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
+# How remit tells this package from others of its name, before it runs any of it (remit_megatron/runtime/installed.py).
+OWNER = "remit_megatron"
+
 # Order matters: quiet before anything is imported, the device before Megatron asks for it.
 MODULES = (
     "quiet_megatron",

@@ -19,6 +19,7 @@ from remit_megatron.runtime.errors import (
     StartAgain,
     UserError,
 )
+from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, say_once, use_own_patches
 
 # command -> (room, one line for --help). What a command NAME takes and does is in the room's command.py:
 # add_NAME_arguments and run_NAME.
@@ -98,10 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         namespace, room, run = _parse(argv)
+        if room != "doctor":  # which reports it
+            foreign = use_own_patches()
+            if foreign:
+                say_once(foreign_patches_line(foreign))
         return _command(room, run)(namespace)
     except UserError as error:
         _one_line(str(error))
         return EXIT_BAD_INPUT
+    except BrokenInstallation as error:
+        _one_line(str(error))
+        return EXIT_DO_NOT_RESTART
     except StartAgain as stop:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(" ".join(str(stop).split()) + "\n")

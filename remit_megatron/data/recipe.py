@@ -26,6 +26,7 @@ from typing import Any
 from remit_megatron.data.readers import TextFormat
 from remit_megatron.data.yaml_file import read_yaml
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.installed import find_config, shipped_namesake
 
 _SOURCE_KEYS = ("name", "weight", "files", "hub", "text_key", "template")
 _HUB_KEYS = ("name", "files", "revision")
@@ -82,14 +83,15 @@ class Recipe:
         return {source.name: source.weight / total for source in chosen}
 
 
-def load_recipe(path: str | os.PathLike) -> Recipe:
-    """Reads a recipe.
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Reads a recipe; ``configs/data/…`` that is not here is the one of the package.
 
     Raises:
         UserError: no such file, no YAML, an unknown key, a weight that is not above 0, or two sources of one name.
     """
-    path = Path(path)
-    content = read_yaml(path, field="RECIPE", expected="a recipe, as those in configs/data")
+    path = find_config(path)
+    hint = "" if path.exists() else shipped_namesake(path)
+    content = read_yaml(path, field="RECIPE", expected=f"a recipe, as those in configs/data{hint}")
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list) or not content["sources"]:
         raise UserError(str(path), "no sources", "`sources:` with a list of them")
     _refuse_unknown(content, ("sources",), str(path))

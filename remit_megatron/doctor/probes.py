@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.runtime.installed import use_own_patches
+
 _MARK = "remit-probe:"
 
 # Runs in the child. sys.path is the parent's, so that both see the same packages.
@@ -138,6 +140,7 @@ def megatron_facts() -> dict[str, Any]:
     recipes run here (recipe to None, or to why it does not)."""
     facts: dict[str, Any] = {"patches": []}
     try:
+        use_own_patches()
         import patches
 
         registered = patches.registered()

@@ -12,6 +12,7 @@ from typing import Any
 from remit_megatron import __version__
 from remit_megatron.doctor import probes
 from remit_megatron.doctor.probes import Probe
+from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, shipped_configs, use_own_patches
 
 PYTHON = (3, 12)
 MEGATRON = "0.19.2"
@@ -244,6 +245,21 @@ def megatron_problems(megatron: Probe, found: str | None) -> list[str]:
     return []
 
 
+def own_parts() -> tuple[list[str], list[str]]:
+    """(problems, remarks) about what is installed with this package."""
+    problems, remarks = [], []
+    try:
+        foreign = use_own_patches()
+        remarks += [foreign_patches_line(foreign)] if foreign else []
+    except BrokenInstallation as error:
+        problems.append(str(error))
+    try:
+        shipped_configs()
+    except BrokenInstallation as error:
+        problems.append(str(error))
+    return problems, remarks
+
+
 def describe_device(machine: Host, torch: Probe) -> dict[str, str]:
     """One row for the CPU, one for each GPU, and what connects them."""
     rows = {
@@ -308,13 +324,13 @@ def examine(*, timeout: float = 300.0, allow_no_gpu: bool = False, require_gpu: 
 
     core = probes.version("megatron-core")
     from_imports = [part.problem for part in parts if part.name == "transformer-engine" and part.problem]
-    from_imports += megatron_problems(megatron, core)
-    problems = host_problems(machine) + torch_problems(torch, machine, require_gpu=require_gpu)
+    broken, remarks = own_parts()
+    from_imports += megatron_problems(megatron, core) if not broken else []  # it would say the same again
+    problems = host_problems(machine) + broken + torch_problems(torch, machine, require_gpu=require_gpu)
     problems += [part.problem for part in parts if part.name != "transformer-engine" and part.problem]
-    remarks = []
     wrong_version = core is None or core.split("+")[0] != MEGATRON
     if allow_no_gpu and not torch.facts.get("gpus") and not wrong_version:
-        remarks = [f"{problem}; examine it again on a machine with a GPU" for problem in from_imports]
+        remarks += [f"{problem}; examine it again on a machine with a GPU" for problem in from_imports]
     else:
         problems += from_imports
     cuda = torch.facts.get("cuda")

@@ -15,14 +15,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from remit_megatron.run.configuration import REPOSITORY_MODELS
 from remit_megatron.runtime.errors import EXIT_DONE
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.installed import find_config
 from remit_megatron.runtime.launch import launch
 from remit_megatron.runtime.progress import format_duration
 from remit_megatron.training.metrics import METRICS_FILE, VALIDATION_FILE, read_records
 
-RUN_CONFIG = REPOSITORY_MODELS.parent / "common" / "quickstart.yaml"
+RUN_CONFIG = "configs/common/quickstart.yaml"
 _WRONG_SHARE = 1 / 3
 _STAGES = 6
 
@@ -184,10 +184,8 @@ class Quickstart:
             "seed": self.seed,
         }
         words = [f"{key}={value}" for key, value in (everywhere | overrides).items()]
-        self._write(
-            f"      remit train configs/common/{RUN_CONFIG.name} run_dir={self.output / name} … --nproc {nproc}"
-        )
-        return launch(nproc, ["train", str(RUN_CONFIG), *words])
+        self._write(f"      remit train {RUN_CONFIG} run_dir={self.output / name} … --nproc {nproc}")
+        return launch(nproc, ["train", str(find_config(RUN_CONFIG, announce=False)), *words])
 
     def _say(self, text: str) -> None:
         self._stage += 1

@@ -12,8 +12,9 @@ import yaml
 
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.evaluation.requests import RequestSuite, is_request_suite, read_request_suite
-from remit_megatron.run.configuration import REPOSITORY_MODELS, EvaluationConfig, RunConfig
+from remit_megatron.run.configuration import EvaluationConfig, RunConfig
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
+from remit_megatron.runtime.installed import config_names, find_config
 
 if TYPE_CHECKING:
     from remit_megatron.objectives import Objective
@@ -99,9 +100,10 @@ def read_suite(settings: EvaluationConfig) -> RequestSuite:
     """
     path = Path(settings.suite)
     if not path.is_file():
-        path = REPOSITORY_MODELS.parent / "suites" / f"{settings.suite}.yaml"
+        path = find_config(Path("configs/suites") / f"{settings.suite}.yaml", announce=False)
     if not path.is_file():
-        known = sorted(file.stem for file in path.parent.glob("*.yaml") if is_request_suite(file))
+        files = {name: find_config(f"configs/suites/{name}.yaml", announce=False) for name in config_names("suites")}
+        known = [name for name, file in files.items() if is_request_suite(file)]
         expected = f"a file, or one of {', '.join(known)}{did_you_mean(settings.suite, known)}"
         raise UserError("evaluation.suite", show(settings.suite), expected)
     return _read_once(path, settings.data, settings.limit)

@@ -2,9 +2,9 @@
 
 A run is one YAML file plus dotted overrides (``objective.epsilon=0.1``). The dataclasses below are the schema:
 OmegaConf checks types against them, and a key that they do not have is refused with the nearest one that they do.
-Relative paths are relative to the current directory, with one exception: ``base`` is relative to the file that names
-it. Everything Megatron has an argument for stands under ``megatron`` by Megatron's own name and is checked later, by
-:mod:`remit_megatron.run.megatron_args`.
+Relative paths are relative to the current directory, with two exceptions: ``base`` is relative to the file that names
+it, and what is missing as ``configs/…`` comes from the package. Everything Megatron has an argument for stands under
+``megatron`` by Megatron's own name and is checked later, by :mod:`remit_megatron.run.megatron_args`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from remit_megatron.data.blend_file import expand_existing
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
-
-REPOSITORY_MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+from remit_megatron.runtime.installed import config_names, find_config, names_config, shipped_namesake
 
 
 @dataclass
@@ -306,14 +305,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run configuration.
 
     Args:
-        path: YAML file. ``base: other.yaml`` in it starts from that file (relative to this one, merged key by key,
-            lists replaced).
+        path: YAML file; ``configs/…`` that is not here is the one of the package. ``base: other.yaml`` in it starts
+            from that file (relative to this one, merged key by key, lists replaced).
         overrides: ``a.b=value``, the value in YAML; the last one wins over all files.
 
     Raises:
         UserError: a missing file, bad YAML (with its line), an unknown key, a wrong type or a value out of range.
     """
-    content = _read_with_base(Path(path), ())
+    content = _read_with_base(find_config(path), ())
     for override in overrides:
         content = _merge(content, _parse_override(override))
     _check_keys(content, RunConfig, "")
@@ -337,7 +336,7 @@ def load_model_description(model: str | Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: a file (``.yaml``, ``.json``), a directory with a ``config.json``, a name looked up in
-            ``./configs/models`` and then in the repository's ``configs/models``, or the values themselves, where
+            ``./configs/models`` and then in the ``configs/models`` of the package, or the values themselves, where
             ``base: NAME`` starts from another description.
 
     Raises:
@@ -470,7 +469,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(str(path), "no such file", "a readable file") from None
+        raise UserError(str(path), "no such file", f"a readable file{shipped_namesake(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), _first_line(error), "a readable text file") from None
 
@@ -504,7 +503,13 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise UserError(f"{path}: base", show(base), "the name of a file, relative to this one")
-    return _merge(_read_with_base(path.parent / base, (*seen, file)), content)
+    return _merge(_read_with_base(_base_file(path, base), (*seen, file)), content)
+
+
+def _base_file(path: Path, base: str) -> Path:
+    beside = path.parent / base
+    # A file of your own, wherever it is, may start from `configs/...` as the command line may.
+    return find_config(base if names_config(base) and not beside.exists() else beside)
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -582,11 +587,10 @@ def _find_model(name: str) -> Path:
     path = Path(name)
     if path.is_dir() and (path / "config.json").is_file():
         return path / "config.json"
-    folders = [Path("configs/models"), REPOSITORY_MODELS]
-    for candidate in (path, *(folder / f"{name}.yaml" for folder in folders)):
+    for candidate in (find_config(path), find_config(Path("configs/models") / f"{name}.yaml", announce=False)):
         if candidate.is_file():
             return candidate
-    known = sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
+    known = config_names("models")
     raise UserError("model", show(name), f"a file, or one of {', '.join(known)}{did_you_mean(name, known)}")
 
 

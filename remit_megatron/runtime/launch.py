@@ -66,7 +66,7 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
             captured.append(errors)
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", module, *argv],
+                    [sys.executable, *_path_options(), "-m", module, *argv],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stderr=errors,
                     start_new_session=True,  # Ctrl-C reaches the ranks once, through forward()
@@ -87,6 +87,12 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
                 process.wait()
         for number, handler in forwarded.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _path_options() -> list[str]:
+    """Ranks look for modules where this process does; ``-m`` alone would put the working directory first."""
+    here = {"", os.getcwd()}
+    return [] if here & set(sys.path) else ["-P"]
 
 
 def _wait(processes: list[subprocess.Popen]) -> int | None:
