@@ -98,7 +98,7 @@ def read_suite(settings: EvaluationConfig) -> RequestSuite:
     Raises:
         UserError: the suite or its requests are not there, or not of their form.
     """
-    path = Path(settings.suite)
+    path = find_config(settings.suite)
     if not path.is_file():
         path = find_config(Path("configs/suites") / f"{settings.suite}.yaml", announce=False)
     if not path.is_file():
