@@ -111,10 +111,10 @@ class Encoder:
         return EncodedChunk(chunk.file, chunk.end, tokens, lengths, lines)
 
 
-def _lone_encoder(settings: EncodeSettings) -> Encoder:
+def _lone_encoder(settings: EncodeSettings, tokenizer: Tokenizer | None) -> Encoder:
     """For a process among several, which share the cores already."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return Encoder(settings)
+    return Encoder(settings, tokenizer)
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def encode_chunks(
     With one worker the work is done in this process, with more as `map_in_processes` does it.
 
     Args:
-        tokenizer: the one of ``settings`` where it is open already; saves opening it again for one worker.
+        tokenizer: the one of ``settings`` where it is open already; saves opening it again. Workers get it whole.
 
     Raises:
         UserError: a worker process died.
@@ -149,7 +149,7 @@ def encode_chunks(
             yield from map(encode, chunks)
         return
     try:
-        yield from map_in_processes(partial(_lone_encoder, settings), chunks, workers=workers)
+        yield from map_in_processes(partial(_lone_encoder, settings, tokenizer), chunks, workers=workers)
     except WorkerDied:
         # A signal to the whole group ends the workers too; give the handler of this process the chance to say so.
         time.sleep(0.2)
