@@ -131,3 +131,18 @@ def test_a_score_cache_keeps_the_digest_that_it_was_made_with(tmp_path):
     ReferenceCache.open(tmp_path / "cache", identity=identity, create=True)
     assert _tokenizer_digest(digests, blend("a" * 64), path) == "b" * 64
     assert _tokenizer_digest(("a" * 64, "d" * 64), blend("a" * 64), path) == "a" * 64, "another tokenizer's cache"
+
+
+def test_logprobs_of_texts_without_a_row_are_refused(material, tmp_path):
+    from remit_megatron.scoring.logprobs import _refuse_unknown_ids
+
+    tokenizer = load_tokenizer(material / "more")
+    path = tmp_path / "texts.jsonl"
+    texts = ["the", f"the {EXTRA[9]}", f"the {EXTRA[10]} {EXTRA[39]} the"]
+    for count, refused in ((2, False), (3, True)):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:count]))
+        if refused:
+            with pytest.raises(UserError, match=r"texts\.jsonl line 3: found ids up to 299; expected below 270"):
+                _refuse_unknown_ids(tokenizer, path, ROWS)
+        else:
+            _refuse_unknown_ids(tokenizer, path, ROWS)
