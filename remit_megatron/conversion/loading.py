@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from remit_megatron.conversion.checkpoint_files import CheckpointFiles
 from remit_megatron.conversion.source import ModelSource
-from remit_megatron.conversion.tensor_files import LazyTensor, TensorFiles
+from remit_megatron.conversion.tensor_files import DTYPES, LazyTensor, TensorFiles
 from remit_megatron.models.build import shape_of, unwrap
-from remit_megatron.models.family import family_of
+from remit_megatron.models.family import family_of, required
 from remit_megatron.models.mapping import WHOLE, NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
 from remit_megatron.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # Buffers that old files hold and that the architecture implies.
-_IMPLIED = ("rotary_emb.inv_freq",)
+_IMPLIED = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$")
+_HEAD = "lm_head.weight"
+_COMPARED_ROWS = 4096
 
 
 def load_weights(
@@ -79,6 +82,13 @@ def hf_names(names: NameMap, num_layers: int) -> set[str]:
     return {name for layer, weight in names.weights(num_layers) for name in names.hf_names(layer, weight)}
 
 
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers, whatever their dtypes; a NaN is a NaN."""
+    wide = torch.promote_types(first.dtype, second.dtype)
+    first, second = first.to(wide), second.to(wide)
+    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
 class HuggingFaceWeights:
     """The weights of a Hugging Face directory as Megatron parameters, each read when it is asked for.
 
@@ -86,21 +96,60 @@ class HuggingFaceWeights:
         source: of kind ``huggingface``.
 
     Raises:
-        UserError: the directory holds a tensor that the family does not know.
+        UserError: the directory holds a tensor that the family does not know, or a head that is not tied although
+            config.json says so.
     """
 
     def __init__(self, source: ModelSource):
         self.names: NameMap = family_of(source.hf_config).names(source.hf_config)
         self._shape, self._path = shape_of(source.hf_config), source.path
         self._files = TensorFiles(source.path)
-        known = hf_names(self.names, source.hf_config["num_hidden_layers"])
-        if self.names.head is None:
-            known.add("lm_head.weight")  # a tied model's files may hold it a second time
-        unknown = sorted(name for name in self._files.names() - known if not name.endswith(_IMPLIED))
+        self._num_layers: int = required(source.hf_config, "num_hidden_layers")
+        known = hf_names(self.names, self._num_layers)
+        # A tied model's files may hold the one matrix twice, or under the head's name alone.
+        self._tied = self.names.head is None and _HEAD in self._files.names()
+        unknown = self._files.names() - known - ({_HEAD} if self._tied else set())
+        unknown = sorted(name for name in unknown if not _IMPLIED.search(name))
         if unknown:
             raise UserError(
                 f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
             )
+        (embedding,) = self.names.embedding.hf
+        self._renamed = {embedding: _HEAD} if self._tied and embedding not in self._files.names() else {}
+        if self._tied and not self._renamed:
+            self._check_tied(embedding)
+
+    def _check_tied(self, embedding: str) -> None:
+        """Refuses a head of its own in a model that config.json calls tied; a few rows at a time."""
+        first, second = self._files[embedding], self._files[_HEAD]
+        same = first.shape == second.shape
+        for start in range(0, first.shape[0] if same else 0, _COMPARED_ROWS):
+            part = slice(start, start + _COMPARED_ROWS)
+            if not same_values(first[part], second[part]):
+                same = False
+                break
+        if not same:
+            found = f"true, and {_HEAD} differs from {embedding} in {self._path}"
+            expected = "false for a head of its own (transformers then does not tie it), or equal weights"
+            raise UserError("config.json tie_word_embeddings", found, expected)
+
+    def used(self) -> list[LazyTensor]:
+        """The tensors that the model is made of: no buffers, and once what a file holds twice.
+
+        Raises:
+            UserError: one of them is missing, or has a dtype that weights do not have.
+        """
+        return [self._tensor(name) for name in sorted(hf_names(self.names, self._num_layers))]
+
+    def _tensor(self, name: str) -> LazyTensor:
+        if name == _HEAD and name not in self._files.names():
+            found = f"no tensor {name}"
+            raise UserError(f"weights in {self._path}", found, "one, or config.json with tie_word_embeddings true")
+        tensor = self._files[self._renamed.get(name, name)]
+        if tensor.dtype not in DTYPES.values():
+            found = f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+            raise UserError(f"{self._path} {name}", found, f"one of {', '.join(DTYPES)}")
+        return tensor
 
     def tensors(
         self, layer: int | None, weight: Weight, local: Sequence[int], place: TensorRank = WHOLE
@@ -113,9 +162,10 @@ class HuggingFaceWeights:
         Raises:
             UserError: a tensor is missing, or has another shape or a dtype that weights do not have.
         """
-        found = [self._files[name] for name in self.names.hf_names(layer, weight)]
+        names = self.names.hf_names(layer, weight)
+        found = [self._tensor(name) for name in names]
         expected = weight.hf_shapes(weight.full_shape(local, place.size), self._shape)
-        for name, tensor, wanted in zip(self.names.hf_names(layer, weight), found, expected, strict=True):
+        for name, tensor, wanted in zip(names, found, expected, strict=True):
             if tensor.shape != tuple(wanted):
                 raise UserError(
                     f"{self._path} {name}", f"shape {tensor.shape}", f"{tuple(wanted)}, as config.json says"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from remit_megatron.conversion.weight_files import tensor_files
 from remit_megatron.runtime.checkpoints import (
     MANIFEST,
     DamagedCheckpoint,
@@ -22,20 +24,24 @@ from remit_megatron.runtime.checkpoints import (
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import HF_SUBFOLDER, sha256_file
 
+# What transformers reads of a tokenizer, as patterns. These files decide ids and belong together: one of another
+# tokenizer among them would make a third.
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.*.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
 )
+CHAT_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 # What travels with the weights through import, training and export.
-COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
-_INDEX = "model.safetensors.index.json"
+COMPANION_FILES = (*TOKENIZER_FILES, *CHAT_FILES, "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -154,68 +160,6 @@ def read_config(directory: Path, field: str = "checkpoint") -> dict[str, Any]:
     return config
 
 
-def tensor_files(directory: Path, field: str = "checkpoint") -> dict[str, Path]:
-    """Name of every tensor in a Hugging Face directory -> the safetensors file that holds it.
-
-    Headers and sizes of all files are checked, so a download that broke off is found before any work starts.
-
-    Raises:
-        UserError: no safetensors, a file of the index is missing, or a file is damaged.
-    """
-    index = directory / _INDEX
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            legacy = sorted(
-                path.name for path in (*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth"))
-            )
-            found = f"only {', '.join(legacy)}" if legacy else "no weights"
-            raise UserError(
-                field, f"{found} in {directory}", "*.safetensors (pickled weights are not read: they can run code)"
-            )
-        if len(files) > 1:
-            raise UserError(
-                field, f"{len(files)} safetensors files and no {_INDEX} in {directory}", "one file, or the index"
-            )
-        return dict.fromkeys(read_header(files[0])[1], files[0])
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        wanted = {name: directory / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(str(index), f"{type(error).__name__}: {error}", "JSON with a weight_map") from None
-    for file in sorted(set(wanted.values())):
-        if not file.is_file():
-            raise UserError(str(index), f"{file.name}, which is not there", "every file that the index names")
-        _, held = read_header(file)
-        for name in sorted(name for name, holder in wanted.items() if holder == file):
-            if name not in held:
-                raise UserError(str(file), f"no tensor {name}", "the tensors that the index puts there")
-    return wanted
-
-
-def read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file starts, and the header's entry of every tensor: 8 bytes of header length,
-    JSON, data without gaps.
-
-    Raises:
-        UserError: the header cannot be read, or the file is not as long as it says.
-    """
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"{size} bytes where the header speaks of {end}")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(str(file), f"{error}", "a whole safetensors file") from None
-    return 8 + length, header
-
-
 def weights_digest(source: ModelSource) -> str:
     """Hex digest of what decides a model's outputs: its weights as they are stored, and its architecture.
 
@@ -233,3 +177,21 @@ def weights_digest(source: ModelSource) -> str:
     }
     content = json.dumps([sorted(digests), described], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPANION_FILES) -> None:
+    """Copies tokenizer files, chat templates and generation configuration, as far as they exist; what ``target`` has
+    already stays."""
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            copied = target / file.relative_to(source)
+            if file.is_file() and not copied.exists():
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copied)
+
+
+def with_dtype(hf_config: dict[str, Any], name: str) -> dict[str, Any]:
+    """config.json content that says of its weights that they are ``name`` ("bfloat16"), under each of the two keys
+    that is there; ``dtype`` where none is. transformers reads ``dtype``, and before version 5 ``torch_dtype``."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]
+    return hf_config | dict.fromkeys(keys, name)

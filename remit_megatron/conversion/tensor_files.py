@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remit_megatron.conversion.source import read_header, tensor_files
+from remit_megatron.conversion.weight_files import read_header, tensor_files
 from remit_megatron.runtime.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Also read, to be compared: no weight of a model that is trained here.
+_READABLE = DTYPES | {"F64": torch.float64}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -40,9 +42,9 @@ class LazyTensor:
     """
 
     def __init__(self, path: Path, name: str, start: int, entry: Mapping[str, Any]):
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in _READABLE:
             raise UserError(f"{path} {name}", f"dtype {entry['dtype']}", f"one of {', '.join(DTYPES)}")
-        self.dtype = DTYPES[entry["dtype"]]
+        self.dtype = _READABLE[entry["dtype"]]
         self.shape: tuple[int, ...] = tuple(entry["shape"])
         first, last = entry["data_offsets"]
         if first < 0 or last - first != self.nbytes:

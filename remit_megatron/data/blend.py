@@ -262,7 +262,7 @@ def open_blend(
     seed: int,
     packing_seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
-    tokenizer_digest: str | None = None,
+    tokenizer_digest: str | Sequence[str] | None = None,
     eod_id: int | None = None,
     mask_eod_loss: bool = False,
 ) -> BlendedDataset:

@@ -133,7 +133,7 @@ def encode_chunks(
     With one worker the work is done in this process, with more as `map_in_processes` does it.
 
     Args:
-        tokenizer: the one of ``settings`` where it is open already; saves opening it again for one worker.
+        tokenizer: the one of ``settings`` where it is open already; saves opening it again. Workers get it whole.
 
     Raises:
         UserError: a worker process died.
@@ -143,7 +143,7 @@ def encode_chunks(
             yield from map(Encoder(settings, tokenizer), chunks)
             return
         try:
-            yield from map_in_processes(partial(Encoder, settings), chunks, workers=workers)
+            yield from map_in_processes(partial(Encoder, settings, tokenizer), chunks, workers=workers)
         except WorkerDied:
             # A signal to the whole group ends the workers too; give the handler of this process the chance to say so.
             time.sleep(0.2)

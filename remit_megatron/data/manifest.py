@@ -38,6 +38,7 @@ class Manifest:
         sample_length: None for text. L where every document is one sample of sequence length L, that is L + 1 tokens
             (`remit data select`): packing with this sequence length gives the documents, untouched and in their order.
         origin: what `remit data mix` built it from, so that it knows what is finished; None elsewhere.
+        largest_id: of the stored tokens; None in data of older versions.
     """
 
     tokenizer_digest: str
@@ -52,11 +53,12 @@ class Manifest:
     inputs: tuple[str, ...]
     sample_length: int | None = None
     origin: dict[str, Any] | None = None
+    largest_id: int | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        for optional in ("sample_length", "origin"):
+        for optional in ("sample_length", "origin", "largest_id"):
             if content[optional] is None:
                 del content[optional]
         return json.dumps(content, indent=1) + "\n"
@@ -115,6 +117,7 @@ def _parse(path: str, content: Any) -> Manifest:
             inputs=tuple(map(str, content["inputs"])),
             sample_length=None if content.get("sample_length") is None else int(content["sample_length"]),
             origin=None if content.get("origin") is None else dict(content["origin"]),
+            largest_id=None if content.get("largest_id") is None else int(content["largest_id"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(path, f"a damaged manifest ({type(error).__name__}: {error})", "all fields") from None

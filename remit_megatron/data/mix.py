@@ -144,7 +144,7 @@ def mix(
     plans = plan_mix(recipe, **options)
     if budget is not None:
         _check_missing(plans, recipe, root=root, allow_missing=allow_missing)
-    again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digest))}
+    again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digests))}
     if again and not overwrite:
         name, reason = next(iter(again.items()))
         raise UserError(os.path.join(output, name), reason, "what is asked for now; --overwrite builds it again")
@@ -216,10 +216,10 @@ def _scattered(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _outdated(plan: Plan, tokenizer_digest: str) -> str:
+def _outdated(plan: Plan, digests: Sequence[str]) -> str:
     """Why the data set that is there cannot be used; empty where it can, or there is none."""
-    if plan.manifest is not None and plan.manifest.tokenizer_digest != tokenizer_digest:
-        return f"tokens of tokenizer {plan.manifest.tokenizer_digest[:16]}, not of {tokenizer_digest[:16]}"
+    if plan.manifest is not None and plan.manifest.tokenizer_digest not in digests:
+        return f"tokens of tokenizer {plan.manifest.tokenizer_digest[:16]}, not of {digests[0][:16]}"
     return plan.reason if plan.state == "changed" else ""
 
 

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class PackedDataset:
         sequence_length: tokens that a sample predicts, L.
         packing_seed: the order of documents; part of `identity`.
         cache_dir: folder for the index; None keeps it in memory.
-        tokenizer_digest: `Tokenizer.digest` that the data must have been made with; None does not check.
+        tokenizer_digest: `Tokenizer.digest` that the data must have been made with, or several of which one must fit
+            (`Tokenizer.digests`); None does not check.
         verify: check the SHA-256 of the data and recompute the index; reads everything.
 
     Attributes:
@@ -65,7 +67,7 @@ class PackedDataset:
         sequence_length: int,
         packing_seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
-        tokenizer_digest: str | None = None,
+        tokenizer_digest: str | Sequence[str] | None = None,
         verify: bool = False,
     ):
         if sequence_length < 1:
@@ -74,9 +76,10 @@ class PackedDataset:
         self.sequence_length, self.packing_seed = sequence_length, packing_seed
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self.manifest: Manifest = read_manifest(self.prefix, verify=verify)
-        if tokenizer_digest is not None and tokenizer_digest != self.manifest.tokenizer_digest:
+        accepted = (tokenizer_digest,) if isinstance(tokenizer_digest, str) else tokenizer_digest
+        if accepted is not None and self.manifest.tokenizer_digest not in accepted:
             found = f"data of the tokenizer with digest {self.manifest.tokenizer_digest[:16]}"
-            raise UserError(self.prefix, found, f"{tokenizer_digest[:16]}, the tokenizer of this run")
+            raise UserError(self.prefix, found, f"{accepted[0][:16]}, the tokenizer of this run")
         if self.manifest.tokens < sequence_length + 1:
             expected = f"at least {sequence_length + 1}, one sample (sequence length {sequence_length} and one)"
             raise UserError(self.prefix, f"{self.manifest.tokens} tokens in all", expected)

@@ -88,7 +88,8 @@ def select_miniplm(
     samples = sources.starts[-1]
     kept = keep.of(samples)
     manifests = [dataset.manifest for dataset in sources.datasets]
-    dtype = token_dtype(manifests[0].vocab_size)
+    vocab_size = max(manifest.vocab_size for manifest in manifests)
+    dtype = token_dtype(vocab_size)
     with DatasetWriter(output, dtype=dtype, overwrite=overwrite) as writer:
         scores = Scores(samples, directory=Path(output).parent)
         _score_all(sources, scores.in_order, progress=Progress("scores", total=samples, unit="samples"), show=progress)
@@ -116,7 +117,7 @@ def select_miniplm(
         }
         writer.commit(
             tokenizer_digest=manifests[0].tokenizer_digest,
-            vocab_size=manifests[0].vocab_size,
+            vocab_size=vocab_size,
             eod_id=next((m.eod_id for m in manifests if m.eod_id is not None), None),
             skipped=0,
             inputs=tuple(os.path.basename(dataset.prefix) for dataset in sources.datasets),
@@ -152,8 +153,7 @@ def _open_sources(
             sequence_length=first.sequence_length,
             packing_seed=first.packing_seed,
             cache_dir=cache_dir,
-            tokenizer_digest=first.tokenizer,
-        )
+        )  # its tokenizer was compared when it was scored, and the scores name it by its contents
         if any(dataset.identity == other.identity for other in datasets):
             raise UserError("--data", f"{prefix} twice, or two of the same contents", "each data set once")
         for cache in caches:
@@ -212,7 +212,7 @@ def _write_kept(
 ) -> list[dict[str, Any]]:
     """Writes the kept samples in corpus order; returns samples, kept samples and mean score of each data set."""
     counts = []
-    dtype = token_dtype(sources.datasets[0].manifest.vocab_size)
+    dtype = token_dtype(max(dataset.manifest.vocab_size for dataset in sources.datasets))
     for dataset, (first, last) in zip(sources.datasets, pairwise(sources.starts), strict=True):
         before, total, finite = writer.documents, 0.0, 0
         for start in range(first, last, _SAMPLES_AT_ONCE):

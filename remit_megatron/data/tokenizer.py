@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,62 +9,95 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
+from remit_megatron.data.tokenizer_files import CONFIG, SPECIAL_TOKENS, largest_id, open_directory, open_file
+from remit_megatron.data.tokenizer_identity import digest_of, former_digest
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import HF_SUBFOLDER
 
 # Looked for, in this order, where no configuration file names an end-of-text token.
 _WELL_KNOWN_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-# What changes the ids of plain text inside a BPE or Unigram model besides vocabulary and merges. Files of different
-# versions write the neutral value as null, "" or false, or leave it out.
-_MODEL_SWITCHES = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "unk_id")
 
 
 class Tokenizer:
     """Text to token ids and back. No special token is ever added; a special token that is spelled out in the text is
     recognised as such, as everywhere in the ecosystem.
 
+    A directory is read as transformers' AutoTokenizer reads it (`tokenizer_files`). Nothing is cut, padded or drawn at
+    random: truncation, padding and dropout that were saved with the tokenizer are switched off. Pickles whole, so that
+    other processes need none of its files.
+
     Args:
         path: the ``tokenizer.json`` file.
-        directory: where the configuration files are that name the end-of-text token; None for a bare file.
+        directory: where the files are that go with it; None for a bare file, which is taken as it is.
         field: what the path is called in error messages.
+
+    Attributes:
+        own_vocab_size: largest token id + 1 of ``path`` itself, without what the other files add.
+
+    Raises:
+        UserError: a file cannot be read, or is of a kind that is not supported.
     """
 
     def __init__(self, path: Path, *, directory: Path | None, field: str = "tokenizer"):
-        self.path = path
-        self._directory, self._field = directory, field
-        try:
-            self._backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            expected = "a tokenizer.json of the tokenizers library"
-            raise UserError(field, f"{path}, which cannot be read ({error})", expected) from None
+        self.path, self.directory = path, directory
+        self._field = field
+        if directory is None:
+            backend = open_file(path, field)
+            self._eos = (None, None, False)
+            self.own_vocab_size = largest_id(backend) + 1
+        else:
+            opened = open_directory(directory, field)
+            backend, self.own_vocab_size = opened.backend, opened.vocab_size
+            self._eos = (opened.eos_token, opened.eos_file, opened.eos_appended)
         # A file saved by a training script may carry its truncation: documents would silently lose their ends.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
+        model: Any = backend.model
+        self._dropout: float | None = getattr(model, "dropout", None)
+        if self._dropout is not None:
+            model.dropout = None  # or no two builds of a data set would be the same
+        self._backend = backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library pickles everything but this switch.
+        return self.__dict__ | {"_special_tokens_are_split": self._backend.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        split = state.pop("_special_tokens_are_split")
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = split
 
     @cached_property
     def vocab_size(self) -> int:
         """Largest token id + 1, added tokens included. The model's embedding may be larger."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return largest_id(self._backend) + 1
 
     @cached_property
     def eod_id(self) -> int:
         """Id of the token that ends a document.
 
-        From ``eos_token`` in tokenizer_config.json, else ``eos_token_id`` in generation_config.json or config.json
-        (the first of several), else a well-known name in the vocabulary of a bare file.
+        The ``eos_token`` that transformers finds (tokenizer_config.json, special_tokens_map.json), else
+        ``eos_token_id`` in generation_config.json or config.json (the first of several), else a well-known name in the
+        vocabulary.
 
         Raises:
             UserError: there is none; names what was looked for.
         """
+        token, file, appended = self._eos
+        if token is not None and not appended:
+            found = self._backend.token_to_id(token)
+            assert found is not None, token
+            return found
+        if file is not None and token is not None:  # a default of a class of transformers need not be there
+            raise UserError(str(file), f"eos_token {token!r}", f"a token of {self.path.name}")
         searched = []
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-            if self._directory is None or not (self._directory / name).exists():
+        for name in (CONFIG, SPECIAL_TOKENS, "generation_config.json", "config.json"):
+            if self.directory is None or not (self.directory / name).exists():
                 continue
-            found = self._eod_from(self._directory / name)
-            if found is not None:
-                return found
+            if name.endswith("config.json") and name != CONFIG:
+                found = self._eod_from(self.directory / name)
+                if found is not None:
+                    return found
             searched.append(name)
         for token in _WELL_KNOWN_EOD:
             found = self._backend.token_to_id(token)
@@ -115,31 +147,19 @@ class Tokenizer:
         """The text of ``ids``, special tokens spelled out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def token(self, number: int) -> str | None:
+        """The token with an id, as the vocabulary spells it; None where there is none."""
+        return self._backend.id_to_token(number)
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of everything that decides the ids of plain text: model (type, vocabulary, merges and
-        switches), normalizer and pre-tokenizer.
+        """SHA-256 (hex) of everything that decides the ids of plain text; see `digest_of`."""
+        return digest_of(self._backend, dropout=self._dropout)
 
-        Added tokens, post-processor, decoder and formatting are left out: the base and the instruction-tuned releases
-        of one family differ in exactly those (chat markers, templates, bos handling) and still give plain text the
-        same ids, which is all that comparing their scores token by token asks for.
-        """
-        content = json.loads(self.path.read_text(encoding="utf-8"))
-        model = content["model"]
-        identity = {
-            "type": model.get("type", "BPE"),
-            "vocab": model.get("vocab"),
-            "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []],
-            "switches": {name: model[name] for name in _MODEL_SWITCHES if _is_set(model.get(name))},
-            "normalizer": content.get("normalizer"),
-            "pre_tokenizer": content.get("pre_tokenizer"),
-        }
-        canonical = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None and value is not False and value != ""
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """`digest`, and the one that data and score caches made with this tokenizer had before."""
+        return (self.digest, former_digest(self.path))
 
 
 def load_tokenizer(path: str | os.PathLike, *, field: str = "tokenizer") -> Tokenizer:

@@ -53,7 +53,7 @@ class DatasetWriter:
         self._done = False
         self._digest = hashlib.sha256()
         self._lengths = array("i")
-        self._size = 0
+        self._size, self._largest_id = 0, -1
         with self._explained():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._data = self._locked_file()
@@ -92,6 +92,8 @@ class DatasetWriter:
             self._data.write(data)
         self._digest.update(data)
         self._size += len(data)
+        if len(tokens):
+            self._largest_id = max(self._largest_id, int(tokens.max()))
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
 
     def commit(
@@ -126,6 +128,7 @@ class DatasetWriter:
                 inputs=inputs,
                 sample_length=sample_length,
                 origin=origin,
+                largest_id=self._largest_id,
             )
             with open(self._temporary["json"], "wb") as file:
                 file.write(manifest.to_json().encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from remit_megatron.data.blend_file import is_blend_file
 from remit_megatron.data.manifest import manifest_path
@@ -28,6 +29,7 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     absent: list[str] = []
     ranks = _fewest_ranks(config) if world_size is None else world_size
     found = examine(config, world_size=ranks, absent=absent)
+    _check_present_data(config, found.hf_config["vocab_size"])
     from remit_megatron.models.family import family_of
     from remit_megatron.run.derived import describe
 
@@ -49,6 +51,25 @@ def _fewest_ranks(config: RunConfig) -> int:
 def _absent_data(config: RunConfig) -> Iterator[str]:
     for key, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         for entry in blend:
-            path = entry if isinstance(entry, str) else entry[1]
-            if not Path(path if is_blend_file(path) else manifest_path(path)).exists():
+            if not _is_there(path := _path(entry)):
                 yield f"{key} {path}"
+
+
+def _check_present_data(config: RunConfig, rows: int) -> None:
+    """Refuses data that is here and has tokens without a row in the model."""
+    from remit_megatron.data.blend import parse_blend
+    from remit_megatron.data.largest_id import check_ids
+
+    for key, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        present = [entry for entry in blend if _is_there(_path(entry))]
+        for entry in parse_blend(present, field=key) if present else ():
+            if _is_there(entry.prefix):
+                check_ids(entry.prefix, rows, field=key)
+
+
+def _path(entry: Any) -> str:
+    return entry if isinstance(entry, str) else entry[1]
+
+
+def _is_there(path: str) -> bool:
+    return Path(path if is_blend_file(path) else manifest_path(path)).exists()

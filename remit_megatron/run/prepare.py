@@ -94,9 +94,10 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
     if init is not None and config.model is not None:
         _same_architecture(hf_config, init.hf_config)
     tokenizer = _tokenizer(config, init, absent)
-    if tokenizer is not None and tokenizer.vocab_size > hf_config["vocab_size"]:
+    # What transformers appends (a padding token, say) may have no row: no data has it, or `samples` finds it there.
+    if tokenizer is not None and tokenizer.own_vocab_size > hf_config["vocab_size"]:
         raise UserError(
-            "data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
+            "data.tokenizer", f"{tokenizer.own_vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
         )
     arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
     checks.check_supported(config, arguments)

@@ -25,29 +25,31 @@ def open_data(prepared: Prepared, environment: parallel.RankEnvironment) -> tupl
 def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
     """The run's training samples, and its validation samples or None."""
     from remit_megatron.data.blend import open_blend, parse_blend
+    from remit_megatron.data.largest_id import check_ids
 
     config, arguments = prepared.config, prepared.arguments
     common: dict[str, Any] = dict(
         sequence_length=arguments.seq_length,
         packing_seed=config.data.packing_seed,
         cache_dir=config.data_cache_dir,
-        tokenizer_digest=prepared.tokenizer.digest,
+        tokenizer_digest=prepared.tokenizer.digests,
         eod_id=prepared.tokenizer.eod_id,
         mask_eod_loss=config.data.mask_eod_loss,
+        seed=config.seed,
     )
     if not config.data.train:
         raise UserError("data.train", "nothing", "a list of [weight, prefix] pairs")
-    train = open_blend(
-        parse_blend(config.data.train, field="data.train"), num_samples=train_samples, seed=config.seed, **common
-    )
-    if not config.data.valid:
+    given = {name: getattr(config.data, name) for name in ("train", "valid")}
+    blends = {name: parse_blend(blend, field=f"data.{name}") for name, blend in given.items() if blend}
+    for name, blend in blends.items():
+        for entry in blend:
+            check_ids(entry.prefix, prepared.hf_config["vocab_size"], field=f"data.{name}")
+    train = open_blend(blends["train"], num_samples=train_samples, **common)
+    if "valid" not in blends:
         return train, None
     # The same samples at every validation, so that its losses compare.
     valid_samples = arguments.eval_iters * arguments.eval_global_batch_size
-    valid = open_blend(
-        parse_blend(config.data.valid, field="data.valid"), num_samples=valid_samples, seed=config.seed, **common
-    )
-    return train, RepeatedSamples(valid)
+    return train, RepeatedSamples(open_blend(blends["valid"], num_samples=valid_samples, **common))
 
 
 class RepeatedSamples:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from remit_megatron.reference.cache import CacheIdentity, ReferenceCache
+from remit_megatron.reference.cache_format import read_manifest
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import UserError
 
@@ -88,9 +89,10 @@ def open_cache(prepared: Prepared, blend: Any, *, rank: int, create: bool) -> Re
     assert config.reference is not None and config.reference.cache_dir is not None and source is not None
     with parallel.same_fate("reading the reference"):
         digest = weights_digest(source) if rank == 0 else ""
+    path = Path(config.reference.cache_dir) / "manifest.json"
     identity = CacheIdentity(
         reference=parallel.broadcast_object(digest),
-        tokenizer=prepared.tokenizer.digest,
+        tokenizer=_tokenizer_digest(prepared.tokenizer.digests, blend, path),
         sequence_length=prepared.arguments.seq_length,
         packing_seed=config.data.packing_seed,
         document_mask=config.data.document_mask,
@@ -101,7 +103,7 @@ def open_cache(prepared: Prepared, blend: Any, *, rank: int, create: bool) -> Re
         with parallel.same_fate("opening the score cache"):
             if turn:
                 # What a cache stores is its own affair once it exists: it is asked for when one is made.
-                exists = (Path(config.reference.cache_dir) / "manifest.json").exists()
+                exists = path.exists()
                 cache = ReferenceCache.open(
                     config.reference.cache_dir,
                     identity=identity,
@@ -111,6 +113,15 @@ def open_cache(prepared: Prepared, blend: Any, *, rank: int, create: bool) -> Re
                 _declare(cache, blend, create=create)
     assert cache is not None
     return cache
+
+
+def _tokenizer_digest(digests: Sequence[str], blend: Any, manifest: Path) -> str:
+    """The one of a tokenizer's digests that a cache goes by: that of the cache, where there is one of this tokenizer;
+    else that of the data, so that two caches of the same data have the same."""
+    if manifest.exists() and (kept := read_manifest(manifest)[0].tokenizer) in digests:
+        return kept
+    found = {dataset.manifest.tokenizer_digest for dataset in blend.datasets}
+    return found.pop() if len(found) == 1 and found <= set(digests) else digests[0]
 
 
 def _declare(cache: ReferenceCache, blend: Any, *, create: bool) -> None:

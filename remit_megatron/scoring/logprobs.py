@@ -25,6 +25,8 @@ from remit_megatron.runtime.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from remit_megatron.data.tokenizer import Tokenizer
+
 _WINDOW_LINES = 2048
 _IGNORED = -100
 
@@ -85,15 +87,13 @@ def score_file(
     Raises:
         UserError: a line that is not ``{"text": ...}``, a text longer than the model, a layout that does not fit.
     """
-    import tokenizers
-
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.data.tokenizer import load_tokenizer
     from remit_megatron.runtime.parallel import gather_objects, rank_environment
 
     assert source.tokenizer is not None
     tokenizer = load_tokenizer(source.tokenizer)
-    names = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    _refuse_unknown_ids(tokenizer, Path(input_path), int(source.hf_config["vocab_size"]))
     longest = int(source.hf_config["max_position_embeddings"])
     writer = rank_environment().rank == 0
     with process_groups(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp) as groups:
@@ -110,16 +110,16 @@ def score_file(
                     parts |= part
                 if writer:
                     for line, ids in enumerate(texts):
-                        stream.write(_record(ids, names, parts.get(line, [])) + "\n")
+                        stream.write(_record(ids, tokenizer, parts.get(line, [])) + "\n")
                     progress.update(done)
         if writer:
             progress.finish()
 
 
-def _record(ids: Sequence[int], names: Any, logprobs: Sequence[float]) -> str:
+def _record(ids: Sequence[int], tokenizer: Tokenizer, logprobs: Sequence[float]) -> str:
     assert len(logprobs) == max(0, len(ids) - 1)
     values = [None, *logprobs] if ids else []
-    record = {"token_ids": list(ids), "tokens": [names.id_to_token(i) for i in ids], "logprobs": values}
+    record = {"token_ids": list(ids), "tokens": [tokenizer.token(i) for i in ids], "logprobs": values}
     return json.dumps(record, ensure_ascii=False)
 
 
@@ -143,6 +143,15 @@ def _text(path: Path, number: int, line: bytes) -> str:
         found = f"text {text!r}" if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{path} line {number}", found, 'a line like {"text": "..."}')
     return text
+
+
+def _refuse_unknown_ids(tokenizer: Tokenizer, path: Path, rows: int) -> None:
+    """Before the model is built; the texts are read for it only where the tokenizer has more entries than that."""
+    for window, _ in _windows(path) if tokenizer.vocab_size > rows else ():
+        for (number, _), ids in zip(window, tokenizer.encode_batch([text for _, text in window]), strict=True):
+            if max(ids, default=0) >= rows:
+                expected = f"below {rows}, the rows of the model's embedding"
+                raise UserError(f"{path} line {number}", f"ids up to {max(ids)}", expected)
 
 
 def _refuse_long(

@@ -288,7 +288,7 @@ class Engine:
 
     def _add_model_files(self, directory: Path) -> None:
         """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
-        from remit_megatron.conversion.source import COMPANION_FILES
+        from remit_megatron.conversion.source import CHAT_FILES, TOKENIZER_FILES, copy_companions
 
         target = directory / HF_SUBFOLDER
         target.mkdir(exist_ok=True)
@@ -297,12 +297,11 @@ class Engine:
             # A model from a description: transformers would put in the ids of another tokenizer.
             config = config | {"bos_token_id": None, "eos_token_id": self._prepared.tokenizer.eod_id}
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        folders = [Path(self._prepared.tokenizer.path)]
-        if self._prepared.init is not None:
-            folders.append(self._prepared.init.hf_files)
-        for name in COMPANION_FILES:
-            for folder in folders:
-                source = (folder if folder.is_dir() else folder.parent) / name
-                if source.is_file():
-                    shutil.copyfile(source, target / name)
-                    break
+        tokenizer, init = self._prepared.tokenizer, self._prepared.init
+        if tokenizer.directory is None:
+            shutil.copyfile(tokenizer.path, target / "tokenizer.json")
+        else:
+            copy_companions(tokenizer.directory, target, TOKENIZER_FILES)
+        folders = [tokenizer.directory, None if init is None else init.hf_files]
+        for folder in (folder for folder in folders if folder is not None):
+            copy_companions(folder, target, (*CHAT_FILES, "generation_config.json"))

@@ -282,14 +282,41 @@ def altered(material: dict[str, Path], name: str, change) -> Path:
     return directory
 
 
-def test_tied_head_in_the_file_is_ignored(pool, material):
-    def add_head(tensors):
-        tensors["lm_head.weight"] = torch.full((VOCABULARY, 48), 9.0)
+def test_tensors_that_are_no_weights_change_nothing(pool, material):
+    """A tied bf16 model whose file holds its head a second time, and rotary buffers, in wider types; with two keys for
+    the dtype, both of them wrong."""
+    import transformers
 
-    directory, root = altered(material, "with_head", add_head), material["root"]
-    pool.run(run_import, world_size=1, hf=str(directory), output=str(root / "with_head_checkpoint"))
-    pool.run(run_export, world_size=1, checkpoint=str(root / "with_head_checkpoint"), output=str(root / "head_back"))
-    same_model(material["tied"], root / "head_back")
+    def widen(tensors):
+        for name in list(tensors):
+            tensors[name] = tensors[name].bfloat16()
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].float()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+        tensors["model.rotary_emb.inv_freq"] = torch.ones(5, dtype=torch.float64)
+
+    directory, root = altered(material, "with_head", widen), material["root"]
+    expected = load_file(directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": "float32", "torch_dtype": "float32"}))
+    templates = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/rag.jinja": "{{ documents }}"}
+    (directory / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        (directory / name).write_text(text)
+    checkpoint, output = root / "with_head_checkpoint", root / "head_back"
+    pool.run(run_import, world_size=1, hf=str(directory), output=str(checkpoint))
+    said = json.loads((checkpoint / "hf" / "config.json").read_text())
+    assert said["dtype"] == said["torch_dtype"] == "bfloat16"
+    pool.run(run_export, world_size=1, checkpoint=str(checkpoint), output=str(output), dtype="fp32")
+    back = load_file(output / "model.safetensors")
+    assert back.keys() == load_file(material["tied"] / "model.safetensors").keys()
+    assert all(torch.equal(tensor, expected[name].float()) for name, tensor in back.items())
+    said = json.loads((output / "config.json").read_text())
+    assert said["dtype"] == said["torch_dtype"] == "float32"
+    assert transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.float32
+    assert transformers.AutoTokenizer.from_pretrained(output).chat_template == {
+        "default": "{{ messages }}",
+        "rag": "{{ documents }}",
+    }
 
 
 @pytest.mark.parametrize(
@@ -299,8 +326,9 @@ def test_tied_head_in_the_file_is_ignored(pool, material):
         (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}), "q_proj.bias (1 unknown)"),
         (lambda t: t.update({"model.norm.weight": torch.ones(47)}), "shape (47,)"),
         (lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int32)}), "dtype I32"),
+        (lambda t: t.update({"lm_head.weight": torch.full((VOCABULARY, 48), 9.0)}), "tie_word_embeddings: found true"),
     ],
-    ids=["missing", "unknown", "shape", "dtype"],
+    ids=["missing", "unknown", "shape", "dtype", "head"],
 )
 def test_import_refuses_and_leaves_nothing(pool, material, request, change, expected):
     name = request.node.callspec.id

@@ -118,14 +118,56 @@ def test_digest_is_of_plain_text(tmp_path):
     assert changed() == base
     assert changed(model__merges=["t h", "th e"]) == base  # the older spelling of the same merges
     assert changed(model__byte_fallback=None, post_processor=None, decoder=None, added_tokens=[]) == base
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}  # use_regex left out
+    for same in (byte_level, byte_level | {"trim_offsets": False, "use_regex": True}):
+        assert changed(pre_tokenizer=same) == base
+        assert changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [same]}) == base
+    assert changed(normalizer={"type": "Sequence", "normalizers": []}) == base
+    assert changed(model__continuing_subword_prefix="", model__end_of_word_suffix="", model__dropout=0.0) == base
     different = {
         changed(model__merges=[["t", "h"]]),
         changed(model__ignore_merges=True),
+        changed(model__byte_fallback=True),
+        changed(model__dropout=0.1),
+        changed(model__dropout=0.2),
+        changed(model__unk_token="t"),
+        changed(model__unk_token="h"),
+        changed(model__fuse_unk=True),
+        changed(model__end_of_word_suffix="h"),
         changed(normalizer={"type": "NFC"}),
-        changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        changed(pre_tokenizer=byte_level | {"add_prefix_space": True}),
+        changed(pre_tokenizer=byte_level | {"use_regex": False}),
         changed(model__vocab__th=257, model__vocab__the=256),
     }
-    assert len(different | {base}) == 6
+    assert len(different | {base}) == 14
+
+    def metaspace(**values: object) -> str:
+        return changed(pre_tokenizer={"type": "Metaspace", "replacement": "▁"} | values)
+
+    assert metaspace(add_prefix_space=True) == metaspace(prepend_scheme="always") == metaspace(split=True)
+    never = metaspace(prepend_scheme="never")
+    assert metaspace(add_prefix_space=False, prepend_scheme="never") == never
+    assert len({never, metaspace(), metaspace(split=False), metaspace(prepend_scheme="first")}) == 4
+
+
+def test_digest_of_the_same_tokenizer_saved_again(tmp_path):
+    """As transformers writes it, with another class, and back."""
+    import transformers
+
+    first = load_tokenizer(make_tokenizer(tmp_path / "first"))
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "first")
+    saved.save_pretrained(tmp_path / "again")
+    (tmp_path / "first" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "gpt2")
+    digests = {load_tokenizer(tmp_path / name).digest for name in ("first", "again", "gpt2")}
+    assert digests == {first.digest}
+
+
+def test_former_digests_stay_accepted(tmp_path):
+    """The number that version 0.1 computed for this very tokenizer."""
+    opened = load_tokenizer(make_tokenizer(tmp_path))
+    former = "c5c56e7e30f496499dbc87a4db0817773154876b2fb989423b28e96231c3df89"
+    assert opened.digests == (opened.digest, former) and opened.digest != former
 
 
 def test_dolma2():

@@ -1,0 +1,142 @@
+"""Which files of a Hugging Face directory hold its weights: those that transformers takes, in its order.
+
+That order (``_get_resolved_checkpoint_files`` of transformers 5): the file that config.json names as
+``transformers_weights``, model.safetensors, the shards of model.safetensors.index.json, pickled weights. Of an index it
+takes the names of the files only; what is in these is loaded, the last file first in right where two hold one name.
+Where it finds nothing, and a single other safetensors file is there, that one is taken here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from remit_megatron.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Beside a model's weights in many directories, and not the model: adapters, and the same weights under other names.
+_BESIDE = ("adapter_model*.safetensors", "consolidated*.safetensors")
+
+
+def tensor_files(directory: Path, field: str = "checkpoint") -> dict[str, Path]:
+    """Name of every tensor in a Hugging Face directory -> the safetensors file that holds it.
+
+    Headers and sizes of all files are checked, so a download that broke off is found before any work starts.
+
+    Raises:
+        UserError: no safetensors, a file of the index is missing, or a file is damaged.
+    """
+    named = _named_in_config(directory)
+    if named is not None:
+        return _indexed(named) if named.name.endswith(".index.json") else _held([named])
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        if index.is_file():
+            _warn_of_stale(index)
+        return _held([single])
+    if index.is_file():
+        return _indexed(index)
+    return _held([_only_file(directory, field)])
+
+
+def _named_in_config(directory: Path) -> Path | None:
+    """The file that ``transformers_weights`` of config.json names."""
+    path = directory / "config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads the configuration says so
+    if name is None:
+        return None
+    expected = "a safetensors file or index in the directory"
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"{path} transformers_weights", repr(name), expected)
+    file = directory / name
+    if not file.resolve().is_relative_to(directory.resolve()) or not file.is_file():
+        raise UserError(f"{path} transformers_weights", f"{name}, which is not there", expected)
+    return file
+
+
+@cache
+def _warn_of_stale(index: Path) -> None:
+    """Once for each; an index of that one file is none of another model's."""
+    try:
+        files = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = set()
+    if files != {SINGLE}:
+        logger.warning("%s is passed over, with its files: %s beside it comes first", index, SINGLE)
+
+
+def _only_file(directory: Path, field: str) -> Path:
+    pickled = [name for name in _PICKLED if (directory / name).is_file()]
+    everything = sorted(directory.glob("*.safetensors"))
+    beside = {path for pattern in _BESIDE for path in directory.glob(pattern)}
+    files = [path for path in everything if path not in beside]
+    if pickled:
+        before = f", which transformers takes before {files[0].name}" if files else ""
+        expected = f"{SINGLE} (pickled weights are not read: they can run code)"
+        raise UserError(field, f"only {pickled[0]}{before} in {directory}", expected)
+    if len(files) == 1:
+        return files[0]
+    if files:
+        found = f"{len(files)} safetensors files and no {INDEX} in {directory}"
+        raise UserError(field, found, f"{SINGLE}, or one file, or the index")
+    legacy = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    names = [path.name for path in everything] or legacy
+    found = f"only {', '.join(names)}" if names else "no weights"
+    expected = f"{SINGLE}, or {INDEX} with its files" if everything else "*.safetensors"
+    raise UserError(field, f"{found} in {directory}", f"{expected} (pickled weights are not read: they can run code)")
+
+
+def _held(files: Iterable[Path]) -> dict[str, Path]:
+    return {name: file for file in files for name in read_header(file)[1]}
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wanted = {name: index.parent / file for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(str(index), f"{type(error).__name__}: {error}", "JSON with a weight_map") from None
+    files = sorted(set(wanted.values()))
+    for file in files:
+        if not file.is_file():
+            raise UserError(str(index), f"{file.name}, which is not there", "every file that the index names")
+    held = _held(files)
+    for name, file in sorted(wanted.items()):
+        if name not in held:
+            raise UserError(str(file), f"no tensor {name}", "the tensors that the index puts there")
+    return held
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file starts, and the header's entry of every tensor: 8 bytes of header length,
+    JSON, data without gaps.
+
+    Raises:
+        UserError: the header cannot be read, or the file is not as long as it says.
+    """
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if end != size:
+            raise ValueError(f"{size} bytes where the header speaks of {end}")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(str(file), f"{error}", "a whole safetensors file") from None
+    return 8 + length, header
