@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 from remit_megatron.data.blend_file import is_blend_file
 from remit_megatron.data.manifest import manifest_path
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.prepare import examine
+from remit_megatron.run.samples import check_document_ends
 
 
 def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
@@ -32,7 +32,10 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     from remit_megatron.run.derived import describe
 
     unlisted = family_of(found.hf_config).unlisted_parameters(found.hf_config)
-    missing = [*absent, *_absent_data(config)]
+    there, absent_data = _data(config)
+    if found.tokenizer is not None:
+        check_document_ends(config, there, found.tokenizer)
+    missing = [*absent, *absent_data]
     notes = "".join(f"not found here: {line} (a run needs it; it was not checked)\n" for line in missing)
     return config.to_yaml() + "\n" + describe(config, found.arguments, unlisted=unlisted) + notes
 
@@ -46,9 +49,14 @@ def _fewest_ranks(config: RunConfig) -> int:
     return math.prod(max(chosen.get(f"{axis}_parallel_size") or 1, 1) for axis in axes)
 
 
-def _absent_data(config: RunConfig) -> Iterator[str]:
+def _data(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Prefixes of the data sets that are there, and a line for each entry that is not."""
+    there, absent = [], []
     for key, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         for entry in blend:
             path = entry if isinstance(entry, str) else entry[1]
             if not Path(path if is_blend_file(path) else manifest_path(path)).exists():
-                yield f"{key} {path}"
+                absent.append(f"{key} {path}")
+            elif not is_blend_file(path):  # blend files that are there have been replaced by their contents
+                there.append(path)
+    return there, absent

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from remit_megatron.run.prepare import Prepared, total_steps
+from remit_megatron.data.boundaries import check_boundaries
+from remit_megatron.data.manifest import read_manifest
+from remit_megatron.data.tokenizer import Tokenizer
+from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.prepare import Prepared, objective_settings, total_steps
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import UserError
 
@@ -37,17 +42,39 @@ def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
     )
     if not config.data.train:
         raise UserError("data.train", "nothing", "a list of [weight, prefix] pairs")
-    train = open_blend(
-        parse_blend(config.data.train, field="data.train"), num_samples=train_samples, seed=config.seed, **common
-    )
-    if not config.data.valid:
+    entries = parse_blend(config.data.train, field="data.train")
+    valid_entries = parse_blend(config.data.valid, field="data.valid") if config.data.valid else []
+    check_document_ends(config, [prefix for _, prefix in entries + valid_entries], prepared.tokenizer)
+    train = open_blend(entries, num_samples=train_samples, seed=config.seed, **common)
+    if not valid_entries:
         return train, None
     # The same samples at every validation, so that its losses compare.
     valid_samples = arguments.eval_iters * arguments.eval_global_batch_size
-    valid = open_blend(
-        parse_blend(config.data.valid, field="data.valid"), num_samples=valid_samples, seed=config.seed, **common
-    )
+    valid = open_blend(valid_entries, num_samples=valid_samples, seed=config.seed, **common)
     return train, RepeatedSamples(valid)
+
+
+def check_document_ends(config: RunConfig, prefixes: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Refuses settings that go by the ends of documents where the data does not mark them.
+
+    Args:
+        prefixes: data sets that are there.
+
+    Raises:
+        UserError: naming the setting and the data set; or a data set that cannot be read.
+    """
+    by_ends = {
+        "data.mask_eod_loss": "true" if config.data.mask_eod_loss else None,
+        "data.document_mask": "true" if config.data.document_mask else None,
+        "objective.centering": "document" if objective_settings(config).get("centering") == "document" else None,
+    }
+    asked = {setting: value for setting, value in by_ends.items() if value is not None}
+    if not asked:
+        return
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        for setting, value in asked.items():
+            check_boundaries(prefix, manifest, tokenizer.eod_id, setting=setting, value=value)
 
 
 class RepeatedSamples:
