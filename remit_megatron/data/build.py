@@ -13,8 +13,9 @@ import numpy as np
 
 from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chunks
 from remit_megatron.data.indexed import token_dtype
+from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs
 from remit_megatron.data.manifest import Manifest
-from remit_megatron.data.readers import LOCAL_FILES, FileStore, TextFormat, expand_inputs, iter_chunks, total_bytes
+from remit_megatron.data.readers import TextFormat, iter_chunks, total_bytes
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.data.writer import DatasetWriter
 from remit_megatron.runtime.errors import UserError
@@ -58,8 +59,12 @@ def build_dataset(
     Raises:
         UserError: anything wrong with the arguments, the input or the disk; nothing is left behind.
     """
+    left_out: list[str] = []
+    files = expand_inputs(inputs, left_out=left_out)
+    for line in left_out:
+        logger.warning("%s", line)
     return build_files(
-        expand_inputs(inputs),
+        files,
         tokenizer,
         output,
         workers=workers,
