@@ -38,6 +38,8 @@ class Manifest:
         sample_length: None for text. L where every document is one sample of sequence length L, that is L + 1 tokens
             (`remit data select`): packing with this sequence length gives the documents, untouched and in their order.
         origin: what `remit data mix` built it from, so that it knows what is finished; None elsewhere.
+        special_tokens: ids that were put before and after each text, the end-of-document token not among them; None
+            where nothing was.
     """
 
     tokenizer_digest: str
@@ -52,11 +54,12 @@ class Manifest:
     inputs: tuple[str, ...]
     sample_length: int | None = None
     origin: dict[str, Any] | None = None
+    special_tokens: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        for optional in ("sample_length", "origin"):
+        for optional in ("sample_length", "origin", "special_tokens"):
             if content[optional] is None:
                 del content[optional]
         return json.dumps(content, indent=1) + "\n"
@@ -115,9 +118,17 @@ def _parse(path: str, content: Any) -> Manifest:
             inputs=tuple(map(str, content["inputs"])),
             sample_length=None if content.get("sample_length") is None else int(content["sample_length"]),
             origin=None if content.get("origin") is None else dict(content["origin"]),
+            special_tokens=_sides(content.get("special_tokens")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(path, f"a damaged manifest ({type(error).__name__}: {error})", "all fields") from None
+
+
+def _sides(content: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if content is None:
+        return None
+    before, after = (tuple(map(int, ids)) for ids in content)
+    return before, after
 
 
 def _check_file(path: str, record: FileRecord, *, verify: bool) -> None:

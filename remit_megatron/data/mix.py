@@ -23,6 +23,7 @@ from remit_megatron.data.build import build_files
 from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs, is_there
 from remit_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from remit_megatron.data.recipe import Recipe, Source
+from remit_megatron.data.special_tokens import NOTHING, SpecialTokens, special_tokens
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.progress import format_count
@@ -127,6 +128,7 @@ def mix(
     allow_missing: bool = False,
     workers: int = 1,
     on_error: str = "stop",
+    add_special_tokens: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[Plan]:
@@ -134,7 +136,7 @@ def mix(
 
     Args:
         tokenizer: for `load_tokenizer`; for data sets that are finished, too.
-        workers, on_error, progress: as for `build_dataset`.
+        workers, on_error, add_special_tokens, progress: as for `build_dataset`.
         overwrite: build again what was built from something else.
         recipe, root, output, budget, hub, allow_missing: as for `plan_mix`.
 
@@ -149,14 +151,15 @@ def mix(
     plans = plan_mix(recipe, **options)
     if budget is not None:
         _check_missing(plans, recipe, root=root, allow_missing=allow_missing)
-    again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digest))}
+    around = special_tokens(opened) if add_special_tokens else NOTHING
+    again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digest, around))}
     if again and not overwrite:
         name, reason = next(iter(again.items()))
         raise UserError(os.path.join(output, name), reason, "what is asked for now; --overwrite builds it again")
     wanted = [plan for plan in plans if plan.state in ("local", "hub") or plan.source.name in again]
     for plan in wanted:
         _check_readable(plan, recipe, hub=hub)
-    for plan in wanted:
+    for number, plan in enumerate(wanted):
         for line in plan.left_out:
             logger.warning("%s", line)
         _build(
@@ -167,7 +170,9 @@ def mix(
             output=output,
             workers=workers,
             on_error=on_error,
+            add_special_tokens=add_special_tokens,
             overwrite=plan.source.name in again,
+            announce=number == 0,
             progress=progress,
         )
     plans = plan_mix(recipe, **options)
@@ -223,10 +228,13 @@ def _scattered(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _outdated(plan: Plan, tokenizer_digest: str) -> str:
+def _outdated(plan: Plan, tokenizer_digest: str, around: SpecialTokens) -> str:
     """Why the data set that is there cannot be used; empty where it can, or there is none."""
     if plan.manifest is not None and plan.manifest.tokenizer_digest != tokenizer_digest:
         return f"tokens of tokenizer {plan.manifest.tokenizer_digest[:16]}, not of {tokenizer_digest[:16]}"
+    there = plan.manifest.special_tokens if plan.manifest is not None else None
+    if plan.manifest is not None and (there or ((), ())) != (around.before, around.after):
+        return f"texts with {there} around them" if there else "texts without --add-special-tokens"
     return plan.reason if plan.state == "changed" else ""
 
 
@@ -279,7 +287,9 @@ def _build(
     output: str,
     workers: int,
     on_error: str,
+    add_special_tokens: bool,
     overwrite: bool,
+    announce: bool,
     progress: bool,
 ) -> None:
     source, store, files = plan.source, LOCAL_FILES, list(plan.files)
@@ -294,8 +304,10 @@ def _build(
             text_key=source.text_key,
             template=source.template,
             on_error=on_error,
+            add_special_tokens=add_special_tokens,
             max_tokens=plan.wanted,
             overwrite=overwrite,
+            announce=announce,
             progress=source.name if progress else None,
             store=store,
             origin=_origin(plan, root),
