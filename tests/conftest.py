@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.distributed.pool import RankPool
+
+# The same examples on every machine, and no test that fails because the machine is slow today.
+settings.register_profile("remit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("remit")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A test file that no pattern collects, or a folder that is not looked into, passes unnoticed otherwise. Raise it as

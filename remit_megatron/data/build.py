@@ -13,8 +13,10 @@ import numpy as np
 
 from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chunks
 from remit_megatron.data.indexed import token_dtype
+from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs
 from remit_megatron.data.manifest import Manifest
-from remit_megatron.data.readers import LOCAL_FILES, FileStore, TextFormat, expand_inputs, iter_chunks, total_bytes
+from remit_megatron.data.readers import TextFormat, iter_chunks, total_bytes
+from remit_megatron.data.special_tokens import NOTHING, notice, special_tokens
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.data.writer import DatasetWriter
 from remit_megatron.runtime.errors import UserError
@@ -35,6 +37,7 @@ def build_dataset(
     template: str | None = None,
     on_error: str = "stop",
     append_eod: bool = True,
+    add_special_tokens: bool = False,
     max_documents: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -51,6 +54,8 @@ def build_dataset(
         text_key, template: see `TextFormat`.
         on_error: "stop" at the first bad line, or "skip" and count.
         append_eod: append the end-of-document token to each document.
+        add_special_tokens: put the tokens around each text that the tokenizer's post-processor adds, as
+            ``AutoTokenizer`` does by default.
         max_documents: stop after so many.
         overwrite: replace an existing data set.
         progress: show progress on standard error.
@@ -58,8 +63,12 @@ def build_dataset(
     Raises:
         UserError: anything wrong with the arguments, the input or the disk; nothing is left behind.
     """
+    left_out: list[str] = []
+    files = expand_inputs(inputs, left_out=left_out)
+    for line in left_out:
+        logger.warning("%s", line)
     return build_files(
-        expand_inputs(inputs),
+        files,
         tokenizer,
         output,
         workers=workers,
@@ -67,6 +76,7 @@ def build_dataset(
         template=template,
         on_error=on_error,
         append_eod=append_eod,
+        add_special_tokens=add_special_tokens,
         max_documents=max_documents,
         overwrite=overwrite,
         progress="tokenizing" if progress else None,
@@ -83,10 +93,12 @@ def build_files(
     template: str | None = None,
     on_error: str = "stop",
     append_eod: bool = True,
+    add_special_tokens: bool = False,
     max_documents: int | None = None,
     max_tokens: int | None = None,
     overwrite: bool = False,
     progress: str | None = None,
+    announce: bool = True,
     store: FileStore = LOCAL_FILES,
     origin: dict[str, Any] | None = None,
 ) -> Manifest:
@@ -96,9 +108,11 @@ def build_files(
         files: read in this order.
         max_tokens: stop with the document that brings them to so many, end-of-document tokens included.
         progress: what progress on standard error says it is; None shows none.
+        announce: say what the tokenizer would add to each text.
         store: where the files are.
         origin: goes into the manifest.
-        tokenizer, output, workers, text_key, template, on_error, append_eod, max_documents, overwrite: as there.
+        tokenizer, output, workers, text_key, template, on_error, append_eod, add_special_tokens, max_documents,
+            overwrite: as there.
 
     Raises:
         UserError: as there.
@@ -111,6 +125,9 @@ def build_files(
     opened = load_tokenizer(tokenizer, field="--tokenizer")
     text_format = TextFormat(text_key=text_key, template=template)
     eod_id = opened.eod_id if append_eod else None
+    around = special_tokens(opened) if add_special_tokens else NOTHING
+    if announce and (line := notice(opened, around if add_special_tokens else None, eod_id)):
+        logger.warning("%s", line)
     if store is LOCAL_FILES:
         _refuse_own_input(files, os.fspath(output))
     dtype = token_dtype(opened.vocab_size)
@@ -121,6 +138,8 @@ def build_files(
         eod_id=eod_id,
         dtype=dtype.str,
         stop_at_bad=on_error == "stop",
+        before=around.before,
+        after=around.after,
     )
     with DatasetWriter(output, dtype=dtype, overwrite=overwrite) as writer:
         chunks = iter_chunks(files, fields=text_format.fields, store=store)
@@ -142,6 +161,7 @@ def build_files(
             skipped=skipped,
             inputs=tuple(map(os.path.basename, files)),
             origin=origin,
+            special_tokens=(around.before, around.after) if any(around) else None,
         )
 
 

@@ -52,8 +52,17 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         help="a bad line stops the build (default), or is counted and skipped",
     )
     parser.add_argument("--no-eod", action="store_true", help="append no end-of-document token")
+    _add_special_tokens_option(parser)
     parser.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _add_special_tokens_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--add-special-tokens",
+        action="store_true",
+        help="put the tokens around each text that the tokenizer's post-processor adds (as begin of text)",
+    )
 
 
 def run_build(args: argparse.Namespace) -> int:
@@ -73,6 +82,7 @@ def run_build(args: argparse.Namespace) -> int:
             template=template,
             on_error=args.on_error,
             append_eod=not args.no_eod,
+            add_special_tokens=args.add_special_tokens,
             max_documents=args.max_documents,
             overwrite=args.overwrite,
             progress=True,
@@ -109,6 +119,7 @@ def add_mix_arguments(parser: argparse.ArgumentParser) -> None:
         default="stop",
         help="a bad line stops the build (default), or is counted and skipped",
     )
+    _add_special_tokens_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="build again what was built from something else")
     parser.add_argument("--dry-run", action="store_true", help="print shares, tokens and what is there; write nothing")
 
@@ -130,6 +141,7 @@ def run_mix(args: argparse.Namespace) -> int:
             allow_missing=args.allow_missing,
             workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
             on_error=args.on_error,
+            add_special_tokens=args.add_special_tokens,
             overwrite=args.overwrite,
             progress=True,
             **options,

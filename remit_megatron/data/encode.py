@@ -29,6 +29,7 @@ class EncodeSettings:
         eod_id: appended to each document; None for nothing.
         dtype: numpy name of the token type to return.
         stop_at_bad: leave the rest of a chunk after its first bad record.
+        before, after: ids put around each text, ``after`` in front of ``eod_id``.
     """
 
     tokenizer: str
@@ -37,6 +38,8 @@ class EncodeSettings:
     eod_id: int | None
     dtype: str
     stop_at_bad: bool
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,11 @@ class Encoder:
         self, chunk: Chunk, documents: list[tuple[int, list[int]]], bad: list[tuple[int, BadRecord]]
     ) -> EncodedChunk:
         numbers = [number for number, _ in documents]
-        end = [] if self._settings.eod_id is None else [self._settings.eod_id]
-        lengths = np.fromiter((len(ids) + len(end) for _, ids in documents), dtype=np.int32, count=len(documents))
-        stream = chain.from_iterable(chain(ids, end) for _, ids in documents)
+        begin, end = self._settings.before, self._settings.after
+        end += () if self._settings.eod_id is None else (self._settings.eod_id,)
+        around = len(begin) + len(end)
+        lengths = np.fromiter((len(ids) + around for _, ids in documents), dtype=np.int32, count=len(documents))
+        stream = chain.from_iterable(chain(begin, ids, end) for _, ids in documents)
         tokens = np.fromiter(stream, dtype=self._settings.dtype, count=int(lengths.sum(dtype=np.int64)))
         lines = [BadLine(number, text.found, text.expected, bisect_left(numbers, number)) for number, text in bad]
         return EncodedChunk(chunk.file, chunk.end, tokens, lengths, lines)

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from remit_megatron.data.readers import KNOWN_SUFFIXES
+from remit_megatron.data.inputs import KNOWN_SUFFIXES
 from remit_megatron.data.recipe import HubPlace
 from remit_megatron.runtime.errors import UserError
 

@@ -39,6 +39,8 @@ class Manifest:
             (`remit data select`): packing with this sequence length gives the documents, untouched and in their order.
         origin: what `remit data mix` built it from, so that it knows what is finished; None elsewhere.
         largest_id: of the stored tokens; None in data of older versions.
+        special_tokens: ids that were put before and after each text, the end-of-document token not among them; None
+            where nothing was.
     """
 
     tokenizer_digest: str
@@ -54,11 +56,12 @@ class Manifest:
     sample_length: int | None = None
     origin: dict[str, Any] | None = None
     largest_id: int | None = None
+    special_tokens: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        for optional in ("sample_length", "origin", "largest_id"):
+        for optional in ("sample_length", "origin", "largest_id", "special_tokens"):
             if content[optional] is None:
                 del content[optional]
         return json.dumps(content, indent=1) + "\n"
@@ -118,9 +121,17 @@ def _parse(path: str, content: Any) -> Manifest:
             sample_length=None if content.get("sample_length") is None else int(content["sample_length"]),
             origin=None if content.get("origin") is None else dict(content["origin"]),
             largest_id=None if content.get("largest_id") is None else int(content["largest_id"]),
+            special_tokens=_sides(content.get("special_tokens")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(path, f"a damaged manifest ({type(error).__name__}: {error})", "all fields") from None
+
+
+def _sides(content: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if content is None:
+        return None
+    before, after = (tuple(map(int, ids)) for ids in content)
+    return before, after
 
 
 def _check_file(path: str, record: FileRecord, *, verify: bool) -> None:

@@ -6,9 +6,9 @@ stopped and started again: what is finished is recognized by its manifest and le
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -20,12 +20,15 @@ from typing import Any, Literal
 
 from remit_megatron.data.blend_file import write_blend_file
 from remit_megatron.data.build import build_files
+from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs, is_there
 from remit_megatron.data.manifest import Manifest, manifest_path, read_manifest
-from remit_megatron.data.readers import LOCAL_FILES, FileStore, expand_inputs
 from remit_megatron.data.recipe import Recipe, Source
+from remit_megatron.data.special_tokens import NOTHING, SpecialTokens, special_tokens
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.progress import format_count
+
+logger = logging.getLogger(__name__)
 
 BLEND = "blend.yaml"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -43,6 +46,7 @@ class Plan:
         wanted: tokens; None for all there are.
         files: local files, in the order in which they are read.
         manifest: of the data set that is there; None where there is none.
+        left_out: a line for each thing in its folders that is passed over.
         state: ``done``, ``changed`` (a data set is there, of something else), ``local`` or ``hub`` (to be built from
             there), or ``missing``.
         reason: what is missing or has changed.
@@ -55,6 +59,7 @@ class Plan:
     manifest: Manifest | None
     state: State
     reason: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 def parse_tokens(text: str | None) -> int | None:
@@ -87,7 +92,8 @@ def plan_mix(
     Raises:
         UserError: a file that nothing here reads, or a damaged data set.
     """
-    found = {source.name: _find(source, recipe, root) for source in recipe.sources}
+    left_out: dict[str, list[str]] = {source.name: [] for source in recipe.sources}
+    found = {source.name: _find(source, recipe, root, left_out[source.name]) for source in recipe.sources}
     built = {source.name: _built(source, output) for source in recipe.sources}
     missing = {
         source.name
@@ -107,7 +113,7 @@ def plan_mix(
         local = () if isinstance(files, str) else files
         reason = "" if manifest is None else _change(manifest, source, local, root, wanted)
         state = _state(manifest, reason, local)
-        plans.append(Plan(source, share, wanted, local, manifest, state, reason))
+        plans.append(Plan(source, share, wanted, local, manifest, state, reason, tuple(left_out[source.name])))
     return plans
 
 
@@ -122,6 +128,7 @@ def mix(
     allow_missing: bool = False,
     workers: int = 1,
     on_error: str = "stop",
+    add_special_tokens: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[Plan]:
@@ -129,7 +136,7 @@ def mix(
 
     Args:
         tokenizer: for `load_tokenizer`; for data sets that are finished, too.
-        workers, on_error, progress: as for `build_dataset`.
+        workers, on_error, add_special_tokens, progress: as for `build_dataset`.
         overwrite: build again what was built from something else.
         recipe, root, output, budget, hub, allow_missing: as for `plan_mix`.
 
@@ -144,14 +151,17 @@ def mix(
     plans = plan_mix(recipe, **options)
     if budget is not None:
         _check_missing(plans, recipe, root=root, allow_missing=allow_missing)
-    again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digests))}
+    around = special_tokens(opened) if add_special_tokens else NOTHING
+    again = {plan.source.name: reason for plan in plans if (reason := _outdated(plan, opened.digests, around))}
     if again and not overwrite:
         name, reason = next(iter(again.items()))
         raise UserError(os.path.join(output, name), reason, "what is asked for now; --overwrite builds it again")
     wanted = [plan for plan in plans if plan.state in ("local", "hub") or plan.source.name in again]
     for plan in wanted:
         _check_readable(plan, recipe, hub=hub)
-    for plan in wanted:
+    for number, plan in enumerate(wanted):
+        for line in plan.left_out:
+            logger.warning("%s", line)
         _build(
             plan,
             recipe,
@@ -160,7 +170,9 @@ def mix(
             output=output,
             workers=workers,
             on_error=on_error,
+            add_special_tokens=add_special_tokens,
             overwrite=plan.source.name in again,
+            announce=number == 0,
             progress=progress,
         )
     plans = plan_mix(recipe, **options)
@@ -191,16 +203,16 @@ def _check_readable(plan: Plan, recipe: Recipe, *, hub: bool) -> None:
     raise UserError(f"{recipe.path}: {plan.source.name}", "no files to build it again from", expected)
 
 
-def _find(source: Source, recipe: Recipe, root: str) -> tuple[str, ...] | str:
+def _find(source: Source, recipe: Recipe, root: str, left_out: list[str]) -> tuple[str, ...] | str:
     """Local files of a source, or what is not there. Their order has nothing to do with their names, which often are
     dates, so that a part of a source is not its oldest part."""
     files: set[str] = set()
     for item in source.files:
         path = os.path.join(root, item)
-        if not os.path.exists(path) and not any(map(os.path.isfile, glob.iglob(path, recursive=True))):
-            return f"nothing at {path}"
         try:
-            files |= set(expand_inputs([path]))
+            if not is_there(path):
+                return f"nothing at {path}"
+            files |= set(expand_inputs([path], left_out=left_out))
         except UserError as error:
             raise UserError(f"{recipe.path}: {source.name}", error.found, error.expected) from None
     return tuple(sorted(files, key=lambda file: _scattered(os.path.relpath(file, root))))
@@ -216,10 +228,13 @@ def _scattered(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _outdated(plan: Plan, digests: Sequence[str]) -> str:
+def _outdated(plan: Plan, digests: Sequence[str], around: SpecialTokens) -> str:
     """Why the data set that is there cannot be used; empty where it can, or there is none."""
     if plan.manifest is not None and plan.manifest.tokenizer_digest not in digests:
         return f"tokens of tokenizer {plan.manifest.tokenizer_digest[:16]}, not of {digests[0][:16]}"
+    there = plan.manifest.special_tokens if plan.manifest is not None else None
+    if plan.manifest is not None and (there or ((), ())) != (around.before, around.after):
+        return f"texts with {there} around them" if there else "texts without --add-special-tokens"
     return plan.reason if plan.state == "changed" else ""
 
 
@@ -272,7 +287,9 @@ def _build(
     output: str,
     workers: int,
     on_error: str,
+    add_special_tokens: bool,
     overwrite: bool,
+    announce: bool,
     progress: bool,
 ) -> None:
     source, store, files = plan.source, LOCAL_FILES, list(plan.files)
@@ -287,8 +304,10 @@ def _build(
             text_key=source.text_key,
             template=source.template,
             on_error=on_error,
+            add_special_tokens=add_special_tokens,
             max_tokens=plan.wanted,
             overwrite=overwrite,
+            announce=announce,
             progress=source.name if progress else None,
             store=store,
             origin=_origin(plan, root),

@@ -7,7 +7,6 @@ the contents only, so whatever is done per chunk gives the same result with any 
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
 import json
@@ -16,45 +15,16 @@ import string
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
+from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs
+from remit_megatron.data.tables import columns_of, iter_batches
+from remit_megatron.data.zstandard_stream import ZstandardStream
 from remit_megatron.runtime.errors import UserError
 
-LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
-KNOWN_SUFFIXES = (
-    *(suffix + packed for suffix in LINE_SUFFIXES for packed in ("", ".gz", ".zst", ".zstd")),
-    ".parquet",
-    ".arrow",
-)
 _CHUNK_BYTES = 1 << 18
 _LONGEST_LINE = 1 << 30
 _BOM = b"\xef\xbb\xbf"
-
-
-class FileStore(Protocol):
-    """Where files are read from."""
-
-    def open(self, file: str) -> BinaryIO:
-        """The file's bytes, seekable. Errors of reading are OSErrors."""
-        ...
-
-    def size(self, file: str) -> int:
-        """Its bytes, as stored."""
-        ...
-
-
-class LocalFiles:
-    """The file system of this machine."""
-
-    def open(self, file: str) -> BinaryIO:
-        return open(file, "rb")
-
-    def size(self, file: str) -> int:
-        return os.path.getsize(file)
-
-
-LOCAL_FILES = LocalFiles()
 
 
 class Document(NamedTuple):
@@ -82,6 +52,13 @@ class Chunk:
     end: int
 
 
+class _Pairs(list):
+    """The (name, value) pairs of a JSON object, in their order."""
+
+
+_parse_json = json.JSONDecoder(object_pairs_hook=_Pairs).decode
+
+
 class BadRecord(Exception):
     """A record that gives no text; ``found`` and ``expected`` are halves of a message."""
 
@@ -96,10 +73,19 @@ class TextFormat:
     Args:
         text_key: name of the field.
         template: as for `str.format` with plain names, ``"Q: {question}\\nA: {answer}"``; goes before ``text_key``.
+        allow_empty: an empty string is a text.
+        hint: what the message about a missing field says of the options that name it.
     """
 
-    def __init__(self, *, text_key: str = "text", template: str | None = None):
-        self._template = template
+    def __init__(
+        self,
+        *,
+        text_key: str = "text",
+        template: str | None = None,
+        allow_empty: bool = False,
+        hint: str = " (--text-key names another field, --template joins several)",
+    ):
+        self._template, self._allow_empty, self._hint = template, allow_empty, hint
         if template is None:
             self.fields: tuple[str, ...] = (text_key,)
             return
@@ -125,11 +111,14 @@ class TextFormat:
         """
         for name in self.fields:
             value = record.get(name)
-            if isinstance(value, str) and value:
+            if isinstance(value, str) and (value or self._allow_empty):
                 continue
             if name not in record:
-                expected = f"a string in field {name!r} (--text-key names another field, --template joins several)"
-                raise BadRecord(f"no field {name!r} among {', '.join(map(repr, record)) or 'none'}", expected)
+                found = f"no field {name!r} among {', '.join(map(repr, record)) or 'none'}"
+                raise BadRecord(found, f"a string in field {name!r}{self._hint}")
+            if isinstance(value, bytes):
+                _raise_not_utf8(value, f" in field {name!r}")
+            value = dict(value) if isinstance(value, _Pairs) else value
             found = "an empty string" if value == "" else f"{type(value).__name__} ({str(value)[:40]})"
             raise BadRecord(f"{found} in field {name!r}", "a string that is not empty")
         text = record[self.fields[0]] if self._template is None else self._template.format_map(record)
@@ -141,51 +130,12 @@ class TextFormat:
         return text
 
 
-def expand_inputs(inputs: Sequence[str | os.PathLike]) -> list[str]:
-    """Files behind ``inputs``, in a fixed order: files, glob patterns, directories of such files, and directories that
-    ``datasets.Dataset.save_to_disk`` wrote.
-
-    Raises:
-        UserError: something does not exist, matches nothing, or has an ending that nothing here reads.
-    """
-    files: list[str] = []
-    for item in (os.fspath(item) for item in inputs):
-        if os.path.isdir(item):
-            files += _files_of_directory(item)
-        elif os.path.exists(item):
-            files.append(item)
-        elif glob.has_magic(item):
-            matches = sorted(match for match in glob.glob(item, recursive=True) if os.path.isfile(match))
-            if not matches:
-                raise UserError("--input", f"pattern {item}, which matches no file", "at least one file")
-            files += matches
-        else:
-            raise UserError("--input", f"{item}, which does not exist", "a file, a pattern or a directory")
-    for file in files:
-        if not file.endswith(KNOWN_SUFFIXES):
-            raise UserError("--input", file, f"a file ending in {', '.join(KNOWN_SUFFIXES)}")
-    if not files:
-        raise UserError("--input", "no file", "at least one file")
-    return files
-
-
-def _files_of_directory(directory: str) -> list[str]:
-    root = Path(directory)
-    if (root / "dataset_dict.json").exists():
-        splits = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
-        raise UserError("--input", f"{directory} with splits {', '.join(splits)}", f"one split, as {root / splits[0]}")
-    if (root / "state.json").exists():
-        try:
-            state = json.loads((root / "state.json").read_text(encoding="utf-8"))
-            return [str(root / item["filename"]) for item in state["_data_files"]]
-        except (ValueError, KeyError, TypeError) as error:
-            found = f"state.json without a list of data files ({type(error).__name__}: {error})"
-            raise UserError(directory, found, "a data set written by save_to_disk") from None
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name.endswith(KNOWN_SUFFIXES))
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    if not files:
-        raise UserError("--input", f"{directory} without data files", f"files ending in {', '.join(KNOWN_SUFFIXES)}")
-    return list(map(str, files))
+def _raise_not_utf8(data: bytes, where: str = "") -> NoReturn:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"byte {error.start + 1}{where}, which is not UTF-8", "UTF-8") from None
+    raise AssertionError("bytes in place of text that is UTF-8")
 
 
 def total_bytes(files: Sequence[str], *, store: FileStore = LOCAL_FILES) -> int:
@@ -237,25 +187,8 @@ def _decompressed(raw: BinaryIO, file: str) -> BinaryIO:
     if file.endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
     if file.endswith((".zst", ".zstd")):
-        return cast(BinaryIO, io.BufferedReader(_ZstandardStream(raw), 1 << 20))
+        return cast(BinaryIO, io.BufferedReader(ZstandardStream(raw), 1 << 20))
     return raw
-
-
-class _ZstandardStream(io.RawIOBase):
-    """Decompresses with Arrow, which reads files of several frames and notices one that ends early."""
-
-    def __init__(self, raw: BinaryIO):
-        import pyarrow
-
-        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _iter_rows(
@@ -265,55 +198,14 @@ def _iter_rows(
 
     row = 1
     try:
-        for batch, share in _iter_batches(file, fields, store):
+        for batch, share in iter_batches(file, fields, store):
             rows_each = max(1, batch.num_rows * _CHUNK_BYTES // max(batch.nbytes, 1))
             for start in range(0, batch.num_rows, rows_each):
                 piece = batch.slice(start, rows_each)
-                yield row, piece.to_pydict(), int(size * share)
+                yield row, columns_of(piece), int(size * share)
                 row += piece.num_rows
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from None
-
-
-def _iter_batches(file: str, fields: Sequence[str], store: FileStore) -> Iterator[tuple[Any, float]]:
-    """Record batches with the columns ``fields``, each with the share of the file that is read after it."""
-    import pyarrow
-    import pyarrow.parquet
-
-    local = store is LOCAL_FILES  # Arrow reads these itself, without the detour over Python
-    if file.endswith(".parquet"):
-        with pyarrow.parquet.ParquetFile(file if local else store.open(file), pre_buffer=False) as table:
-            _check_columns(file, table.schema_arrow, fields)
-            rows, done = max(table.metadata.num_rows, 1), 0
-            for batch in table.iter_batches(batch_size=1024, columns=list(fields), use_threads=False):
-                done += batch.num_rows
-                yield batch, done / rows
-        return
-    with pyarrow.memory_map(file) if local else pyarrow.PythonFile(store.open(file), mode="r") as source:
-        try:
-            stream = pyarrow.ipc.open_stream(source)
-        except pyarrow.ArrowInvalid:  # the other of Arrow's two layouts, with a footer
-            reader = pyarrow.ipc.open_file(source)
-            _check_columns(file, reader.schema, fields)
-            for index in range(reader.num_record_batches):
-                yield reader.get_batch(index).select(list(fields)), (index + 1) / reader.num_record_batches
-            return
-        _check_columns(file, stream.schema, fields)
-        for batch in stream:
-            yield batch.select(list(fields)), source.tell() / max(source.size(), 1)
-
-
-def _check_columns(file: str, schema: Any, fields: Sequence[str]) -> None:
-    import pyarrow.types as kinds
-
-    for name in fields:
-        if name not in schema.names:
-            expected = f"a column {name!r} (--text-key names another column, --template joins several)"
-            raise UserError(file, f"columns {', '.join(map(repr, schema.names))}", expected)
-        kind = schema.field(name).type
-        kind = kind.value_type if kinds.is_dictionary(kind) else kind
-        if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
-            raise UserError(file, f"column {name!r} of type {kind}", "a column of strings")
 
 
 def parse_chunk(chunk: Chunk, text_format: TextFormat) -> Iterator[tuple[int, str | BadRecord]]:
@@ -321,7 +213,7 @@ def parse_chunk(chunk: Chunk, text_format: TextFormat) -> Iterator[tuple[int, st
 
     Lines of white space only hold no record: they are passed over, and are no error.
     """
-    for number, record in _records(chunk):
+    for number, record in _records(chunk, text_format.fields):
         if isinstance(record, BadRecord):
             yield number, record
             continue
@@ -331,7 +223,7 @@ def parse_chunk(chunk: Chunk, text_format: TextFormat) -> Iterator[tuple[int, st
             yield number, bad
 
 
-def _records(chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
+def _records(chunk: Chunk, fields: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
     if isinstance(chunk.records, dict):
         names = list(chunk.records)
         for number, values in enumerate(zip(*chunk.records.values(), strict=True), start=chunk.first):
@@ -341,14 +233,27 @@ def _records(chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]
         if line.isspace() or not line:
             continue
         try:
-            record = json.loads(line.decode())
+            pairs = _parse_json(line.decode())
         except UnicodeDecodeError as error:
             yield number, BadRecord(f"byte {error.start + 1}, which is not UTF-8", "UTF-8")
         except (ValueError, RecursionError) as error:
             yield number, BadRecord(f"text that is not JSON ({error})", "one JSON object on each line")
         else:
-            good = isinstance(record, dict)
-            yield number, record if good else BadRecord(f"JSON {type(record).__name__}", "a JSON object on each line")
+            yield number, _record(pairs, fields)
+
+
+def _record(pairs: Any, fields: Sequence[str]) -> dict[str, Any] | BadRecord:
+    """A line's fields. One that is wanted and there twice with different values is refused: of such lines, one reader
+    takes the first value and another the last."""
+    if not isinstance(pairs, _Pairs):
+        return BadRecord(f"JSON {type(pairs).__name__}", "a JSON object on each line")
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        for name in fields:
+            values = [value for key, value in pairs if key == name]
+            if any(value != values[0] for value in values[1:]):
+                return BadRecord(f"field {name!r} {len(values)} times, with different values", "each field once")
+    return record
 
 
 def iter_documents(

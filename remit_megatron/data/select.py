@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from remit_megatron.data.boundaries import check_boundaries, missing_boundaries
 from remit_megatron.data.indexed import token_dtype
 from remit_megatron.data.miniplm import Keep, Scores, difference_score
 from remit_megatron.data.packing import PackedDataset
@@ -118,7 +119,7 @@ def select_miniplm(
         writer.commit(
             tokenizer_digest=manifests[0].tokenizer_digest,
             vocab_size=vocab_size,
-            eod_id=next((m.eod_id for m in manifests if m.eod_id is not None), None),
+            eod_id=_common_end(sources),
             skipped=0,
             inputs=tuple(os.path.basename(dataset.prefix) for dataset in sources.datasets),
             sample_length=sources.teacher.identity.sequence_length,
@@ -156,11 +157,21 @@ def _open_sources(
         )  # its tokenizer was compared when it was scored, and the scores name it by its contents
         if any(dataset.identity == other.identity for other in datasets):
             raise UserError("--data", f"{prefix} twice, or two of the same contents", "each data set once")
+        if mask_eod_loss and first.eod_id is not None:
+            check_boundaries(prefix, dataset.manifest, first.eod_id, setting="--mask-eod-loss", value="given")
         for cache in caches:
             _check_scored(cache, dataset)
         datasets.append(dataset)
     starts = [0, *np.cumsum([len(dataset) for dataset in datasets]).tolist()]
     return _Sources(datasets, starts, caches[0], caches[1], first.eod_id if mask_eod_loss else None)
+
+
+def _common_end(sources: _Sources) -> int | None:
+    """The end-of-document token, if it marks the ends of all documents."""
+    eod_id = sources.teacher.identity.eod_id
+    if eod_id is None or any(missing_boundaries(d.prefix, d.manifest, eod_id) for d in sources.datasets):
+        return None
+    return eod_id
 
 
 def _check_scored(cache: ReferenceCache, dataset: PackedDataset) -> None:

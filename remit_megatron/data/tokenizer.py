@@ -134,15 +134,6 @@ class Tokenizer:
         """Token ids of each text, no special tokens added."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    @cached_property
-    def begin_ids(self) -> tuple[int, ...]:
-        """What the tokenizer's post-processor would put before a text (a begin token, usually), which `encode_batch`
-        leaves out."""
-        plain = self._backend.encode("a", add_special_tokens=False).ids
-        whole = self._backend.encode("a", add_special_tokens=True).ids
-        starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
-        return tuple(whole[: starts[0]]) if starts else ()
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens spelled out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -106,6 +106,7 @@ class DatasetWriter:
         inputs: tuple[str, ...],
         sample_length: int | None = None,
         origin: dict[str, Any] | None = None,
+        special_tokens: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     ) -> Manifest:
         """Completes the data set; the arguments are fields of `Manifest`."""
         with self._explained():
@@ -129,6 +130,7 @@ class DatasetWriter:
                 sample_length=sample_length,
                 origin=origin,
                 largest_id=self._largest_id,
+                special_tokens=special_tokens,
             )
             with open(self._temporary["json"], "wb") as file:
                 file.write(manifest.to_json().encode())

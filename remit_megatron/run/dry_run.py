@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from remit_megatron.data.blend_file import is_blend_file
+from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import manifest_path
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.prepare import examine
+from remit_megatron.run.samples import check_document_ends
 
 
 def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
@@ -29,12 +29,16 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     absent: list[str] = []
     ranks = _fewest_ranks(config) if world_size is None else world_size
     found = examine(config, world_size=ranks, absent=absent)
-    _check_present_data(config, found.hf_config["vocab_size"])
     from remit_megatron.models.family import family_of
     from remit_megatron.run.derived import describe
 
     unlisted = family_of(found.hf_config).unlisted_parameters(found.hf_config)
-    missing = [*absent, *_absent_data(config)]
+    there, absent_data = _data(config)
+    for key, prefix in there:
+        check_ids(prefix, found.hf_config["vocab_size"], field=key)
+    if found.tokenizer is not None:
+        check_document_ends(config, [prefix for _, prefix in there], found.tokenizer)
+    missing = [*absent, *absent_data]
     notes = "".join(f"not found here: {line} (a run needs it; it was not checked)\n" for line in missing)
     return config.to_yaml() + "\n" + describe(config, found.arguments, unlisted=unlisted) + notes
 
@@ -48,28 +52,14 @@ def _fewest_ranks(config: RunConfig) -> int:
     return math.prod(max(chosen.get(f"{axis}_parallel_size") or 1, 1) for axis in axes)
 
 
-def _absent_data(config: RunConfig) -> Iterator[str]:
+def _data(config: RunConfig) -> tuple[list[tuple[str, str]], list[str]]:
+    """Key and prefix of the data sets that are there, and a line for each entry that is not."""
+    there, absent = [], []
     for key, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         for entry in blend:
-            if not _is_there(path := _path(entry)):
-                yield f"{key} {path}"
-
-
-def _check_present_data(config: RunConfig, rows: int) -> None:
-    """Refuses data that is here and has tokens without a row in the model."""
-    from remit_megatron.data.blend import parse_blend
-    from remit_megatron.data.largest_id import check_ids
-
-    for key, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-        present = [entry for entry in blend if _is_there(_path(entry))]
-        for entry in parse_blend(present, field=key) if present else ():
-            if _is_there(entry.prefix):
-                check_ids(entry.prefix, rows, field=key)
-
-
-def _path(entry: Any) -> str:
-    return entry if isinstance(entry, str) else entry[1]
-
-
-def _is_there(path: str) -> bool:
-    return Path(path if is_blend_file(path) else manifest_path(path)).exists()
+            path = entry if isinstance(entry, str) else entry[1]
+            if not Path(path if is_blend_file(path) else manifest_path(path)).exists():
+                absent.append(f"{key} {path}")
+            elif not is_blend_file(path):  # blend files that are there have been replaced by their contents
+                there.append((key, path))
+    return there, absent

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from remit_megatron.run.prepare import Prepared, total_steps
+from remit_megatron.data.boundaries import check_boundaries
+from remit_megatron.data.manifest import read_manifest
+from remit_megatron.data.tokenizer import Tokenizer
+from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.prepare import Prepared, objective_settings, total_steps
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import UserError
 
@@ -44,12 +49,36 @@ def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
     for name, blend in blends.items():
         for entry in blend:
             check_ids(entry.prefix, prepared.hf_config["vocab_size"], field=f"data.{name}")
+    check_document_ends(config, [entry.prefix for blend in blends.values() for entry in blend], prepared.tokenizer)
     train = open_blend(blends["train"], num_samples=train_samples, **common)
     if "valid" not in blends:
         return train, None
     # The same samples at every validation, so that its losses compare.
     valid_samples = arguments.eval_iters * arguments.eval_global_batch_size
     return train, RepeatedSamples(open_blend(blends["valid"], num_samples=valid_samples, **common))
+
+
+def check_document_ends(config: RunConfig, prefixes: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Refuses settings that go by the ends of documents where the data does not mark them.
+
+    Args:
+        prefixes: data sets that are there.
+
+    Raises:
+        UserError: naming the setting and the data set; or a data set that cannot be read.
+    """
+    by_ends = {
+        "data.mask_eod_loss": "true" if config.data.mask_eod_loss else None,
+        "data.document_mask": "true" if config.data.document_mask else None,
+        "objective.centering": "document" if objective_settings(config).get("centering") == "document" else None,
+    }
+    asked = {setting: value for setting, value in by_ends.items() if value is not None}
+    if not asked:
+        return
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        for setting, value in asked.items():
+            check_boundaries(prefix, manifest, tokenizer.eod_id, setting=setting, value=value)
 
 
 class RepeatedSamples:

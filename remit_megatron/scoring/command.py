@@ -158,7 +158,7 @@ def prepare_forward(config: RunConfig, *, world_size: int, rank: int = 0) -> Pre
     scoring = dataclasses.replace(
         config,
         megatron=kept,
-        objective=dataclasses.replace(config.objective, name="remit"),
+        objective=dataclasses.replace(config.objective, name="remit", centering="sequence"),
         reference=dataclasses.replace(settings, micro_batch_size=None),
         data=dataclasses.replace(config.data, valid=[], mask_eod_loss=False),
     )
@@ -254,7 +254,9 @@ def add_logprobs_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="CKPT", help="a checkpoint, or a run directory (its newest complete one)"
     )
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face directory")
-    parser.add_argument("--input", required=True, metavar="F.jsonl", help='one {"text": ...} per line')
+    parser.add_argument(
+        "--input", required=True, metavar="F.jsonl", help='one {"text": ...} per line; also .gz and .zst'
+    )
     parser.add_argument("--output", required=True, metavar="F.jsonl", help="one line per input line, in order")
     parser.add_argument("--nproc", type=int, metavar="N", help="local ranks (default: TP x PP)")
     parser.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel size (default: 1)")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remit_megatron.conversion.source import ModelSource
+from remit_megatron.data.readers import BadRecord, TextFormat, iter_chunks, parse_chunk
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import temporary_sibling
 from remit_megatron.runtime.progress import Progress
@@ -85,7 +86,8 @@ def score_file(
     Runs on every rank of the layout; rank 0 writes.
 
     Raises:
-        UserError: a line that is not ``{"text": ...}``, a text longer than the model, a layout that does not fit.
+        UserError: a line that is not ``{"text": ...}``, a text longer than the model, a layout that does not fit, or a
+            model that gives log-probabilities that are not finite.
     """
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.data.tokenizer import load_tokenizer
@@ -108,6 +110,7 @@ def score_file(
                 parts: dict[int, list[float]] = {}
                 for part in gather_objects(scored):
                     parts |= part
+                _refuse_not_finite(window, parts, input_path, source)
                 if writer:
                     for line, ids in enumerate(texts):
                         stream.write(_record(ids, tokenizer, parts.get(line, [])) + "\n")
@@ -120,29 +123,29 @@ def _record(ids: Sequence[int], tokenizer: Tokenizer, logprobs: Sequence[float])
     assert len(logprobs) == max(0, len(ids) - 1)
     values = [None, *logprobs] if ids else []
     record = {"token_ids": list(ids), "tokens": [tokenizer.token(i) for i in ids], "logprobs": values}
-    return json.dumps(record, ensure_ascii=False)
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def _windows(path: Path) -> Iterator[tuple[list[tuple[int, str]], int]]:
     """Windows of (line number, text), each with the bytes read so far."""
-    done = 0
-    with open(path, "rb") as stream:
-        lines = enumerate(stream, start=1)
-        while raw := list(islice(lines, _WINDOW_LINES)):
-            done += sum(len(line) for _, line in raw)
-            yield [(number, _text(path, number, line)) for number, line in raw], done
+    lines = _lines(path)
+    while window := list(islice(lines, _WINDOW_LINES)):
+        yield [(number, text) for number, text, _ in window], window[-1][2]
 
 
-def _text(path: Path, number: int, line: bytes) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path} line {number}", f"no JSON ({error})", 'a line like {"text": "..."}') from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = f"text {text!r}" if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{path} line {number}", found, 'a line like {"text": "..."}')
-    return text
+def _lines(path: Path) -> Iterator[tuple[int, str, int]]:
+    """Line number, text, and the bytes read so far, by the rules of `remit data build`. Only there a blank line is
+    passed over: here it would move every line of the output behind it."""
+    text_format = TextFormat(allow_empty=True, hint="")
+    before = 0
+    for chunk in iter_chunks([str(path)], fields=text_format.fields):
+        for number, text in parse_chunk(chunk, text_format):
+            if number > before + 1:
+                raise UserError(f"{path}:{before + 1}", "a blank line", 'a line like {"text": "..."}')
+            if isinstance(text, BadRecord):
+                raise UserError(f"{path}:{number}", text.found, text.expected)
+            before = number
+            yield number, text, chunk.end
 
 
 def _refuse_unknown_ids(tokenizer: Tokenizer, path: Path, rows: int) -> None:
@@ -151,7 +154,7 @@ def _refuse_unknown_ids(tokenizer: Tokenizer, path: Path, rows: int) -> None:
         for (number, _), ids in zip(window, tokenizer.encode_batch([text for _, text in window]), strict=True):
             if max(ids, default=0) >= rows:
                 expected = f"below {rows}, the rows of the model's embedding"
-                raise UserError(f"{path} line {number}", f"ids up to {max(ids)}", expected)
+                raise UserError(f"{path}:{number}", f"ids up to {max(ids)}", expected)
 
 
 def _refuse_long(
@@ -159,7 +162,17 @@ def _refuse_long(
 ) -> None:
     for (number, _), ids in zip(window, texts, strict=True):
         if len(ids) > longest:
-            raise UserError(f"{path} line {number}", f"{len(ids)} tokens", f"at most {longest}, the model's positions")
+            raise UserError(f"{path}:{number}", f"{len(ids)} tokens", f"at most {longest}, the model's positions")
+
+
+def _refuse_not_finite(
+    window: Sequence[tuple[int, str]], logprobs: dict[int, list[float]], path: str | Path, source: ModelSource
+) -> None:
+    for line in sorted(logprobs):
+        for place, value in enumerate(logprobs[line], start=1):
+            if not math.isfinite(value):
+                found = f"a log-probability of {value} at token {place} of {path}:{window[line][0]}"
+                raise UserError(str(source.path), found, "a model that gives finite ones (its weights may not be)")
 
 
 class Scorer:
@@ -224,9 +237,7 @@ class Scorer:
         for batch, logprob in zip(share, results, strict=False):  # no results except on the last stage
             for row, line in enumerate(batch.lines):
                 counted = int((batch.labels[row] != _IGNORED).sum())
-                values = logprob[row, :counted].tolist()
-                assert all(math.isfinite(value) for value in values), f"a log-probability of line {line} is not finite"
-                scored[line] = values
+                scored[line] = logprob[row, :counted].tolist()
         return scored
 
     def _forward(self, batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from remit_megatron.data.special_tokens import own_special_tokens
 from remit_megatron.data.tokenizer import Tokenizer
 from remit_megatron.evaluation.requests import RequestSuite, requests_of, score_question, summarize
 from remit_megatron.models.forward import Item, ModelForward
@@ -68,6 +69,8 @@ def encode_suite(suite: RequestSuite, tokenizer: Tokenizer, *, sequence_length: 
     Raises:
         UserError: a continuation alone is longer than a sequence, or gives no token.
     """
+    around = own_special_tokens(tokenizer)
+    before = () if around is None else around.before
     requests, cut = [], 0
     for task in suite.tasks:
         asked = [choice for question in task.questions for choice in requests_of(question)]
@@ -77,7 +80,7 @@ def encode_suite(suite: RequestSuite, tokenizer: Tokenizer, *, sequence_length: 
             if not 0 < len(continuation) <= sequence_length:
                 expected = f"1 to {sequence_length} (megatron.seq_length)"
                 raise UserError(f"{task.name}: {choice.continuation[:40]!r}", f"{len(continuation)} tokens", expected)
-            tokens = [*tokenizer.begin_ids, *context, *continuation]
+            tokens = [*before, *context, *continuation]
             if len(tokens) == len(continuation):
                 raise UserError(task.name, "a request without context", "one token or more before the answer")
             cut += len(tokens) > sequence_length + 1

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import zstandard
 
 from remit_megatron.runtime.errors import UserError
 from tests.tiny import CHARACTERS, make_llama, make_tokenizer
@@ -118,22 +122,66 @@ def model_of(material: dict[str, Path]) -> list[str]:
     return ["--hf", str(material["model"])]
 
 
+GOOD = b'{"text": "a"}\n'
+
+
 @pytest.mark.parametrize(
-    ("lines", "found"),
+    ("content", "line", "found"),
     [
-        (['{"text": "a"}', '{"text": "a'], "line 2: found no JSON"),
-        (['{"text": "a"}', '{"words": "a"}'], "line 2: found text None"),
-        (['["a"]'], "line 1: found list"),
-        ([json.dumps({"text": "a" * 257})], "line 1: found 257 tokens; expected at most 256"),
+        (GOOD + b'{"text": "a', 2, "found text that is not JSON"),
+        (GOOD + b'{"words": "a"}', 2, "found no field 'text' among 'words'; expected a string in field 'text'\n"),
+        (b'["a"]', 1, "found JSON list"),
+        (b'"a"', 1, "found JSON str"),
+        (b'{"text": 12}', 1, "found int (12) in field 'text'"),
+        (b'{"text": null}', 1, "found NoneType"),
+        (b'{"text": "a\\ud800b"}', 1, "found half of a surrogate pair at character 1"),
+        (GOOD * 2 + b'{"text": "a\xff"}', 3, "found byte 12, which is not UTF-8"),
+        (b'{"text": "a", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 1, "found text that is not JSON"),
+        (b'{"text": "a", "text": "b"}', 1, "found field 'text' 2 times, with different values"),
+        (GOOD + b"\n" + GOOD, 2, "found a blank line"),
+        (GOOD + b" \r\n\n" + GOOD, 2, "found a blank line"),
+        (json.dumps({"text": "a" * 257}).encode(), 1, "found 257 tokens; expected at most 256"),
     ],
-    ids=["json", "field", "object", "long"],
+    ids=lambda value: value[6:30] if isinstance(value, str) else None,
 )
-def test_bad_lines_are_named_and_nothing_is_written(pool, material, tmp_path, lines, found):
-    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+def test_bad_lines_are_named_and_nothing_is_written(pool, material, tmp_path, content, line, found):
+    (tmp_path / "in.jsonl").write_bytes(content + b"\n")
     words = [*model_of(material), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    (line,) = pool.run(refused, world_size=1, words=words)
-    assert found in line
+    (message,) = pool.run(refused, world_size=1, words=words)
+    assert f"{message}\n".startswith(f"{tmp_path / 'in.jsonl'}:{line}: {found}"), message
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_lines_as_they_come(pool, material, tmp_path):
+    """A byte-order mark, CRLF, blank lines at the end; the same from gzip, Zstandard and a file of any other name."""
+    content = b'\xef\xbb\xbf{"text": "a b"}\r\n{"text": ""}\r\n{"n": 1, "text": "1 + 2"}\r\n\r\n\n'
+    half = content.index(b"\n") + 1
+    (tmp_path / "in.txt").write_bytes(content)
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:]))
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "in.jsonl.zst").write_bytes(compress(content[:half]) + compress(content[half:]))
+    results = set()
+    for source in sorted(tmp_path.iterdir()):
+        words = [*model_of(material), "--input", str(source), "--output", str(tmp_path / "out")]
+        pool.run(run_logprobs, world_size=1, words=words)
+        results.add((tmp_path / "out").read_text())
+    (text,) = results
+    assert ["".join(json.loads(line)["tokens"]) for line in text.splitlines()] == ["a b", "", "1 + 2"]
+
+
+def test_a_model_that_gives_no_numbers(pool, material, tmp_path):
+    """One NaN in the embedding of "b": the first line that has it is named, on every rank."""
+    broken = tmp_path / "broken"
+    shutil.copytree(material["model"], broken)
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][2 + CHARACTERS.index("b"), 0] = float("nan")
+    safetensors.torch.save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "cab"}\n{"text": "b"}\n')
+    words = ["--hf", str(broken), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    lines = pool.run(refused, world_size=2, words=[*words, "--tp", "2"])
+    found = f"a log-probability of nan at token 1 of {tmp_path / 'in.jsonl'}:3"
+    assert {line.split(";")[0] for line in lines} == {f"{broken}: found {found}"}
+    assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_bad_options(pool, material, tmp_path):

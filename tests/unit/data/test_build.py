@@ -184,6 +184,23 @@ def test_bad_lines(tmp_path, tokenizer, workers, caplog):
         build_dataset([source], tokenizer, tmp_path / "more", workers=workers, max_documents=2000)
 
 
+def test_bad_rows_of_a_table_are_skipped_and_counted(tmp_path, tokenizer, caplog):
+    """Beside good ones, by several processes; and what a folder holds besides is named."""
+    (tmp_path / "c").mkdir()
+    rows = [b"bad \xff" if number in (7, 3000) else text.encode() for number, text in enumerate(TEXTS, start=1)]
+    strings = pa.array(rows, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": strings}), tmp_path / "c" / "c.parquet")
+    (tmp_path / "c" / "notes.txt").write_text("no data")
+    with pytest.raises(UserError, match=f"^{tmp_path}/c/c.parquet:7: found byte 5 in field 'text', which is not UTF-8"):
+        build_dataset([tmp_path / "c"], tokenizer, tmp_path / "out", workers=2)
+    caplog.clear()
+    manifest = build_dataset([tmp_path / "c"], tokenizer, tmp_path / "out", workers=2, on_error="skip")
+    assert (manifest.documents, manifest.skipped) == (3998, 2)
+    first, *skipped = [record.getMessage() for record in caplog.records]
+    assert first == f"{tmp_path}/c: passed over 1 file for the ending, such as {tmp_path}/c/notes.txt"
+    assert [line.split(": ")[0] for line in skipped] == [f"skipped {tmp_path}/c/c.parquet:{n}" for n in (7, 3000)]
+
+
 def test_text_that_gives_no_token_is_a_bad_line(tmp_path):
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|endoftext|>": 1}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -97,9 +97,11 @@ def texts_of(prefix: Path, tokenizer: Path) -> list[str]:
     return [opened.decode(tokens.read(number)[:-1].tolist()) for number in range(len(tokens))]
 
 
-def test_every_kind_of_source(root, run, tokenizer, builds):
+def test_every_kind_of_source(root, run, tokenizer, builds, caplog):
     out = root.parent / "out"
     assert run() == 0 and builds == ["lines", "folder", "table", "pairs"]
+    passed_over = f"{root}/folder: passed over 1 file for the ending, such as {root}/folder/README.md"
+    assert [record.getMessage() for record in caplog.records] == [passed_over]
     for name in ("lines", "table"):
         assert texts_of(out / name, tokenizer) == TEXTS[name]
     assert sorted(texts_of(out / "folder", tokenizer)) == sorted(TEXTS["folder"])

@@ -109,6 +109,9 @@ def test_directories_and_patterns(tmp_path):
         (b'{"text": "\xff"}', "byte 11, which is not UTF-8"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 200_000, "text that is not JSON"),
+        (b'{"text": "a", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "text that is not JSON"),
+        (b'{"text": "a", "text": "b"}', "field 'text' 2 times, with different values; expected each field once"),
+        (b'{"text": "a", "x": {"text": 1}, "text": 1}', "field 'text' 2 times"),
         (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "text that is not JSON"),
     ],
 )
@@ -131,6 +134,27 @@ def test_lines_as_they_come(tmp_path):
         (4, "a\u2028b\u2028c"),
         (5, "no newline"),
     ]
+
+
+def test_names_that_come_twice_without_harm(tmp_path):
+    """Inside another object, as a value, in the text itself, with one value, or of a field that nobody asked for."""
+    path = tmp_path / "x.jsonl"
+    lines = [
+        '{"text": "1", "meta": {"text": "no"}, "list": [{"text": "no"}]}',
+        '{"kind": "text", "text": "2"}',
+        '{"text": "3 \\"text\\": \\"x\\""}',
+        '{"text": "4", "text": "4"}',
+        '{"id": 1, "text": "5", "id": 2}',
+    ]
+    path.write_text("\n".join(lines))
+    assert [d.text for d in iter_documents([path])] == ["1", "2", '3 "text": "x"', "4", "5"]
+    path.write_text('{"text": {"text": "a"}}')
+    with pytest.raises(UserError, match=r"found dict \(\{'text': 'a'\}\) in field 'text'"):
+        list(iter_documents([path]))
+    for twice in ('{"тема": "1", "тема": "2"}', '{"тема": "1", "\\u0442\\u0435\\u043c\\u0430": "2"}'):
+        path.write_text(twice)
+        with pytest.raises(UserError, match="field 'тема' 2 times"):
+            list(iter_documents([path], text_key="тема"))
 
 
 def test_bad_rows(tmp_path):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from remit_megatron.cli import main
 from remit_megatron.data.indexed import IndexedTokens
@@ -42,7 +43,14 @@ class Source(NamedTuple):
     losses: list[dict[str, np.ndarray]]  # of each data set: float32 [samples, L] by "teacher" and "reference"
 
 
-def make_source(folder: Path, *, sizes: tuple[int, ...] = (700, 90, 300), ties: bool = True, seed: int = 0) -> Source:
+def make_source(
+    folder: Path,
+    *,
+    sizes: tuple[int, ...] = (700, 90, 300),
+    ties: bool = True,
+    seed: int = 0,
+    unscored: bool = True,
+) -> Source:
     generator = np.random.default_rng(seed)
     prefixes, data, losses = [], [], []
     for number, size in enumerate(sizes):
@@ -58,7 +66,8 @@ def make_source(folder: Path, *, sizes: tuple[int, ...] = (700, 90, 300), ties: 
             values = generator.choice(VALUES, shape) if ties else generator.gamma(1, 2, shape)
             drawn[name] = values.astype(np.float32)
         losses.append(drawn)
-    losses[0]["teacher"][3] = np.nan  # a sample without a counted token
+    if unscored:
+        losses[0]["teacher"][3] = np.nan  # a sample without a counted token
     for name in ("teacher", "reference"):
         identity = dataclasses.replace(IDENTITY, reference=name[0] * 8)
         with ReferenceCache.open(folder / name, identity=identity, dtype="float32", create=True) as cache:
@@ -99,6 +108,27 @@ def select(source: Source, output: Path, keep: str, **options) -> dict:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Source:
     return make_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_selection_of_the_methods_authors(tmp_path, seed):
+    """Their rule, as their repository thu-coai/MiniPLM has it (commit ac2302f): the mask of a sample is where its input
+    is not the padding, which is the end of document; float32 means over it; torch.sort; the first int(ratio * N)."""
+    source = make_source(tmp_path, ties=False, seed=seed, sizes=(3000, 900), unscored=False)
+    samples = torch.tensor(np.stack([data[n] for data in source.data for n in range(len(data))]))
+    mask = (samples[:, :-1] != EOD).float()
+    means = {}
+    for name in ("teacher", "reference"):
+        losses = torch.from_numpy(np.concatenate([losses[name] for losses in source.losses]))
+        means[name] = (losses * mask).sum(-1) / mask.sum(-1)
+    _, order = torch.sort(means["reference"] - means["teacher"], descending=True)
+    kept = order[: int(0.8 * len(order))].sort()[0]
+    select(source, tmp_path / "out", "0.8", mask_eod_loss=True)
+    wanted = samples[kept].numpy().astype(np.uint16)
+    assert Path(f"{tmp_path / 'out'}.bin").read_bytes() == wanted.tobytes()
+    # Without the option other samples are kept.
+    select(source, tmp_path / "all", "0.8")
+    assert Path(f"{tmp_path / 'all'}.bin").read_bytes() != wanted.tobytes()
 
 
 @pytest.mark.parametrize("keep", ["0.8", "0.5", "0.07", "1.0", "2", "60", "133"])
@@ -142,6 +172,21 @@ def test_scores_without_ties_in_fixed_point(tmp_path):
     expected, _ = definition(source, int(0.8 * len(source.data[0])))
     packed = PackedDataset(tmp_path / "out", sequence_length=LENGTH)
     assert [packed[number].tolist() for number in range(len(packed))] == [tokens.tolist() for tokens in expected]
+
+
+def test_ends_of_documents_are_those_of_the_data(tmp_path):
+    """Masking by ends that the data does not have is refused; and what is selected from such data has none either."""
+    source = make_source(tmp_path, sizes=(300, 90))
+    manifest = Path(f"{source.prefixes[1]}.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"eod_id": None}))
+    select(source, tmp_path / "spelled", "0.5", mask_eod_loss=True)  # its documents end in the token all the same
+    assert read_manifest(tmp_path / "spelled").eod_id == EOD
+    tokens = np.memmap(f"{source.prefixes[1]}.bin", dtype=np.uint16, mode="r+")
+    tokens[tokens == EOD] = 7
+    found = f"--mask-eod-loss: found given with {source.prefixes[1]}, built without end-of-document tokens"
+    with pytest.raises(UserError) as caught:
+        select(source, tmp_path / "out", "0.5", mask_eod_loss=True)
+    assert str(caught.value).startswith(found)
 
 
 def test_order_of_the_data_is_the_order_of_the_output(source, tmp_path):

@@ -142,7 +142,7 @@ def test_logprobs_of_texts_without_a_row_are_refused(material, tmp_path):
     for count, refused in ((2, False), (3, True)):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:count]))
         if refused:
-            with pytest.raises(UserError, match=r"texts\.jsonl line 3: found ids up to 299; expected below 270"):
+            with pytest.raises(UserError, match=r"texts\.jsonl:3: found ids up to 299; expected below 270"):
                 _refuse_unknown_ids(tokenizer, path, ROWS)
         else:
             _refuse_unknown_ids(tokenizer, path, ROWS)

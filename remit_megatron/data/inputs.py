@@ -1,0 +1,225 @@
+"""Which files are meant by what a command was given: files, patterns, folders, and Hugging Face data sets on disk."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NoReturn, Protocol
+
+from remit_megatron.runtime.errors import UserError
+
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
+KNOWN_SUFFIXES = (
+    *(suffix + packed for suffix in LINE_SUFFIXES for packed in ("", ".gz", ".zst", ".zstd")),
+    ".parquet",
+    ".arrow",
+)
+
+
+class FileStore(Protocol):
+    """Where files are read from."""
+
+    def open(self, file: str) -> BinaryIO:
+        """The file's bytes, seekable. Errors of reading are OSErrors."""
+        ...
+
+    def size(self, file: str) -> int:
+        """Its bytes, as stored."""
+        ...
+
+
+class LocalFiles:
+    """The file system of this machine."""
+
+    def open(self, file: str) -> BinaryIO:
+        return open(file, "rb")
+
+    def size(self, file: str) -> int:
+        return os.path.getsize(file)
+
+
+LOCAL_FILES = LocalFiles()
+
+
+def expand_inputs(inputs: Sequence[str | os.PathLike], *, left_out: list[str] | None = None) -> list[str]:
+    """Files behind ``inputs``, in a fixed order: files, glob patterns, directories of such files, and directories that
+    ``datasets.Dataset.save_to_disk`` wrote.
+
+    Of a directory, and of the directories that a pattern without ``**`` matches, all folders below are read, also those
+    behind symbolic links, and each of them once: a link that leads back is no loop. Hidden files and folders are not.
+
+    Args:
+        left_out: receives a line for each input of which something was left out: files with another ending, and links
+            to folders that are read under another name.
+
+    Raises:
+        UserError: something does not exist, matches nothing, cannot be listed, or has an ending that nothing reads.
+    """
+    notes: list[str] = []
+    files: list[str] = []
+    for item in (os.fspath(item) for item in inputs):
+        before = len(files)
+        if os.path.isdir(item):
+            files += _files_of_directories([item], item, notes)
+        elif os.path.exists(item):
+            files.append(item)
+        elif glob.has_magic(item):
+            matches = _matches(item, notes)
+            if not matches:
+                raise UserError("--input", f"pattern {item}, which matches no file", "at least one file")
+            folders = [match for match in matches if os.path.isdir(match)]
+            plain = [match for match in matches if not os.path.isdir(match)]
+            taken = {_place(file) for file in plain}  # a link in a folder may lead back to where the pattern looks
+            below = _files_of_directories(folders, item, notes)
+            files += [*plain, *(file for file in below if not plain or _place(file) not in taken)]
+        elif os.path.islink(item):
+            _refuse_broken_link(item)
+        else:
+            raise UserError("--input", f"{item}, which does not exist", "a file, a pattern or a directory")
+        if len(files) == before:
+            raise UserError("--input", f"{item} without data files", f"files ending in {', '.join(KNOWN_SUFFIXES)}")
+    for file in files:
+        if not file.endswith(KNOWN_SUFFIXES):
+            raise UserError("--input", file, f"a file ending in {', '.join(KNOWN_SUFFIXES)}")
+    if not files:  # there was no item
+        raise UserError("--input", "no file", "at least one file")
+    if left_out is not None:
+        left_out += notes
+    return files
+
+
+def is_there(item: str) -> bool:
+    """Whether a file, a directory or a pattern means anything."""
+    return os.path.lexists(item) or bool(_matches(item, []))
+
+
+def _matches(pattern: str, notes: list[str]) -> list[str]:
+    """Files and folders that a pattern matches, sorted; with ``**``, which enters folders by itself, files only."""
+    parts = pattern.split("/")
+    if "**" in parts:
+        # Not by the glob module: it goes through a link that leads back forty times, through two for ever.
+        start = parts.index("**")
+        before = "/".join(parts[:start])
+        tops = sorted(glob.glob(before)) if before else ["/" if pattern.startswith("/") else "."]
+        matches = [path for top in tops if os.path.isdir(top) for path in _below(top, parts[start:], notes)]
+        return sorted(path.removeprefix("./") for path in matches) if tops == ["."] else sorted(matches)
+    found = sorted(glob.glob(pattern))
+    for path in found:
+        if not os.path.exists(path):
+            _refuse_broken_link(path)
+    return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
+
+
+def _below(top: str, pattern: Sequence[str], notes: list[str]) -> Iterator[str]:
+    again: list[Path] = []
+    for path in _walk([Path(top)], again):
+        if _fits(path.relative_to(top).parts, pattern):
+            if path.is_file():
+                yield os.path.join(top, path.relative_to(top))
+            elif path.is_symlink():
+                _refuse_broken_link(path)
+    _note_links(top, again, notes)
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a pattern, both in parts; ``**`` stands for any number of folders."""
+    if not pattern or (not names and pattern[0] != "**"):
+        return not names and not pattern
+    if pattern[0] == "**":
+        rest = pattern[1:]
+        return not rest or any(_fits(names[skipped:], rest) for skipped in range(len(names)))
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+
+
+def _refuse_broken_link(path: str | os.PathLike) -> NoReturn:
+    target = os.readlink(path) if os.path.islink(path) else "nowhere"
+    found = f"{os.fspath(path)}, a link to {target}, which cannot be followed"
+    raise UserError("--input", found, "a link to a file that is there")
+
+
+def _files_of_directories(directories: Sequence[str], item: str, notes: list[str]) -> list[str]:
+    """Data files of what ``item`` means: the folder of that name, or those that match it."""
+    saved = {directory: _files_of_data_set(Path(directory)) for directory in directories}
+    files = [file for found in saved.values() if found for file in found]
+    plain = [Path(directory) for directory, found in saved.items() if found is None]
+    again: list[Path] = []
+    others = []
+    for path in sorted(_walk(plain, again)):
+        if not path.name.endswith(KNOWN_SUFFIXES):
+            others.append(path)
+        elif path.is_file():
+            files.append(str(path))
+        elif path.is_symlink():
+            _refuse_broken_link(path)
+    if others:
+        notes.append(f"{item}: passed over {_counted(len(others), 'file')} for the ending, such as {others[0]}")
+    _note_links(item, again, notes)
+    return files
+
+
+def _files_of_data_set(root: Path) -> list[str] | None:
+    """Files that ``save_to_disk`` wrote; None for any other folder."""
+    if (root / "dataset_dict.json").exists():
+        splits = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        raise UserError("--input", f"{root} with splits {', '.join(splits)}", f"one split, as {root / splits[0]}")
+    if (root / "state.json").exists():
+        try:
+            state = json.loads((root / "state.json").read_text(encoding="utf-8"))
+            return [str(root / item["filename"]) for item in state["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"state.json without a list of data files ({type(error).__name__}: {error})"
+            raise UserError(str(root), found, "a data set written by save_to_disk") from None
+    return None
+
+
+def _note_links(item: str, again: Sequence[Path], notes: list[str]) -> None:
+    if again:
+        links = _counted(len(again), "link")
+        notes.append(f"{item}: passed over {links} to a folder that is read already, such as {again[0]}")
+
+
+def _walk(roots: Sequence[Path], again: list[Path]) -> Iterator[Path]:
+    """Everything below ``roots`` that is no folder and not hidden; each folder once, by its own name before a link's.
+
+    Args:
+        again: receives the links to folders that were there already.
+    """
+    entered: set[tuple[int, int]] = set()
+    pending = [*roots]
+    for top in pending:  # grows behind: links are followed when all that needs no link has been read
+        if _identity(top) in entered:
+            again.append(top)
+            continue
+        for place, folders, names in os.walk(top, onerror=_refuse_unlisted):
+            entered.add(_identity(place))
+            visible = sorted(name for name in folders if not name.startswith("."))
+            links = [name for name in visible if os.path.islink(os.path.join(place, name))]
+            pending += [Path(place, name) for name in links]
+            folders[:] = [name for name in visible if _identity(os.path.join(place, name)) not in entered]
+            yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _place(file: str) -> tuple[str, str]:
+    """A file whatever links lead to its folder; a link to a file is a file of its own."""
+    folder, name = os.path.split(file)
+    return os.path.realpath(folder), name
+
+
+def _identity(folder: str | os.PathLike) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        _refuse_unlisted(error)
+    return status.st_dev, status.st_ino
+
+
+def _refuse_unlisted(error: OSError) -> NoReturn:
+    raise UserError("--input", f"{error.filename}, which cannot be listed ({error.strerror})", "a folder to read")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,124 @@
+"""Rows of Parquet and Arrow files: every kind of string column, and what is wrong in one named by its row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from remit_megatron.data.readers import BadRecord, TextFormat, iter_chunks, iter_documents, parse_chunk
+from remit_megatron.runtime.errors import UserError
+
+ROWS = [b"one", b"", b"tw\xc3\xb6", None, b"bad \xff here", b"\xed\xa0\x80", b"last"]
+KINDS = ["string", "large_string", "string_view", "dictionary", "large_dictionary"]
+
+
+def column(kind: str, rows: list[bytes | None]) -> pa.Array:
+    """Strings as they may lie in a file, unchecked."""
+    if kind == "string_view":
+        return pa.array(rows, pa.binary_view()).view(pa.string_view())
+    dictionary = kind.endswith("dictionary")
+    values = [row or b"" for row in rows] if dictionary else rows  # a null is a place without an entry
+    if kind.startswith("large"):
+        strings = pa.array(values, pa.large_binary()).view(pa.large_string())
+    else:
+        strings = pa.array(values, pa.binary()).view(pa.string())
+    if dictionary:
+        places = pa.array([None if row is None else n for n, row in enumerate(rows)], pa.int32())
+        return pa.DictionaryArray.from_arrays(places, strings)
+    return strings
+
+
+def write(path: Path, table: pa.Table) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.stem == "stream":
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    return path
+
+
+def rows(path: Path, text_format: TextFormat) -> list[tuple[int, str]]:
+    """Number and text of each row, or what is wrong with it."""
+    chunks = iter_chunks([str(path)], fields=text_format.fields)
+    found = [row for chunk in chunks for row in parse_chunk(chunk, text_format)]
+    return [(number, text.found if isinstance(text, BadRecord) else text) for number, text in found]
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_string_that_is_not_utf8_is_a_bad_row(tmp_path, name, kind):
+    path = write(tmp_path / name, pa.table({"n": list(range(7)), "text": column(kind, ROWS)}))
+    assert rows(path, TextFormat()) == [
+        (1, "one"),
+        (2, "an empty string in field 'text'"),
+        (3, "twö"),
+        (4, "NoneType (None) in field 'text'"),
+        (5, "byte 5 in field 'text', which is not UTF-8"),
+        (6, "byte 1 in field 'text', which is not UTF-8"),
+        (7, "last"),
+    ]
+    with pytest.raises(UserError, match=f"^{path}:2: "):
+        list(iter_documents([path]))
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "stream.arrow"])
+def test_good_columns_beside_bad_ones(tmp_path, name):
+    """Only the columns that are asked for are looked at; a template takes several."""
+    table = pa.table(
+        {
+            "text": column("string", [b"a", b"b"]),
+            "noise": column("string", [b"\xff", b"\xfe"]),
+            "title": column("dictionary", [b"t", b"\xff"]),
+            "nothing": pa.nulls(2),
+        }
+    )
+    path = write(tmp_path / name, table)
+    assert rows(path, TextFormat()) == [(1, "a"), (2, "b")]
+    template = TextFormat(template="{title}: {text}")
+    assert rows(path, template) == [(1, "t: a"), (2, "byte 1 in field 'title', which is not UTF-8")]
+    assert rows(path, TextFormat(text_key="nothing")) == [(n, "NoneType (None) in field 'nothing'") for n in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (pa.array([b"a"]), "binary"),
+        (pa.array([["a"]]), "list<element: string>|list<item: string>"),
+        (pa.array([{"text": "a"}]), "struct<text: string>"),
+        (pa.array([1.5]), "double"),
+        (pa.array([True]), "bool"),
+    ],
+    ids=["binary", "list", "struct", "double", "bool"],
+)
+def test_columns_that_hold_no_strings(tmp_path, name, values, kind):
+    path = write(tmp_path / name, pa.table({"text": values}))
+    with pytest.raises(UserError) as caught:
+        list(iter_documents([path]))
+    messages = {f"{path}: found column 'text' of type {one}; expected a column of strings" for one in kind.split("|")}
+    assert str(caught.value) in messages
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "stream.arrow", "file.arrow"])
+def test_two_columns_of_one_name(tmp_path, name):
+    table = pa.Table.from_arrays([pa.array([text]) for text in ("a", "b", "c")], names=["text", "other", "text"])
+    path = write(tmp_path / name, table)
+    with pytest.raises(UserError, match="found 2 columns 'text'; expected one") as caught:
+        list(iter_documents([path]))
+    assert caught.value.field == str(path)
+    # What is not asked for may be there any number of times.
+    assert [document.text for document in iter_documents([path], text_key="other")] == ["b"]
+
+
+def test_names_with_points(tmp_path):
+    """Parquet spells fields of structures with a point; a column's own name may have one."""
+    nested = pa.array([{"b": "inner"}])
+    path = write(tmp_path / "table.parquet", pa.table({"a": nested, "a.b": ["outer"], "text": ["x"], "text.b": ["y"]}))
+    assert [document.text for document in iter_documents([path], text_key="a.b")] == ["outer"]
+    assert [document.text for document in iter_documents([path])] == ["x"]
