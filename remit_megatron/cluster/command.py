@@ -7,10 +7,10 @@ The configuration is the one of ``remit train``. Neither data nor weights are re
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, UserEr
 from remit_megatron.runtime.files import write_atomic
 
 if TYPE_CHECKING:
-    from remit_megatron.cluster.planner import Placement, Planner, ReferencePlan
-    from remit_megatron.cluster.search import Search
+    from remit_megatron.cluster.planner import Placement, ReferencePlan
+    from remit_megatron.cluster.report import Report
     from remit_megatron.cluster.simulate import SimulatedRank
     from remit_megatron.cluster.timing import Machine
+    from remit_megatron.objectives import Objective
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +84,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError("--headroom", args.headroom, "a share from 0 to below 1")
 
 
-def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0.08, simulate: bool = False) -> Any:
+def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0.08, simulate: bool = False) -> Report:
     """Plans a run; ``patches.apply()`` comes first.
 
     Args:
@@ -94,52 +95,75 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
         simulate: build first, middle and last rank on ``meta``.
 
     Returns:
-        A :class:`remit_megatron.cluster.report.Report`.
+        Figures of the configuration's own layout, or of the best one where these GPUs cannot take that; and the best
+        others.
 
     Raises:
-        UserError: the configuration is wrong, or cannot be laid out on these GPUs.
+        UserError: the configuration is wrong, or no layout of these GPUs is possible.
     """
     from remit_megatron.cluster.planner import Planner
     from remit_megatron.cluster.report import Report
-    from remit_megatron.cluster.search import candidate, own_layout
+    from remit_megatron.cluster.run_layouts import RunLayouts
+    from remit_megatron.cluster.search import candidate, own_layout, search
+    from remit_megatron.cluster.what_would import no_layout
     from remit_megatron.models.family import family_of
     from remit_megatron.objectives import build_objective
-    from remit_megatron.run.checks import check_dropout, check_linear_loss, check_supported
     from remit_megatron.run.derived import plan_numbers
     from remit_megatron.run.prepare import objective_settings
 
     objective = build_objective(config.objective.name, **objective_settings(config))
     hf_config, signal = _architecture(config), objective.reference_signal
-    arguments = _arguments_of(config, hf_config, nodes * machine.per_node)
-    args = arguments(config, 0)
-    check_supported(config, args)
-    _check_for_layout(config, args, signal)
-    if objective.needs_global_batch:
-        check_dropout(config, args)
-    if config.loss.linear:
-        check_linear_loss(config, args, objective)
-    _check_node(args, machine)
+    reference = _reference(config, hf_config, signal)
+    runs = RunLayouts(config, hf_config, machine=machine, nodes=nodes, signal=signal, reference=reference)
+    args, refusal = runs.start()
+    _check_settings(config, args, objective)
     planner = Planner(
         hf_config,
         args,
         machine=machine,
-        reference=_reference(config, hf_config, signal),
+        reference=reference,
         student_passes=int(objective.needs_global_batch),
         document_mask=config.data.document_mask,
         linear_loss=config.loss.linear,
     )
+    found = search(
+        planner,
+        limit=machine.gpu.memory * (1 - headroom),
+        allowed=lambda layout: runs.allows(layout, layout.arguments(planner.args)),
+        accepted=runs.accepts,
+    )
+    shown, arguments = own_layout(args), runs.own
+    if refusal is not None:
+        if not found.fitting:
+            raise no_layout(planner, runs, refusal, found)
+        shown = found.fitting[0].layout
+        arguments = partial(runs.of, shown)
+        args = arguments()
     stages = sorted({0, args.pipeline_model_parallel_size // 2, args.pipeline_model_parallel_size - 1})
     return Report(
         numbers=plan_numbers(args, unlisted=family_of(hf_config).unlisted_parameters(hf_config)),
         args=args,
         planner=planner,
-        own=candidate(planner, own_layout(args), args),
+        shown=candidate(planner, shown, args),
+        refusal=refusal,
+        asked=args if refusal is None else runs.asked(),
         stages=[planner.memory(args, stage) for stage in stages],
         time=planner.time(args),
-        found=_search(config, planner, arguments, signal=signal, limit=machine.gpu.memory * (1 - headroom)),
+        found=found,
         headroom=headroom,
-        simulated=_simulate(planner, hf_config, lambda rank: arguments(config, rank)) if simulate else [],
+        simulated=_simulate(hf_config, args, arguments) if simulate else [],
     )
+
+
+def _check_settings(config: RunConfig, args: argparse.Namespace, objective: Objective) -> None:
+    """What the run refuses under every layout."""
+    from remit_megatron.run.checks import check_dropout, check_linear_loss, check_supported
+
+    check_supported(config, args)
+    if objective.needs_global_batch:
+        check_dropout(config, args)
+    if config.loss.linear:
+        check_linear_loss(config, args, objective)
 
 
 def _architecture(config: RunConfig) -> dict[str, Any]:
@@ -149,45 +173,6 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
 
     assert config.init is not None, "load_config asks for one of the two"
     return resolve(config.init, field="init").hf_config
-
-
-def _arguments_of(
-    config: RunConfig, hf_config: dict[str, Any], world_size: int
-) -> Callable[[RunConfig, int], argparse.Namespace]:
-    """How a configuration and a rank become validated arguments, as on a cluster of GPUs."""
-    from remit_megatron.models.build import megatron_arguments
-    from remit_megatron.models.spec import LOCAL, TE
-    from remit_megatron.run.megatron_args import build_arguments, read_overrides
-
-    architecture = megatron_arguments(hf_config)
-    local = read_overrides(config.megatron).get("transformer_impl") == LOCAL
-
-    def arguments(config: RunConfig, rank: int) -> argparse.Namespace:
-        # Transformer Engine is what a GPU run takes where it is installed. It may not be here, and is then refused.
-        asked = {"transformer_impl": TE}
-        written = {name: value for name, value in config.megatron.items() if read_overrides({name: value}) != asked}
-        config = dataclasses.replace(config, megatron=written)
-        args = build_arguments(config, architecture, world_size=world_size, rank=rank, gpu=True)
-        if not local:
-            args.transformer_impl = TE
-        return args
-
-    return arguments
-
-
-def _check_for_layout(config: RunConfig, args: argparse.Namespace, signal: str) -> None:
-    """What the run refuses of some layouts and lets through of others."""
-    from remit_megatron.run.checks import check_document_mask, check_reference_settings
-
-    check_document_mask(config, args)
-    if signal != "none" and config.reference is not None:
-        check_reference_settings(config, args, signal=signal)
-
-
-def _check_node(args: argparse.Namespace, machine: Machine) -> None:
-    if machine.per_node % args.tensor_model_parallel_size:
-        expected = f"a divisor of {machine.per_node}: tensor parallelism stays within a node"
-        raise UserError("megatron.tensor_model_parallel_size", args.tensor_model_parallel_size, expected)
 
 
 def _reference(config: RunConfig, student: dict[str, Any], signal: str) -> ReferencePlan | None:
@@ -208,57 +193,19 @@ def _reference(config: RunConfig, student: dict[str, Any], signal: str) -> Refer
     return ReferencePlan(hf_config, placement, signal, assumed=not here)
 
 
-def _search(
-    config: RunConfig,
-    planner: Planner,
-    arguments: Callable[[RunConfig, int], argparse.Namespace],
-    *,
-    signal: str,
-    limit: float,
-) -> Search:
-    """All layouts; the first ones are those that Megatron's own checks let through."""
-    from remit_megatron.cluster.search import Layout, search
-    from remit_megatron.run.megatron_args import read_overrides
-
-    written = read_overrides(config.megatron)
-    # Other ways to say what a layout says.
-    for name in ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"):
-        written.pop(name, None)
-    for end in ("first", "last"):
-        written.pop(f"decoder_{end}_pipeline_num_layers", None)
-    for part in ("embedding", "loss"):
-        written.pop(f"account_for_{part}_in_pipeline_split", None)
-
-    def allowed(layout: Layout) -> bool:
-        try:
-            _check_for_layout(config, layout.arguments(planner.args), signal)
-        except UserError:
-            return False
-        return True
-
-    def accepted(layout: Layout) -> bool:
-        try:
-            arguments(dataclasses.replace(config, megatron=written | layout.overrides()), 0)
-        except UserError:
-            return False
-        return True
-
-    return search(planner, limit=limit, allowed=allowed, accepted=accepted)
-
-
 def _simulate(
-    planner: Planner, hf_config: dict[str, Any], arguments: Callable[[int], argparse.Namespace]
+    hf_config: dict[str, Any], run: argparse.Namespace, arguments: Callable[[int], argparse.Namespace]
 ) -> list[SimulatedRank]:
     from remit_megatron.cluster.inventory import take_inventory
     from remit_megatron.cluster.simulate import interesting_ranks, simulate_rank
     from remit_megatron.models.spec import transformer_impl
 
     # The plan is compared for the layers that can be built here; those of the run may hold more.
-    args = argparse.Namespace(**vars(planner.args))
+    args = argparse.Namespace(**vars(run))
     args.transformer_impl = transformer_impl(args.transformer_impl)
     sharded = take_inventory(hf_config, args, tensor_parallel=args.tensor_model_parallel_size)
     whole = take_inventory(hf_config, args, tensor_parallel=1)
     return [
         simulate_rank(hf_config, arguments, rank, sharded=sharded, whole=whole)
-        for rank in interesting_ranks(planner.args.world_size)
+        for rank in interesting_ranks(run.world_size)
     ]

@@ -14,9 +14,16 @@ from remit_megatron.cluster.simulate import SimulatedRank, describe_difference
 from remit_megatron.cluster.timing import DataTime, StepTime
 from remit_megatron.models.spec import LOCAL, TE
 from remit_megatron.run.derived import PlanNumbers
+from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.progress import format_count, format_duration
 
 _RUNNERS_UP = 4
+# Keys that are not printed where the configuration has the right value.
+_AS_IT_IS = {
+    "context_parallel_size",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+}
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,12 @@ class Report:
 
     Attributes:
         numbers: what follows from the configuration.
-        args: validated arguments of the configuration's own layout.
+        args: validated arguments of the layout that is shown.
         planner: of the run.
-        own: the configuration's own layout.
-        stages: memory of its first, middle and last stage.
+        shown: the configuration's own layout; where it is not possible on these GPUs, the best one.
+        refusal: why the configuration's own is not possible; None where it is.
+        asked: the keys of a layout as the configuration has them.
+        stages: memory of the first, middle and last stage of the layout that is shown.
         time: of its step.
         found: other layouts.
         headroom: share of a GPU's memory that is left alone.
@@ -38,7 +47,9 @@ class Report:
     numbers: PlanNumbers
     args: argparse.Namespace
     planner: Planner
-    own: Candidate
+    shown: Candidate
+    refusal: UserError | None
+    asked: argparse.Namespace
     stages: list[StageMemory]
     time: StepTime
     found: Search
@@ -49,6 +60,11 @@ class Report:
     def limit(self) -> float:
         """Bytes of a GPU that a plan may use."""
         return self.planner.machine.gpu.memory * (1 - self.headroom)
+
+    @property
+    def own(self) -> Candidate | None:
+        """The configuration's own layout; None where it is not possible on these GPUs."""
+        return self.shown if self.refusal is None else None
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
@@ -69,7 +85,17 @@ def text(report: Report) -> str:
     parts = [_run(report), _memory(report), _time(report), _layouts(report)]
     if report.simulated:
         parts.append(_simulation(report.simulated, wanted=report.args.transformer_impl))
-    return "\n".join(parts)
+    return _refused(report) + "\n".join(parts)
+
+
+def _refused(report: Report) -> str:
+    """One line where the configuration's own layout is not possible; empty where it is."""
+    if report.refusal is None:
+        return ""
+    gpus = f"these {report.numbers.world_size:,} GPUs"
+    return (
+        f"the configuration's own layout does not fit {gpus} ({report.refusal}); what follows is the best that does\n\n"
+    )
 
 
 def _gib(number: float) -> str:
@@ -86,7 +112,7 @@ def _run(report: Report) -> str:
     rate = f"{numbers.peak_learning_rate:.3g} at the peak, {numbers.last_learning_rate:.3g} at the last step"
     rows = [
         ("GPUs", f"{numbers.world_size} {machine.gpu.name}, {machine.per_node} a node"),
-        ("layout", str(report.own.layout)),
+        ("layout", str(report.shown.layout)),
         ("parameters", f"{numbers.parameters:,} ({format_count(numbers.parameters)})"),
         ("batch", f"{numbers.samples_per_step:,} samples of {numbers.sequence_length:,} tokens"),
         ("tokens per batch", f"{numbers.tokens_per_step:,}"),
@@ -207,8 +233,10 @@ def _layouts(report: Report) -> str:
         equals = tie(found)
         if equals is not None:
             lines.append(f"                {equals}")
-        lines.append(f"  configured    {own.layout}")
-        if own.layout == best.layout:
+        lines.append(f"  configured    {own.layout if own else 'not possible on these GPUs'}")
+        if own is None:
+            lines.append(f"                {report.refusal}")
+        elif own.layout == best.layout:
             lines.append("                the best one")
         elif own.memory > report.limit:
             lines.append(f"                does not fit: {_gib(own.memory)} GiB on stage {own.stage}")
@@ -218,7 +246,7 @@ def _layouts(report: Report) -> str:
             lines.append(f"  runner-up     {other.layout}")
             lines.append(f"                {reason(other, best)}")
         lines += _too_fast(found, best)
-        lines.append("  to take the best: " + " ".join(settings(best.layout, report.args)))
+        lines.append("  to take the best: " + " ".join(settings(best.layout, report.asked)))
     return "\n".join(lines) + "\n"
 
 
@@ -252,13 +280,13 @@ def runners_up(found: Search) -> list[Candidate]:
 
 def settings(layout: Layout, args: argparse.Namespace) -> list[str]:
     """Overrides that turn the layout of ``args`` into ``layout``, as on the command line."""
-    wanted = layout.overrides() | {"num_layers_per_virtual_pipeline_stage": None}
+    wanted = layout.overrides()
     if args.recompute_granularity is None and layout.recompute == "none":
         wanted = {name: value for name, value in wanted.items() if not name.startswith("recompute_")}
     words = []
     for name, value in wanted.items():
         own = getattr(args, name)
-        if (value is None and own is None) or (name == "context_parallel_size" and value == own == 1):
+        if value == own and (value is None or name in _AS_IT_IS):
             continue
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         words.append(f"megatron.{name}={shown}".replace("'", "").replace(" ", ""))
@@ -296,7 +324,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "gpu": asdict(machine.gpu) | {"per_node": machine.per_node, "utilization": machine.utilization},
         "memory_limit": report.limit,
         "numbers": asdict(report.numbers),
-        "configured": layout(report.own),
+        "configured": layout(report.own) if report.own else None,
+        "configured_refused": None if report.refusal is None else str(report.refusal),
+        "shown": "best" if report.own is None else "configured",
         "stages": [
             asdict(stage) | {"total": stage.total, "reference_bytes": stage.reference_bytes} for stage in report.stages
         ],

@@ -9,14 +9,17 @@ of small matrices run slower and the model of time does not know it; then the on
 from __future__ import annotations
 
 import argparse
+import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from remit_megatron.cluster.activations import tokens_of_microbatch
 from remit_megatron.cluster.hardware import GIB
 from remit_megatron.cluster.planner import Planner
 from remit_megatron.cluster.timing import StudentTime
+from remit_megatron.models.build import padded_vocab_size
 from remit_megatron.runtime.errors import UserError
 
 # What a step's time goes to, by the names of StudentTime.
@@ -36,6 +39,17 @@ _ENOUGH_TOKENS = 8192
 _MAX_CONTEXT = 16
 _SAME_TIME = 0.01
 _CHECKED = 6
+_REFUSED = 2
+
+# Other ways in which a configuration says what a layout says, at the values that leave it to the layout.
+_OTHER_WAYS: dict[str, Any] = {
+    "num_layers_per_virtual_pipeline_stage": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+}
 
 
 @dataclass(frozen=True)
@@ -74,20 +88,17 @@ class Layout:
             "micro_batch_size": self.micro_batch,
             "sequence_parallel": self.sequence_parallel,
             **_recompute_arguments(self.recompute),
+            **_OTHER_WAYS,
         }
 
     def arguments(self, args: argparse.Namespace) -> argparse.Namespace:
         """A copy of ``args`` with this layout, for the arithmetic; it is not validated."""
-        own = argparse.Namespace(**vars(args))
+        own = copy.copy(args)
         for name, value in self.overrides().items():
             setattr(own, name, value)
         own.virtual_pipeline_model_parallel_size = self.virtual if self.virtual > 1 else None
         own.data_parallel_size = self.data
-        own.pipeline_model_parallel_layout = None
-        own.decoder_first_pipeline_num_layers = own.decoder_last_pipeline_num_layers = None
-        own.account_for_embedding_in_pipeline_split = own.account_for_loss_in_pipeline_split = False
-        multiple = own.make_vocab_size_divisible_by * self.tensor
-        own.padded_vocab_size = -(-own.vocab_size // multiple) * multiple
+        own.padded_vocab_size = padded_vocab_size(own.vocab_size, own.make_vocab_size_divisible_by, self.tensor)
         return own
 
 
@@ -152,21 +163,28 @@ def layouts(args: argparse.Namespace, *, gpus_per_node: int) -> Iterator[Layout]
         args: a validated namespace; its own layout plays no part.
         gpus_per_node: tensor parallelism stays within that many.
     """
-    world, batch, length = args.world_size, args.global_batch_size, args.seq_length
-    for tensor in _divisors(gpus_per_node):
+    batch, length = args.global_batch_size, args.seq_length
+    for tensor, pipeline, part, data in axes(args, gpus_per_node=gpus_per_node):
+        for micro in divisors(batch // data) if batch % data == 0 else ():
+            if micro > 1 and micro * length // part > 4 * _ENOUGH_TOKENS:
+                break
+            yield from _variants(args, tensor, pipeline, part, data, micro)
+
+
+def axes(args: argparse.Namespace, *, gpus_per_node: int) -> Iterator[tuple[int, int, int, int]]:
+    """Tensor, pipeline, context and data parallel sizes whose product is ``args.world_size``, for the model and the
+    sequence length of ``args``, whatever the batch."""
+    world, length = args.world_size, args.seq_length
+    for tensor in divisors(gpus_per_node):
         if world % tensor or not _divides_model(args, tensor):
             continue
-        for pipeline in _divisors(args.num_layers):
+        for pipeline in divisors(args.num_layers):
             for part in (1, 2, 4, 8, _MAX_CONTEXT):
                 model = tensor * pipeline * part
                 sliced = tensor * part if tensor > 1 else part
                 if world % model or (part > 1 and length % (2 * part)) or length % sliced:
                     continue
-                data = world // model
-                for micro in _divisors(batch // data) if batch % data == 0 else ():
-                    if micro > 1 and micro * length // part > 4 * _ENOUGH_TOKENS:
-                        break
-                    yield from _variants(args, tensor, pipeline, part, data, micro)
+                yield tensor, pipeline, part, world // model
 
 
 def _variants(
@@ -175,7 +193,7 @@ def _variants(
     microbatches = args.global_batch_size // (data * micro)
     per_stage = args.num_layers // pipeline
     # The interleaved schedule wants whole rounds of microbatches.
-    virtual_sizes = _divisors(per_stage) if pipeline > 1 and microbatches % pipeline == 0 else [1]
+    virtual_sizes = divisors(per_stage) if pipeline > 1 and microbatches % pipeline == 0 else [1]
     for virtual in virtual_sizes:
         for recompute in _RECOMPUTE:
             yield Layout(tensor, pipeline, virtual, context, data, micro, tensor > 1, recompute)
@@ -186,7 +204,8 @@ def _divides_model(args: argparse.Namespace, tensor: int) -> bool:
     return not any(size % tensor for size in (args.num_attention_heads, groups, args.ffn_hidden_size))
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, the smallest first."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
@@ -216,7 +235,8 @@ def search(
         planner: of the run.
         limit: bytes that a rank may use.
         allowed: quick check of a layout, before its memory and time.
-        accepted: thorough check; asked of the best until ``_CHECKED`` different combinations of axes have passed.
+        accepted: thorough check; asked of the best until ``_CHECKED`` different combinations of axes have passed. What
+            differs in its micro-batch only is left out unasked where ``_REFUSED`` of its kind were not accepted.
     """
     fitting, too_large = [], []
     for layout in layouts(planner.args, gpus_per_node=planner.machine.per_node):
@@ -234,14 +254,19 @@ def search(
 def _checked(ranked: list[Candidate], accepted: Callable[[Layout], bool]) -> list[Candidate]:
     """``ranked`` without those of its first ones that are not accepted."""
     kept: list[Candidate] = []
-    axes: set[tuple[int, int, int]] = set()
+    passed: set[tuple[int, int, int]] = set()
+    refused: Counter[Layout] = Counter()
     for item in ranked:
-        key = item.layout.axes
-        if key in axes or len(axes) >= _CHECKED:
+        key, kind = item.layout.axes, replace(item.layout, micro_batch=0)
+        if key in passed or len(passed) >= _CHECKED:
             kept.append(item)
+        elif refused[kind] >= _REFUSED:
+            continue
         elif accepted(item.layout):
             kept.append(item)
-            axes.add(key)
+            passed.add(key)
+        else:
+            refused[kind] += 1
     return kept
 
 

@@ -110,10 +110,16 @@ def test_nothing_fits(tmp_path, capsys):
         (["--nodes", "0"], "--nodes: found 0"),
         (["--nodes", "1", "--gpu", "H1000"], "did you mean"),
         (["--nodes", "1", "--mfu", "1.5"], "--mfu: found 1.5"),
-        (["--nodes", "3", "megatron.global_batch_size=480", f"megatron.{TP}=3"], "tensor_model_parallel_size: found 3"),
-        (["--nodes", "1", f"megatron.{PP}=16"], "tensor 1 x pipeline 16"),
-        (["--nodes", "2", "--gpus-per-node", "4", f"megatron.{TP}=8"], "tensor parallelism stays within a node"),
         (["--nodes", "3"], "global_batch_size"),
+        (["--nodes", "3"], "expected 2 (16 GPUs), or megatron.global_batch_size 528"),
+        # 16 layers and 32 heads: the factor 5 of 40 GPUs is in the batch or nowhere. 515 would do, with eight shards.
+        (["--nodes", "5"], "expected 4 (32 GPUs), or megatron.global_batch_size 520"),
+        (["--nodes", "16", f"megatron.{TP}=16", "--gpu-memory", "0.1"], "whose memory no possible layout fits"),
+        (["--nodes", "1", f"megatron.{TP}=16", "megatron.global_batch_size=null"], "global_batch_size: found nothing"),
+        # What no layout mends is said as ever.
+        (["--nodes", "1", f"megatron.{TP}=0"], "tensor_model_parallel_size: found 0; expected more than 0"),
+        (["--nodes", "1", f"megatron.{TP}=16", "megatron.min_lr=1"], "megatron.min_lr: found 1.0"),
+        (["--nodes", "1", f"megatron.{TP}=16", "megatron.optimizer=muon"], "megatron.optimizer: found muon"),
     ],
 )
 def test_what_cannot_be_laid_out_is_one_line(tmp_path, capsys, options, message):
