@@ -102,6 +102,10 @@ class ReferenceConfig:
     write_cache: bool = False
     """Whether the scores of ``source: live`` are also written to ``cache_dir``. No effect with ``source: cache``."""
 
+    max_dropped: float = 0.01
+    """Largest share of a step's tokens that may lack a finite score, 0 to 1; above it the run stops (exit code 70), and
+    so does ``remit score``. No effect on ``kd``, whose loss is then not finite itself."""
+
     fp8: str | None = None
     """``e4m3`` or ``hybrid``: the live reference's linear weights in FP8, in all layers but the first and the last, if
     the gate lets it pass; null keeps the run's own type. Needs Transformer Engine and a GPU that has FP8. The student's
@@ -432,14 +436,16 @@ def _validate(config: RunConfig) -> None:
             if value:
                 raise UserError("reference.cache_dir", "nothing", f"the directory of the scores, for reference.{key}")
     if config.reference is not None:
-        _validate_fp8(config.reference)
+        _validate_reference(config.reference)
     config.data.train = expand_existing(read_blend("data.train", config.data.train), field="data.train")
     config.data.valid = expand_existing(read_blend("data.valid", config.data.valid or []), field="data.valid")
     if not config.data.train:
         raise UserError("data.train", "an empty blend", "at least one data set")
 
 
-def _validate_fp8(reference: ReferenceConfig) -> None:
+def _validate_reference(reference: ReferenceConfig) -> None:
+    if not 0 <= reference.max_dropped <= 1:
+        raise UserError("reference.max_dropped", reference.max_dropped, "a number from 0 to 1")
     if not 0 <= reference.fp8_tolerance <= 2:
         raise UserError("reference.fp8_tolerance", reference.fp8_tolerance, "a number from 0 to 2")
     if reference.fp8 is not None and (reference.source == "cache" or reference.write_cache):

@@ -33,6 +33,7 @@ import torch
 from remit_megatron.models.family import down_projections
 from remit_megatron.run.configuration import RunConfig, did_you_mean, show
 from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
+from remit_megatron.run.optimization import check_optimization, construct
 from remit_megatron.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def build_arguments(
     _check_required(values)
     _check_layout(values, world_size)
     fp8.check_run(values)
-    _check_schedule(values)
+    check_optimization(values)
     multiple = values["make_vocab_size_divisible_by"] * values["tensor_model_parallel_size"]
     values["padded_vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
     _prepare_environment(config, values)
@@ -112,7 +113,12 @@ def build_arguments(
     with _quiet(), _translated(args, chosen):
         validate_args(args)
     with _quiet(), _translated(args, chosen):
-        core_transformer_config_from_args(args)  # its own checks come before anything is built or loaded
+        # Their own checks come before anything is built or loaded.
+        core_transformer_config_from_args(args)
+        construct(args)
+    _check_length(args)
+    if args.clip_grad == 0:
+        args.clip_grad = math.inf  # Megatron's 0 does not even measure the norm, which every step is judged by
     return args
 
 
@@ -323,6 +329,17 @@ def _check_required(values: Mapping[str, Any]) -> None:
         raise UserError("megatron.bf16", "true together with fp16: true", "one of the two")
 
 
+def _check_length(args: argparse.Namespace) -> None:
+    """What only shows when Megatron has filled in batch sizes and ranks."""
+    if args.train_samples is not None and args.train_samples < args.global_batch_size:
+        expected = f"at least global_batch_size {args.global_batch_size}, one step"
+        raise UserError("megatron.train_samples", args.train_samples, expected)
+    replicas, instances = args.data_parallel_size, args.num_distributed_optimizer_instances
+    if replicas * args.context_parallel_size % instances:
+        expected = f"a divisor of {replicas} data-parallel x {args.context_parallel_size} context-parallel ranks"
+        raise UserError("megatron.num_distributed_optimizer_instances", instances, expected)
+
+
 def _check_layout(values: dict[str, Any], world_size: int) -> None:
     tp, pp, cp = (values[f"{axis}_parallel_size"] for axis in ("tensor_model", "pipeline_model", "context"))
     if world_size % (tp * pp * cp):
@@ -376,22 +393,6 @@ def _check_pipeline(values: Mapping[str, Any], pp: int) -> None:
         if values[key] is not None and (values[key] < 1 or (layers // pp) % values[key]):
             expected = f"a divisor of the {layers // pp} {what} of a pipeline stage"
             raise UserError(f"megatron.{key}", values[key], expected)
-
-
-def _check_schedule(values: Mapping[str, Any]) -> None:
-    if values["min_lr"] > values["lr"]:
-        raise UserError("megatron.min_lr", values["min_lr"], f"at most lr, {values['lr']}")
-    unit, other = ("iters", "samples") if values["train_iters"] is not None else ("samples", "iters")
-    for key in (f"lr_warmup_{other}", f"lr_decay_{other}"):
-        if values[key]:
-            raise UserError(f"megatron.{key}", values[key], f"lr_{key.split('_')[1]}_{unit}, as for train_{unit}")
-    decay = values[f"lr_decay_{unit}"] or values[f"train_{unit}"]
-    if values[f"lr_warmup_{unit}"] >= decay:
-        expected = f"less than {decay}, the end of decay"
-        raise UserError(f"megatron.lr_warmup_{unit}", values[f"lr_warmup_{unit}"], expected)
-    fraction = values["lr_warmup_fraction"]
-    if fraction is not None and not 0 <= fraction < 1:
-        raise UserError("megatron.lr_warmup_fraction", fraction, "a number from 0 to below 1")
 
 
 def _prepare_environment(config: RunConfig, values: Mapping[str, Any]) -> None:

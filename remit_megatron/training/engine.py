@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run import directory as run_directory
 from remit_megatron.run.score_cache import RunScores
 from remit_megatron.runtime import checkpoints, parallel
+from remit_megatron.runtime.errors import DoNotRestart
 from remit_megatron.runtime.files import HF_SUBFOLDER
 from remit_megatron.runtime.parallel import RankEnvironment
-from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics
+from remit_megatron.training.health import StepOutcome, StepWatch, dropped_share
+from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics, token_counts
 from remit_megatron.training.scores import ScoreParts, build_score_source
 from remit_megatron.training.step import TrainingStep
 from remit_megatron.training.weight_decay import weight_decay_overrides
@@ -33,9 +36,29 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """The parts of one run; those that need process groups are made when Megatron has them."""
+    """The parts of one run; those that need process groups are made when Megatron has them.
 
-    def __init__(self, prepared: Prepared, environment: RankEnvironment, scores: RunScores):
+    Args:
+        prepared: the run.
+        environment: this rank.
+        scores: what the run knows of its reference scores.
+        updates: of the weights that the run has made before this start.
+        record: what checkpoints say of how the run was trained, beside what they hold.
+
+    Attributes:
+        updates: of the weights that the run has made so far; a skipped step makes none.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        environment: RankEnvironment,
+        scores: RunScores,
+        *,
+        updates: int = 0,
+        record: Mapping[str, Any] | None = None,
+    ):
+        self._record_of_run = dict(record or {})
         self._prepared = prepared
         self._run_scores = scores
         self._environment = environment
@@ -46,7 +69,10 @@ class Engine:
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
-        self._consumed: dict[int, int] = {}  # samples up to a save that has begun, by its iteration
+        # What a checkpoint says of the run, by the iteration of a save that has begun: an asynchronous one ends steps
+        # later.
+        self._progress: dict[int, dict[str, int]] = {}
+        self.updates = updates
         config = prepared.config
         self.forward = ModelForward(
             eod_id=prepared.tokenizer.eod_id,
@@ -63,6 +89,12 @@ class Engine:
             linear=config.loss.linear,
         )
         self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
+        scaled = prepared.arguments.fp16 and not prepared.arguments.loss_scale
+        self._watch = StepWatch(
+            max_dropped=1.0 if config.reference is None else config.reference.max_dropped,
+            smallest_loss_scale=prepared.arguments.min_loss_scale if scaled else None,
+        )
+        self._dropped_said = False
 
     def groups(self) -> Any:
         """Megatron's process groups."""
@@ -153,21 +185,56 @@ class Engine:
         *,
         iteration: int,
         learning_rate: float | None,
+        loss_scale: float,
         grad_norm: float | None,
         skipped: bool,
     ) -> dict[str, torch.Tensor]:
-        """Derives the step's figures, records them, and gives Megatron those that it should log."""
+        """Derives the step's figures, records them, and gives Megatron those that it should log. Collective.
+
+        Raises:
+            DoNotRestart: the step has shown that the run trains nothing; on all ranks, before anything is saved.
+        """
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-        if not losses or skipped:
-            return losses
         args = self._arguments
-        microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
-        figures = step_statistics(losses, microbatches=microbatches)
-        if self._recorder is not None:
-            self._recorder.step(self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches()))
-        template = losses["lm_loss"]
-        return {name: template.new_tensor([value]) for name, value in figures.items()}
+        self.updates += not skipped
+        fault, logged = None, losses
+        if losses:
+            microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
+            figures = step_statistics(losses, microbatches=microbatches)
+            tokens, counted = token_counts(losses, microbatches=microbatches)
+            outcome = StepOutcome(
+                iteration=iteration,
+                tokens=tokens,
+                counted=counted,
+                dropped=int(figures["dropped_tokens"] or 0),
+                lm_loss=float(losses["lm_loss"]),
+                objective_loss=float(losses["objective_loss"]),
+                grad_norm=grad_norm,
+                skipped=skipped,
+                loss_scale=loss_scale if args.fp16 or args.loss_scale else None,
+            )
+            fault = self._watch.fault(outcome)
+            if self._recorder is not None:
+                record = self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches())
+                if skipped or outcome.loss_scale is not None:
+                    record |= {"skipped": skipped, "loss_scale": outcome.loss_scale}
+                self._recorder.step(record)
+                self._say_dropped(outcome)
+            template = losses["lm_loss"]
+            logged = {name: template.new_tensor([value]) for name, value in figures.items()}
+        # A rank of an earlier stage knows no losses, and must not wait for one that has left.
+        if parallel.on_any_rank(fault is not None)[0]:
+            faults = parallel.gather_objects(fault)
+            raise DoNotRestart(next(text for text in faults if text))
+        return logged
+
+    def _say_dropped(self, step: StepOutcome) -> None:
+        """Names the first tokens that do not count for want of a score; metrics.jsonl has them all."""
+        if step.dropped and not self._dropped_said:
+            self._dropped_said = True
+            share = dropped_share(step.dropped, step.tokens)
+            self._say(f"step {step.iteration}: {share} have no finite score of the reference and do not count")
 
     def _record(
         self,
@@ -209,7 +276,10 @@ class Engine:
 
     def before_save(self, iteration: int) -> None:
         """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
-        self._consumed[iteration] = self._arguments.consumed_train_samples  # an asynchronous save ends steps later
+        self._progress[iteration] = {
+            "consumed_samples": self._arguments.consumed_train_samples,
+            "updates": self.updates,
+        }
         if self._score_parts.writer is not None:
             # What a resumed run will not compute again is on disk before its checkpoint.
             self._score_parts.writer.flush()
@@ -223,7 +293,7 @@ class Engine:
         """Declares the checkpoint complete: model files, digests (shared out), manifest, pointer, retention."""
         directory = checkpoints.iteration_directory(self._root, iteration)
         rank, world_size = self._environment.rank, self._environment.world_size
-        consumed = self._consumed.pop(iteration)
+        progress = self._progress.pop(iteration)
         with parallel.same_fate("saving a checkpoint"):
             if rank == 0:
                 self._add_model_files(directory)
@@ -240,8 +310,9 @@ class Engine:
                     directory,
                     files=files,
                     iteration=iteration,
-                    consumed_samples=consumed,
                     tokenizer=self._prepared.tokenizer.digest,
+                    **progress,
+                    **self._record_of_run,
                 )
                 checkpoints.point_to(self._root, iteration)
                 checkpoints.retain(self._root, self._prepared.config.checkpoint.keep)
