@@ -181,6 +181,10 @@ class CheckpointConfig:
     """``auto`` goes on from the newest complete checkpoint in ``run_dir`` where there is one; ``never`` refuses a
     ``run_dir`` that has one."""
 
+    new_data: bool = False
+    """Whether a run that goes on may have other training data, ``seed``, sequence length or packing than before; it
+    goes on at the number of samples that it has come to, in the new order. Else they are refused."""
+
 
 @dataclass
 class WandbConfig:
@@ -420,9 +424,11 @@ def _validate(config: RunConfig) -> None:
             raise UserError(key, value, f"{minimum} or more")
     if not config.run_dir:
         raise UserError("run_dir", show(config.run_dir), "the directory that receives what the run writes")
-    if config.model is None and not config.init:
+    # A run that goes on has both in its checkpoints.
+    goes_on = config.checkpoint.resume == "auto" and any(config.checkpoints_dir.glob("iter_*/manifest.json"))
+    if config.model is None and not config.init and not goes_on:
         raise UserError("model", "nothing", "an architecture, or init with a checkpoint to take it from")
-    if not config.data.tokenizer and not config.init:
+    if not config.data.tokenizer and not config.init and not goes_on:
         found = show(config.data.tokenizer)
         raise UserError("data.tokenizer", found, "the directory of the tokenizer the data was built with")
     if config.reference is not None and not config.reference.checkpoint:

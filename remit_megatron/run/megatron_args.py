@@ -245,6 +245,26 @@ def _refuse_contradictions(chosen: Mapping[str, Any], architecture: Mapping[str,
             raise UserError(f"megatron.{key}", show(chosen[key]), "no such key here: the model's description decides")
 
 
+def default_values(chosen: Mapping[str, Any], *, gpu: bool) -> dict[str, Any]:
+    """Every argument of Megatron: what was chosen, else what we set where nobody does, else Megatron's default.
+
+    Args:
+        chosen: of :func:`read_overrides`.
+        gpu: whether the run computes on GPUs.
+    """
+    from remit_megatron.models.spec import transformer_engine_usable
+
+    situation = Situation(
+        gpu=gpu,
+        transformer_engine=gpu and transformer_engine_usable(),
+        fused_gradients=_installed("fused_weight_gradient_mlp_cuda"),
+        chosen=dict(chosen),
+    )
+    # Copies: validate_args appends to some of the lists.
+    values = {key: copy.copy(action.default) for key, action in _known_arguments()[0].items() if key != "help"}
+    return values | {key: default.resolve(situation) for key, default in DEFAULTS.items()} | dict(chosen)
+
+
 def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
     """The value of every argument, before Megatron derives further ones."""
     from remit_megatron.models.spec import transformer_engine_usable
@@ -253,18 +273,9 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
     for key in architecture:
         if key not in actions:
             raise ValueError(f"architecture: found {key}; expected names of Megatron's arguments only")
-    situation = Situation(
-        gpu=gpu,
-        transformer_engine=gpu and transformer_engine_usable(),
-        fused_gradients=_installed("fused_weight_gradient_mlp_cuda"),
-        chosen=chosen,
-    )
-    # Copies: validate_args appends to some of the lists.
-    values = {key: copy.copy(action.default) for key, action in actions.items() if key != "help"}
-    values |= {key: default.resolve(situation) for key, default in DEFAULTS.items()}
-    values |= dict(architecture)
-    values |= chosen
-    if values["transformer_impl"] == "transformer_engine" and not situation.transformer_engine:
+    values = default_values(chosen, gpu=gpu) | dict(architecture) | chosen
+    transformer_engine = gpu and transformer_engine_usable()
+    if values["transformer_impl"] == "transformer_engine" and not transformer_engine:
         raise UserError("megatron.transformer_impl", "transformer_engine", "local: Transformer Engine is not installed")
     for key in ("fp8", "fp4"):
         if values[key] and values["transformer_impl"] != "transformer_engine":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -69,6 +68,7 @@ class Engine:
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
+        self._companions = _companion_files(prepared) if environment.rank == 0 else {}
         # What a checkpoint says of the run, by the iteration of a save that has begun: an asynchronous one ends steps
         # later.
         self._progress: dict[int, dict[str, int]] = {}
@@ -319,8 +319,6 @@ class Engine:
 
     def _add_model_files(self, directory: Path) -> None:
         """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
-        from remit_megatron.conversion.source import COMPANION_FILES
-
         target = directory / HF_SUBFOLDER
         target.mkdir(exist_ok=True)
         config = self._prepared.hf_config
@@ -328,12 +326,23 @@ class Engine:
             # A model from a description: transformers would put in the ids of another tokenizer.
             config = config | {"bos_token_id": None, "eos_token_id": self._prepared.tokenizer.eod_id}
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        folders = [Path(self._prepared.tokenizer.path)]
-        if self._prepared.init is not None:
-            folders.append(self._prepared.init.hf_files)
-        for name in COMPANION_FILES:
-            for folder in folders:
-                source = (folder if folder.is_dir() else folder.parent) / name
-                if source.is_file():
-                    shutil.copyfile(source, target / name)
-                    break
+        for name, content in self._companions.items():
+            (target / name).write_bytes(content)
+
+
+def _companion_files(prepared: Prepared) -> dict[str, bytes]:
+    """The tokenizer and what else travels with the weights, by name. Read at the start: what they are beside may be a
+    checkpoint that is removed while the run goes on."""
+    from remit_megatron.conversion.source import COMPANION_FILES
+
+    folders = [Path(prepared.tokenizer.path)]
+    if prepared.init is not None:
+        folders.append(prepared.init.hf_files)
+    found = {}
+    for name in COMPANION_FILES:
+        for folder in folders:
+            source = (folder if folder.is_dir() else folder.parent) / name
+            if source.is_file():
+                found[name] = source.read_bytes()
+                break
+    return found
