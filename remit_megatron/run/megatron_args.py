@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from remit_megatron.models.family import down_projections
+from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_parallel, pipeline_layers
 from remit_megatron.run.configuration import RunConfig, did_you_mean, show
 from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
 from remit_megatron.run.optimization import check_optimization, construct
@@ -87,6 +87,7 @@ def build_arguments(
         UserError: an unknown key, a wrong type, a key that belongs elsewhere, or a combination that cannot run.
     """
     from remit_megatron.models import fp8
+    from remit_megatron.models.build import padded_vocab_size
 
     gpu = torch.cuda.is_available() if gpu is None else gpu
     chosen = read_overrides(config.megatron)
@@ -99,8 +100,9 @@ def build_arguments(
     _check_layout(values, world_size)
     fp8.check_run(values)
     check_optimization(values)
-    multiple = values["make_vocab_size_divisible_by"] * values["tensor_model_parallel_size"]
-    values["padded_vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
+    values["padded_vocab_size"] = padded_vocab_size(
+        values["vocab_size"], values["make_vocab_size_divisible_by"], values["tensor_model_parallel_size"]
+    )
     _prepare_environment(config, values)
 
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -358,18 +360,10 @@ def _check_layout(values: dict[str, Any], world_size: int) -> None:
         found = f"tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}"
         raise UserError("megatron: parallel sizes", found, expected)
     dp = world_size // (tp * pp * cp)
-    for key, what in (
-        ("num_attention_heads", "attention heads"),
-        ("num_query_groups", "query groups (key-value heads)"),
-        ("ffn_hidden_size", "columns of the feed-forward layer"),
-    ):
-        grouped = key != "num_query_groups" or values["group_query_attention"]
-        if grouped and values[key] is not None and values[key] % tp:
-            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {values[key]} {what}")
-    for what, rows in down_projections(values):
-        if rows % tp:
-            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {what}, {rows}")
-    _check_pipeline(values, pp)
+    with _in_section("megatron"):
+        check_tensor_parallel(values, tp, shared_groups=False)
+        check_pipeline_parallel(values, values)
+    _check_virtual_stages(values, pp)
     length, limit = values["seq_length"], values["max_position_embeddings"]
     if limit is not None and length > limit:
         raise UserError("megatron.seq_length", length, f"at most {limit}, the model's max_position_embeddings")
@@ -390,16 +384,20 @@ def _check_layout(values: dict[str, Any], world_size: int) -> None:
             raise UserError(f"megatron.{prefix}global_batch_size", total, expected)
 
 
-def _check_pipeline(values: Mapping[str, Any], pp: int) -> None:
-    uneven = "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout"
-    if any(values[key] is not None for key in uneven.split()):
-        return  # Megatron checks what is spelled out
-    layers, what = values["num_layers"], "layers"
-    for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
-        if values[key]:
-            layers, what = layers + 1, "layers, embedding and loss counted"
-    if layers % pp:
-        raise UserError("megatron.pipeline_model_parallel_size", pp, f"a divisor of the model's {layers} {what}")
+@contextlib.contextmanager
+def _in_section(section: str) -> Iterator[None]:
+    """Names what is refused by where it stands in the configuration."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{section}.{error.field}", error.found, error.expected) from None
+
+
+def _check_virtual_stages(values: Mapping[str, Any], pp: int) -> None:
+    shared = pipeline_layers(values, values)
+    if shared is None:
+        return
+    layers, what = shared
     for key in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if values[key] is not None and (values[key] < 1 or (layers // pp) % values[key]):
             expected = f"a divisor of the {layers // pp} {what} of a pipeline stage"
