@@ -123,5 +123,16 @@ def test_accepted(megatron):
     arguments(**megatron)
 
 
+def test_skipped_samples_are_skipped_by_every_rank():
+    from remit_megatron.run.checks import check_supported
+    from tests.unit.run.test_megatron_args import run_config
+
+    skipping = {"iterations_to_skip": [2]}
+    check_supported(run_config(**skipping), arguments(**skipping))
+    args = arguments(2, tensor_model_parallel_size=2, **skipping)
+    with pytest.raises(UserError, match="iterations_to_skip"):
+        check_supported(run_config(**skipping), args)
+
+
 def test_a_norm_that_does_not_clip_is_measured():
     assert arguments(clip_grad=0.0).clip_grad == math.inf
