@@ -7,8 +7,8 @@ Test      tests/integration/test_train_cli.py::test_metrics_have_every_field
 Upstream  not reported
 Drop when Megatron calls back after each step
 
-``hook`` receives the step's losses, iteration, learning rate, gradient norm and whether the step was skipped; it
-returns the losses that Megatron is to log.
+``hook`` receives the step's losses (none on ranks without the last pipeline stage), iteration, learning rate, loss
+scale, gradient norm and whether the step was skipped; it returns the losses that Megatron is to log.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def _install() -> None:
                 loss_dict,
                 iteration=iteration,
                 learning_rate=learning_rate,
+                loss_scale=float(loss_scale),
                 grad_norm=grad_norm,
                 skipped=bool(skipped_iter),
             )

@@ -16,6 +16,7 @@ from remit_megatron.runtime.errors import (
     EXIT_BAD_INPUT,
     EXIT_DO_NOT_RESTART,
     EXIT_START_ME_AGAIN,
+    DoNotRestart,
     StartAgain,
     UserError,
 )
@@ -114,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(" ".join(str(stop).split()) + "\n")
         return EXIT_START_ME_AGAIN
+    except DoNotRestart as failure:
+        if failure.alone or os.environ.get("RANK", "0") == "0":
+            _one_line(str(failure))
+        return EXIT_DO_NOT_RESTART
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_BAD_INPUT

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,15 +178,18 @@ def weights_digest(source: ModelSource) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def read_companions(source: Path, patterns: Sequence[str] = COMPANION_FILES) -> dict[str, bytes]:
+    """Content of tokenizer files, chat templates and generation configuration that exist, by relative path."""
+    files = (file for pattern in patterns for file in sorted(source.glob(pattern)) if file.is_file())
+    return {str(file.relative_to(source)): file.read_bytes() for file in files}
+
+
 def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPANION_FILES) -> None:
-    """Copies tokenizer files, chat templates and generation configuration, as far as they exist; what ``target`` has
-    already stays."""
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            copied = target / file.relative_to(source)
-            if file.is_file() and not copied.exists():
-                copied.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copied)
+    """Writes :func:`read_companions` to ``target``; what is there already stays."""
+    for name, content in read_companions(source, patterns).items():
+        if not (target / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(content)
 
 
 def with_dtype(hf_config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from remit_megatron.models.family import Family, down_projections, family_of
+from remit_megatron.models.family import Family, family_of
+from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_parallel
 from remit_megatron.models.mapping import Shape
 from remit_megatron.models.spec import transformer_impl
-from remit_megatron.runtime.errors import UserError
 
 # What an architecture that does not speak of these things has. Student and reference share a namespace, so what one of
 # them sets must not leak into the other.
@@ -99,35 +99,10 @@ def check_layout(values: dict[str, Any], args: argparse.Namespace) -> None:
     Raises:
         UserError: tensor or pipeline parallelism does not fit.
     """
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if values["num_attention_heads"] % tp:
-        raise UserError(
-            "tensor_model_parallel_size", tp, f"a divisor of the {values['num_attention_heads']} attention heads"
-        )
-    groups = values["num_query_groups"]
-    if groups % tp and tp % groups:
-        raise UserError("tensor_model_parallel_size", tp, f"a divisor or a multiple of the {groups} key/value heads")
-    if values["ffn_hidden_size"] % tp:
-        raise UserError("tensor_model_parallel_size", tp, f"a divisor of ffn_hidden_size ({values['ffn_hidden_size']})")
-    for what, size in down_projections(
-        _NEUTRAL | values | {"transformer_impl": transformer_impl(args.transformer_impl)}
-    ):
-        if size % tp:
-            raise UserError("tensor_model_parallel_size", tp, f"a divisor of {what} ({size})")
-    uneven = (
-        "pipeline_model_parallel_layout",
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-    )
-    stages = pp * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
-    counted = values["num_layers"]
-    counted += bool(args.account_for_embedding_in_pipeline_split) + bool(args.account_for_loss_in_pipeline_split)
-    if all(getattr(args, name, None) is None for name in uneven) and counted % stages:
-        raise UserError(
-            "pipeline_model_parallel_size",
-            stages,
-            f"pipeline stages (virtual ones included) that divide the {counted} layers",
-        )
+    described = _NEUTRAL | values | {"transformer_impl": transformer_impl(args.transformer_impl)}
+    check_tensor_parallel(described, args.tensor_model_parallel_size)
+    virtual = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
+    check_pipeline_parallel(described, vars(args), virtual_stages=virtual)
 
 
 def _layers(

@@ -43,7 +43,8 @@ class ScoreWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score-writer")
         self._pending: deque[Future[None]] = deque()
         self.failure: Exception | None = None
-        self.written = 0
+        self.written = 0  # samples
+        self.not_finite = 0  # their tokens whose score is not finite
 
     def put(self, items: Sequence[Item], losses: Sequence[Tensor]) -> None:
         """Takes the scores of microbatches: [b, s] of nats for items of [b, s] tokens, whole sequences."""
@@ -89,6 +90,7 @@ class ScoreWriter:
         self._cache.write(dataset, sample, tokens, losses)
         self._known[dataset][sample] = True
         self.written += 1
+        self.not_finite += int((~np.isfinite(losses)).sum())
 
     def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
         if self.failure is None:

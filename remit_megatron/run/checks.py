@@ -41,6 +41,10 @@ def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
             raise UserError(f"megatron.{name}", value, f"{instead} in its place")
     if arguments.dataloader_type != "single":
         raise UserError("megatron.dataloader_type", arguments.dataloader_type, "single; data.* says what is read")
+    if arguments.iterations_to_skip and arguments.tensor_model_parallel_size > 1:
+        # Megatron passes over samples on the first rank of a tensor-parallel group alone, and each rank reads its own.
+        expected = "none with tensor_model_parallel_size > 1, whose ranks would read different samples afterwards"
+        raise UserError("megatron.iterations_to_skip", arguments.iterations_to_skip, expected)
     if config.logging.wandb is not None and not config.logging.tensorboard:
         raise UserError(
             "logging.tensorboard", "false beside logging.wandb", "true: Megatron logs to wandb beside it only"

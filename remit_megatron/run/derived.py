@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.optimization import scheduler
 from remit_megatron.runtime.progress import format_count
 
 
@@ -243,36 +243,8 @@ def _length(args: argparse.Namespace) -> tuple[int, int, int]:
 
 def _learning_rates(args: argparse.Namespace, *, batch: int, samples: int, steps: int) -> tuple[float, float, float]:
     """(warm-up steps, learning rate of the first step, of the last step)."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    if args.train_iters:
-        decay = (args.lr_decay_iters or args.train_iters) * args.global_batch_size
-        warmup = args.lr_warmup_iters * args.global_batch_size
-        wsd = None if args.lr_wsd_decay_iters is None else args.lr_wsd_decay_iters * args.global_batch_size
-    else:
-        decay, warmup, wsd = (
-            args.lr_decay_samples or args.train_samples,
-            args.lr_warmup_samples,
-            args.lr_wsd_decay_samples,
-        )
-    if args.lr_warmup_fraction is not None:
-        warmup = args.lr_warmup_fraction * decay
-    group = {"lr": args.lr, "max_lr": args.lr, "min_lr": args.min_lr, "wd_mult": 1.0, "lr_mult": 1.0}
-    scheduler = OptimizerParamScheduler(
-        SimpleNamespace(param_groups=[group]),  # pyright: ignore[reportArgumentType]
-        init_lr=args.lr_warmup_init,
-        max_lr=args.lr,
-        min_lr=args.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
-        lr_decay_style=args.lr_decay_style,
-        start_wd=args.start_weight_decay,
-        end_wd=args.end_weight_decay,
-        wd_incr_steps=samples,
-        wd_incr_style=args.weight_decay_incr_style,
-        wsd_decay_steps=wsd,
-        lr_wsd_decay_style=args.lr_wsd_decay_style,
-    )
-    first = scheduler.get_lr(group)
-    scheduler.num_steps = max(samples - samples // max(steps, 1), 0)  # the last step is taken before its samples count
-    return warmup / batch, first, scheduler.get_lr(group)
+    schedule = scheduler(args)
+    (group,) = schedule.optimizer.param_groups
+    first = schedule.get_lr(group)
+    schedule.num_steps = max(samples - samples // max(steps, 1), 0)  # the last step is taken before its samples count
+    return schedule.lr_warmup_steps / batch, first, schedule.get_lr(group)

@@ -5,6 +5,7 @@ run_dir/  config.yaml  metrics.jsonl  validation.jsonl  checkpoints/  tensorboar
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -22,11 +23,21 @@ from remit_megatron.runtime.progress import format_count
 logger = logging.getLogger(__name__)
 
 
+# What a start makes before it trains.
+_MADE_AT_START = (
+    *("logs", "config.yaml", "metrics.jsonl", "validation.jsonl", "tensorboard", "wandb", "checkpoints", "data_cache"),
+    ".lock",
+)
+
+
 class RunLock:
     """Holds ``run_dir`` for one run; released when the process ends, however it ends."""
 
     def __init__(self, run_dir: Path):
+        self._run_dir = run_dir
+        self._made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._before = frozenset(os.listdir(run_dir))
         self._file: IO[str] = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held as long as the run
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +61,24 @@ class RunLock:
     def release(self) -> None:
         """Gives the directory free; closing the file also does."""
         self._file.close()
+
+    def undo(self) -> None:
+        """Removes what a start has put here that was refused before it trained anything, and the directory itself
+        where it was made for it. Index files of data stay: making them takes long."""
+        metrics = self._run_dir / "metrics.jsonl"
+        if checkpoints.iterations(self._run_dir / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
+            return
+        for name in _MADE_AT_START:
+            path = self._run_dir / name
+            if name in self._before or not path.exists():
+                continue
+            if path.is_file():
+                path.unlink()
+            elif name != "data_cache" or not any(entry.is_file() for entry in path.rglob("*")):
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self._made:
+            with contextlib.suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:

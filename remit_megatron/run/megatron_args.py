@@ -30,9 +30,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from remit_megatron.models.family import down_projections
+from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_parallel, pipeline_layers
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
+from remit_megatron.run.optimization import check_optimization, construct
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def build_arguments(
         UserError: an unknown key, a wrong type, a key that belongs elsewhere, or a combination that cannot run.
     """
     from remit_megatron.models import fp8
+    from remit_megatron.models.build import padded_vocab_size
 
     gpu = torch.cuda.is_available() if gpu is None else gpu
     chosen = read_overrides(config.megatron)
@@ -97,9 +99,10 @@ def build_arguments(
     _check_required(values)
     _check_layout(values, world_size)
     fp8.check_run(values)
-    _check_schedule(values)
-    multiple = values["make_vocab_size_divisible_by"] * values["tensor_model_parallel_size"]
-    values["padded_vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
+    check_optimization(values)
+    values["padded_vocab_size"] = padded_vocab_size(
+        values["vocab_size"], values["make_vocab_size_divisible_by"], values["tensor_model_parallel_size"]
+    )
     _prepare_environment(config, values)
 
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -112,7 +115,12 @@ def build_arguments(
     with _quiet(), _translated(args, chosen):
         validate_args(args)
     with _quiet(), _translated(args, chosen):
-        core_transformer_config_from_args(args)  # its own checks come before anything is built or loaded
+        # Their own checks come before anything is built or loaded.
+        core_transformer_config_from_args(args)
+        construct(args)
+    _check_length(args)
+    if args.clip_grad == 0:
+        args.clip_grad = math.inf  # Megatron's 0 does not even measure the norm, which every step is judged by
     return args
 
 
@@ -239,6 +247,26 @@ def _refuse_contradictions(chosen: Mapping[str, Any], architecture: Mapping[str,
             raise UserError(f"megatron.{key}", show(chosen[key]), "no such key here: the model's description decides")
 
 
+def default_values(chosen: Mapping[str, Any], *, gpu: bool) -> dict[str, Any]:
+    """Every argument of Megatron: what was chosen, else what we set where nobody does, else Megatron's default.
+
+    Args:
+        chosen: of :func:`read_overrides`.
+        gpu: whether the run computes on GPUs.
+    """
+    from remit_megatron.models.spec import transformer_engine_usable
+
+    situation = Situation(
+        gpu=gpu,
+        transformer_engine=gpu and transformer_engine_usable(),
+        fused_gradients=_installed("fused_weight_gradient_mlp_cuda"),
+        chosen=dict(chosen),
+    )
+    # Copies: validate_args appends to some of the lists.
+    values = {key: copy.copy(action.default) for key, action in _known_arguments()[0].items() if key != "help"}
+    return values | {key: default.resolve(situation) for key, default in DEFAULTS.items()} | dict(chosen)
+
+
 def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
     """The value of every argument, before Megatron derives further ones."""
     from remit_megatron.models.spec import transformer_engine_usable
@@ -247,18 +275,9 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
     for key in architecture:
         if key not in actions:
             raise ValueError(f"architecture: found {key}; expected names of Megatron's arguments only")
-    situation = Situation(
-        gpu=gpu,
-        transformer_engine=gpu and transformer_engine_usable(),
-        fused_gradients=_installed("fused_weight_gradient_mlp_cuda"),
-        chosen=chosen,
-    )
-    # Copies: validate_args appends to some of the lists.
-    values = {key: copy.copy(action.default) for key, action in actions.items() if key != "help"}
-    values |= {key: default.resolve(situation) for key, default in DEFAULTS.items()}
-    values |= dict(architecture)
-    values |= chosen
-    if values["transformer_impl"] == "transformer_engine" and not situation.transformer_engine:
+    values = default_values(chosen, gpu=gpu) | dict(architecture) | chosen
+    transformer_engine = gpu and transformer_engine_usable()
+    if values["transformer_impl"] == "transformer_engine" and not transformer_engine:
         raise UserError("megatron.transformer_impl", "transformer_engine", "local: Transformer Engine is not installed")
     for key in ("fp8", "fp4"):
         if values[key] and values["transformer_impl"] != "transformer_engine":
@@ -323,6 +342,17 @@ def _check_required(values: Mapping[str, Any]) -> None:
         raise UserError("megatron.bf16", "true together with fp16: true", "one of the two")
 
 
+def _check_length(args: argparse.Namespace) -> None:
+    """What only shows when Megatron has filled in batch sizes and ranks."""
+    if args.train_samples is not None and args.train_samples < args.global_batch_size:
+        expected = f"at least global_batch_size {args.global_batch_size}, one step"
+        raise UserError("megatron.train_samples", args.train_samples, expected)
+    replicas, instances = args.data_parallel_size, args.num_distributed_optimizer_instances
+    if replicas * args.context_parallel_size % instances:
+        expected = f"a divisor of {replicas} data-parallel x {args.context_parallel_size} context-parallel ranks"
+        raise UserError("megatron.num_distributed_optimizer_instances", instances, expected)
+
+
 def _check_layout(values: dict[str, Any], world_size: int) -> None:
     tp, pp, cp = (values[f"{axis}_parallel_size"] for axis in ("tensor_model", "pipeline_model", "context"))
     if world_size % (tp * pp * cp):
@@ -330,18 +360,10 @@ def _check_layout(values: dict[str, Any], world_size: int) -> None:
         found = f"tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}"
         raise UserError("megatron: parallel sizes", found, expected)
     dp = world_size // (tp * pp * cp)
-    for key, what in (
-        ("num_attention_heads", "attention heads"),
-        ("num_query_groups", "query groups (key-value heads)"),
-        ("ffn_hidden_size", "columns of the feed-forward layer"),
-    ):
-        grouped = key != "num_query_groups" or values["group_query_attention"]
-        if grouped and values[key] is not None and values[key] % tp:
-            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {values[key]} {what}")
-    for what, rows in down_projections(values):
-        if rows % tp:
-            raise UserError("megatron.tensor_model_parallel_size", tp, f"a divisor of the model's {what}, {rows}")
-    _check_pipeline(values, pp)
+    with _in_section("megatron"):
+        check_tensor_parallel(values, tp, shared_groups=False)
+        check_pipeline_parallel(values, values)
+    _check_virtual_stages(values, pp)
     length, limit = values["seq_length"], values["max_position_embeddings"]
     if limit is not None and length > limit:
         raise UserError("megatron.seq_length", length, f"at most {limit}, the model's max_position_embeddings")
@@ -362,36 +384,24 @@ def _check_layout(values: dict[str, Any], world_size: int) -> None:
             raise UserError(f"megatron.{prefix}global_batch_size", total, expected)
 
 
-def _check_pipeline(values: Mapping[str, Any], pp: int) -> None:
-    uneven = "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout"
-    if any(values[key] is not None for key in uneven.split()):
-        return  # Megatron checks what is spelled out
-    layers, what = values["num_layers"], "layers"
-    for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
-        if values[key]:
-            layers, what = layers + 1, "layers, embedding and loss counted"
-    if layers % pp:
-        raise UserError("megatron.pipeline_model_parallel_size", pp, f"a divisor of the model's {layers} {what}")
+@contextlib.contextmanager
+def _in_section(section: str) -> Iterator[None]:
+    """Names what is refused by where it stands in the configuration."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{section}.{error.field}", error.found, error.expected) from None
+
+
+def _check_virtual_stages(values: Mapping[str, Any], pp: int) -> None:
+    shared = pipeline_layers(values, values)
+    if shared is None:
+        return
+    layers, what = shared
     for key in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if values[key] is not None and (values[key] < 1 or (layers // pp) % values[key]):
             expected = f"a divisor of the {layers // pp} {what} of a pipeline stage"
             raise UserError(f"megatron.{key}", values[key], expected)
-
-
-def _check_schedule(values: Mapping[str, Any]) -> None:
-    if values["min_lr"] > values["lr"]:
-        raise UserError("megatron.min_lr", values["min_lr"], f"at most lr, {values['lr']}")
-    unit, other = ("iters", "samples") if values["train_iters"] is not None else ("samples", "iters")
-    for key in (f"lr_warmup_{other}", f"lr_decay_{other}"):
-        if values[key]:
-            raise UserError(f"megatron.{key}", values[key], f"lr_{key.split('_')[1]}_{unit}, as for train_{unit}")
-    decay = values[f"lr_decay_{unit}"] or values[f"train_{unit}"]
-    if values[f"lr_warmup_{unit}"] >= decay:
-        expected = f"less than {decay}, the end of decay"
-        raise UserError(f"megatron.lr_warmup_{unit}", values[f"lr_warmup_{unit}"], expected)
-    fraction = values["lr_warmup_fraction"]
-    if fraction is not None and not 0 <= fraction < 1:
-        raise UserError("megatron.lr_warmup_fraction", fraction, "a number from 0 to below 1")
 
 
 def _prepare_environment(config: RunConfig, values: Mapping[str, Any]) -> None:

@@ -106,6 +106,11 @@ DEFAULTS: dict[str, Default] = {
     "rerun_mode": _default(
         "disabled", "a suspicious loss stops the run; repeating the step would need the reference's scores again"
     ),
+    "check_for_nan_in_loss_and_grad": _default(
+        lambda s: s.chosen.get("rerun_mode", "disabled") != "disabled",
+        "each step's loss and gradient norm are looked at anyway, by all ranks together; Megatron's check ends one",
+        "false, true with rerun_mode",
+    ),
     "enable_one_logger": _default(False, "reports to a service inside NVIDIA"),
 }
 

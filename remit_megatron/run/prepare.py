@@ -7,6 +7,7 @@ The training run, the scoring job, the dry run and the planner all begin here. R
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.run import checks
 from remit_megatron.run.configuration import RunConfig, load_model_description
+from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Prepared:
     tokenizer: Tokenizer
     objective_settings: dict[str, Any]
     arguments: argparse.Namespace = field(repr=False)
+    goes_on: bool = False  # whether init is a checkpoint of the run itself, in place of what the configuration names
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Examined:
     tokenizer: Tokenizer | None
     objective_settings: dict[str, Any]
     arguments: argparse.Namespace
+    goes_on: bool = False  # as in `Prepared`
 
 
 def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
@@ -54,7 +58,14 @@ def prepare(config: RunConfig, *, world_size: int, rank: int = 0) -> Prepared:
     found = examine(config, world_size=world_size, rank=rank)
     assert found.tokenizer is not None
     return Prepared(
-        config, found.hf_config, found.init, found.reference, found.tokenizer, found.objective_settings, found.arguments
+        config,
+        found.hf_config,
+        found.init,
+        found.reference,
+        found.tokenizer,
+        found.objective_settings,
+        found.arguments,
+        found.goes_on,
     )
 
 
@@ -80,10 +91,11 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
     objective = build_objective(config.objective.name, **settings)
     if config.run_dir is None:
         raise UserError("run_dir", "nothing", "the directory of the run")
+    # A run that goes on is what its checkpoints are: init has no effect then, and need not be there any more.
+    init = own = _own_checkpoint(config)
     # Without `model` the architecture comes from init, which then has to be there.
     init_absent = absent if config.model is not None else None
-    init = None
-    if config.init is not None and not _is_absent("init", config.init, init_absent):
+    if own is None and config.init is not None and not _is_absent("init", config.init, init_absent):
         init = resolve(config.init, field="init")
     if config.model is not None:
         hf_config = load_model_description(config.model)
@@ -92,7 +104,7 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
     else:
         raise UserError("init", "nothing", "a checkpoint or a Hugging Face directory, or `model` for random weights")
     if init is not None and config.model is not None:
-        _same_architecture(hf_config, init.hf_config)
+        _same_architecture(hf_config, init.hf_config, field="init" if own is None else "run_dir")
     tokenizer = _tokenizer(config, init, absent)
     # What transformers appends (a padding token, say) may have no row: no data has it, or `samples` finds it there.
     if tokenizer is not None and tokenizer.own_vocab_size > hf_config["vocab_size"]:
@@ -129,7 +141,20 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
         # A reference that is not there is taken to be of the student's own shape.
         described = hf_config if reference is None else reference.hf_config
         checks.check_reference_precision(config, described, arguments, signal=objective.reference_signal)
-    return Examined(hf_config, init, reference, tokenizer, settings, arguments)
+    return Examined(hf_config, init, reference, tokenizer, settings, arguments, goes_on=own is not None)
+
+
+def _own_checkpoint(config: RunConfig) -> ModelSource | None:
+    """The newest checkpoint of the run's own that is complete by its files' sizes, or None."""
+    from remit_megatron.conversion.source import resolve
+
+    if config.checkpoint.resume == "never":
+        return None
+    root = config.checkpoints_dir
+    for iteration in checkpoints.iterations(root):
+        with contextlib.suppress(UserError):  # half a checkpoint is reported, and set aside, when the run starts
+            return resolve(checkpoints.iteration_directory(root, iteration), field="run_dir")
+    return None
 
 
 def _is_absent(key: str, path: str, absent: list[str] | None) -> bool:
@@ -158,13 +183,13 @@ def _tokenizer(config: RunConfig, init: ModelSource | None, absent: list[str] | 
     return load_tokenizer(directory)
 
 
-def _same_architecture(described: dict[str, Any], found: dict[str, Any]) -> None:
+def _same_architecture(described: dict[str, Any], found: dict[str, Any], *, field: str) -> None:
     from remit_megatron.models.build import checkpoint_arguments
 
     wanted, existing = checkpoint_arguments(described), checkpoint_arguments(found)
     for name, value in wanted.items():
         if existing.get(name) != value:
-            raise UserError("init", f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
+            raise UserError(field, f"a checkpoint with {name} {existing.get(name)}", f"{value}, as `model` says")
 
 
 def total_steps(arguments: argparse.Namespace) -> int:

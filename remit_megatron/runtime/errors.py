@@ -37,6 +37,22 @@ class StartAgain(Exception):
     """
 
 
+class DoNotRestart(Exception):
+    """The run has failed for a reason that a restart does not mend: one line, exit code 70.
+
+    All ranks raise it together, with one text, and rank 0 says it: a rank that left alone would leave the others in a
+    collective.
+
+    Args:
+        text: what was found, and what would mend it.
+        alone: raised by one rank only, which then says it itself.
+    """
+
+    def __init__(self, text: str, *, alone: bool = False):
+        self.alone = alone
+        super().__init__(text)
+
+
 def show(value: object, limit: int = 80) -> str:
     """A value as it stands in a one-line message: strings quoted, long ones cut, ``nothing`` for None."""
     if value is None:

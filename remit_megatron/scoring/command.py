@@ -63,6 +63,7 @@ def run_score(args: argparse.Namespace) -> int:
         command += ["--check"] if args.check else []
         command += ["--follow", args.follow] if args.follow else []
         command += ["--verify", str(args.verify)] if args.verify else []
+        prepare_scoring(config, world_size=args.nproc)  # a mistake is found once, before ranks are started
         return launch.launch(args.nproc, command)
     return score(config, whole=args.all, check=args.check, follow=args.follow, verify=args.verify)
 

@@ -34,8 +34,9 @@ from remit_megatron.reference.score_work import Work
 from remit_megatron.reference.score_writer import ScoreWriter
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.runtime import parallel
-from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.progress import Progress
+from remit_megatron.scoring.finite import Scored, look_at
 
 if TYPE_CHECKING:
     from remit_megatron.run.prepare import Prepared
@@ -44,6 +45,7 @@ _ROUND = 4  # microbatches per pipeline stage that go through the schedule at on
 _POLL_SECONDS = 1.0
 _LOOK_AGAIN_SECONDS = 5.0  # at a piece that somebody else had
 _CHECKED_TOGETHER = 1024  # samples
+_ENOUGH_SAMPLES = 64  # scored by a replica, before it may say that the reference is broken
 _VERIFY_LIMIT = 0.005  # mean |dw|, as for a reference in FP8
 
 
@@ -56,6 +58,7 @@ class _Compared:
         largest, total: of the absolute differences, in nats.
         bound: of the sum of |dw|: half the absolute difference, centered in its sequence as the weights are.
         one_sided: tokens whose score is finite on one side only.
+        neither: tokens whose score is finite on neither.
         damaged: a sample whose score is damaged, if there is one.
     """
 
@@ -65,6 +68,7 @@ class _Compared:
     bound: float = 0.0
     one_sided: int = 0
     damaged: int | None = None
+    neither: int = 0
 
     def add(self, sample: int, stored: np.ndarray | None, computed: np.ndarray) -> None:
         """Float32 [L] each, as the cache rounds them."""
@@ -74,6 +78,7 @@ class _Compared:
         both = np.isfinite(stored) & np.isfinite(computed)
         self.tokens += len(stored)
         self.one_sided += int((np.isfinite(stored) != np.isfinite(computed)).sum())
+        self.neither += int((~np.isfinite(stored) & ~np.isfinite(computed)).sum())
         difference = computed[both].astype(np.float64) - stored[both]
         if len(difference):
             self.largest = max(self.largest, float(np.abs(difference).max()))
@@ -88,6 +93,7 @@ class _Compared:
             self.bound + other.bound,
             self.one_sided + other.one_sided,
             other.damaged if self.damaged is None else self.damaged,
+            self.neither + other.neither,
         )
 
     @property
@@ -98,7 +104,9 @@ class _Compared:
     def __str__(self) -> str:
         mean = self.total / max(1, self.tokens)
         text = f"mean |difference| {mean:.2g} nats, largest {self.largest:.2g}, mean |dw| at most {self.weights:.2g}"
-        return text + (f", {self.one_sided} tokens finite on one side only" if self.one_sided else "")
+        if self.one_sided:
+            text += f", {self.one_sided} tokens finite on one side only"
+        return text + (f", {self.neither} on neither" if self.neither else "")
 
 
 class ScoringJob:
@@ -132,7 +140,8 @@ class ScoringJob:
             document_mask=prepared.config.data.document_mask,
             packed_attention=arguments.transformer_impl == "transformer_engine",
         )
-        assert prepared.reference is not None
+        assert prepared.reference is not None and prepared.config.reference is not None
+        self._max_dropped = prepared.config.reference.max_dropped
         with parallel.same_fate("loading the reference"):
             self._live = LiveReference.load(prepared.reference, arguments, forward=self._forward)
         # The rank that has the scores of whole sequences leads its replica: it writes them, and holds the leases.
@@ -151,7 +160,14 @@ class ScoringJob:
 
         Args:
             work: makes the pieces, on the rank of each replica that takes them.
+
+        Raises:
+            UserError: the scores cannot be written.
+            DoNotRestart: more of them are not finite than ``reference.max_dropped`` allows.
         """
+        complete = (
+            [samples[self._complete(n)] for n, samples in enumerate(self._needed)] if dist.get_rank() == 0 else []
+        )
         total = self._missing()
         progress = Progress("score", total=total * self._sequence_length, unit="tokens")
         with self._signals():
@@ -170,6 +186,13 @@ class ScoringJob:
             raise UserError("reference.cache_dir", failures[0], "a directory that can be written to")
         stopped = any(parallel.gather_objects(self._stopped))
         written = sum(parallel.gather_objects(0 if self._writer is None else self._writer.written))
+        found = sum(parallel.gather_objects(self._scored()), start=Scored())
+        with parallel.same_fate("looking at the scores that were there"):
+            if dist.get_rank() == 0:
+                found += look_at(self._cache, self.names, complete)
+        found = parallel.broadcast_object(found)
+        if fault := found.fault(self._max_dropped):
+            raise DoNotRestart(f"{self._cache.directory}: {fault}")
         if dist.get_rank() == 0:
             left, wanted = self._missing(), sum(map(len, self._needed))
             progress.update((total - left) * self._sequence_length)
@@ -177,6 +200,8 @@ class ScoringJob:
             sys.stdout.write(
                 f"scored {written} samples; {wanted - left} of {wanted} have scores in {self._cache.directory}\n"
             )
+            if found.not_finite:
+                sys.stdout.write(f"{found}: a run does not count them\n")
             if stopped:
                 sys.stdout.write("stopped by a signal: start again to go on\n")
         return EXIT_START_ME_AGAIN if stopped else EXIT_DONE
@@ -205,13 +230,25 @@ class ScoringJob:
                     self._forget_damage(unit.samples)
                 missing = unit.missing(self._cache, self.names)
                 for first in range(0, len(missing), size):
-                    if self._stopped or self._writer.failure is not None:
+                    if self._stopped or self._writer.failure is not None or self._is_broken():
                         return
                     leases.keep(unit.name)
                     yield missing[first : first + size]
                 self._writer.flush()
             finally:
                 leases.release(unit.name)
+
+    def _scored(self) -> Scored:
+        """What this rank has written."""
+        if self._writer is None:
+            return Scored()
+        return Scored(self._writer.written * self._sequence_length, self._writer.not_finite)
+
+    def _is_broken(self) -> bool:
+        """Whether it is plain already that this reference scores little: the rest need not be computed."""
+        scored = self._scored()
+        enough = scored.tokens >= _ENOUGH_SAMPLES * self._sequence_length
+        return enough and scored.share > max(0.5, self._max_dropped)
 
     def _due(self, order: Iterator[int], elsewhere: deque[tuple[float, int]]) -> Iterator[int]:
         """Numbers of pieces: those of ``elsewhere`` when it is time, else the next in order; ends when both have."""
@@ -306,6 +343,7 @@ class ScoringJob:
 
         Raises:
             UserError: the cache has none, or other scores than this reference gives.
+            DoNotRestart: too many of both are not finite.
         """
         # One rank looks: others might see another state of a cache that is being filled.
         chosen = parallel.gather_objects(self._drawn(count) if dist.get_rank() == 0 else None)[0]
@@ -330,6 +368,8 @@ class ScoringJob:
         if whole.one_sided or whole.weights > _VERIFY_LIMIT:
             expected = f"mean |dw| of at most {_VERIFY_LIMIT}: these scores are not this reference's"
             raise UserError(str(self._cache.directory), text, expected)
+        if fault := Scored(whole.tokens, whole.neither).fault(self._max_dropped):
+            raise DoNotRestart(f"{self._cache.directory}: {fault}")
         if dist.get_rank() == 0:
             sys.stdout.write(f"verified {text}\n")
         return EXIT_DONE
@@ -357,10 +397,11 @@ class ScoringJob:
 
     def _missing(self) -> int:
         """Samples that are still to be scored, by anybody."""
-        return sum(
-            int((~self._cache.completeness(name, samples)).sum())
-            for name, samples in zip(self.names, self._needed, strict=True)
-        )
+        return sum(int((~self._complete(number)).sum()) for number in range(len(self._needed)))
+
+    def _complete(self, number: int) -> np.ndarray:
+        """Which of the needed samples of a data set have scores, bool."""
+        return self._cache.completeness(self.names[number], self._needed[number])
 
     def _failure(self) -> str | None:
         failure = None if self._writer is None else self._writer.failure

@@ -13,18 +13,24 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+import yaml
+
 from remit_megatron.run import directory as run_directory
+from remit_megatron.run import resume
 from remit_megatron.run.checks import check_resumed_schedule
 from remit_megatron.run.configuration import RunConfig, load_config
 from remit_megatron.run.prepare import Prepared, prepare, total_steps
 from remit_megatron.run.samples import open_data
 from remit_megatron.run.score_cache import RunScores, open_run_scores
 from remit_megatron.runtime import checkpoints, launch, parallel
-from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
+from remit_megatron.training.health import no_update
 
 if TYPE_CHECKING:
     from remit_megatron.training.evaluation import RunEvaluation
@@ -60,6 +66,7 @@ def run_train(args: argparse.Namespace) -> int:
         sys.stdout.write(dry_run(config, world_size=args.nproc))
         return EXIT_DONE
     if (args.nproc or 1) > 1 and not launch.under_launcher():
+        prepare(config, world_size=args.nproc)  # a mistake is found once, before ranks are started
         return launch.launch(args.nproc, ["train", args.config, *args.overrides])
     return train(config)
 
@@ -69,6 +76,7 @@ def train(config: RunConfig) -> int:
 
     Raises:
         UserError: the input is wrong; nothing has been changed on disk that a run needs.
+        DoNotRestart: the run has shown that it trains nothing.
     """
     environment = parallel.rank_environment()
     prepared = prepare(config, world_size=environment.world_size, rank=environment.rank)
@@ -82,30 +90,22 @@ def train(config: RunConfig) -> int:
             lock = run_directory.RunLock(run_dir)
             Path(arguments.save).mkdir(parents=True, exist_ok=True)
     handler = run_directory.log_to_file(run_dir, environment.rank)
+    refused = True
     try:
-        resumed_at = _resume(config, arguments, environment)
-        if resumed_at >= total_steps(arguments):
-            if environment.rank == 0:
-                changed = run_directory.read_config(run_dir) not in (None, config.to_yaml())
-                note = "; the configuration is not the one in config.yaml, and was not used" if changed else ""
-                sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done{note}\n")
-            return EXIT_DONE
-        train_samples, valid_samples = open_data(prepared, environment)
-        consumed = _consumed_samples(arguments, resumed_at)
-        evaluation = open_evaluation(prepared, total_steps=total_steps(arguments))
-        scores = open_run_scores(prepared, train_samples, rank=environment.rank, consumed=consumed)
-        if scores.cache is not None and scores.reads:
-            from remit_megatron.reference.cached import ScoredSamples
-
-            train_samples = ScoredSamples(train_samples, scores.cache)
-        with parallel.same_fate("writing the configuration"):
-            if environment.rank == 0:
-                run_directory.write_config(run_dir, config.to_yaml())
-        return _train(prepared, environment, resumed_at, (train_samples, valid_samples), scores, evaluation)
+        code = _train_in(run_dir, prepared, environment)
+        refused = False
+        return code
+    except UserError:
+        raise
+    except BaseException:
+        refused = False
+        raise
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
         if lock is not None:
+            if refused:
+                lock.undo()
             lock.release()
 
 
@@ -123,8 +123,51 @@ def open_evaluation(prepared: Prepared, *, total_steps: int) -> RunEvaluation | 
         return RunEvaluation(prepared, total_steps=total_steps)
 
 
-def _resume(config: RunConfig, arguments: argparse.Namespace, environment: parallel.RankEnvironment) -> int:
-    """Points Megatron at the newest whole checkpoint of this run; returns its iteration, 0 for a new run."""
+def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvironment) -> int:
+    """What :func:`train` does while it holds the run's directory."""
+    config, rank = prepared.config, environment.rank
+    # What the checkpoints are compared with; Megatron fills in some of the values later.
+    settings = resume.training_settings(vars(prepared.arguments), config)
+    resumed_at, before = _resume(prepared, environment, settings)
+    if prepared.goes_on and not resumed_at:  # its checkpoints were damaged: from the beginning, with what init names
+        prepared = prepare(config, world_size=environment.world_size, rank=rank)
+        prepared.arguments.load = None
+    arguments = prepared.arguments
+    if resumed_at >= total_steps(arguments):
+        if before.get("updates", 1) == 0:
+            raise DoNotRestart(no_update(resumed_at))
+        if rank == 0:
+            changed = run_directory.read_config(run_dir) not in (None, config.to_yaml())
+            note = "; the configuration is not the one in config.yaml, and was not used" if changed else ""
+            sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done{note}\n")
+        return EXIT_DONE
+    train_samples, valid_samples = open_data(prepared, environment)
+    data = resume.data_record(train_samples, config, sequence_length=arguments.seq_length)
+    # Not the product with the batch size, which may be another one now. 0 where the checkpoint does not say.
+    consumed = int(before.get("consumed_samples", 0))
+    if "data" in before:
+        changed = resume.check_data(before["data"], data, config, consumed=consumed)
+        if changed and rank == 0:
+            sys.stdout.write(changed + "\n")
+    evaluation = open_evaluation(prepared, total_steps=total_steps(arguments))
+    scores = open_run_scores(prepared, train_samples, rank=rank, consumed=consumed)
+    if scores.cache is not None and scores.reads:
+        from remit_megatron.reference.cached import ScoredSamples
+
+        train_samples = ScoredSamples(train_samples, scores.cache)
+    with parallel.same_fate("writing the configuration"):
+        if rank == 0:
+            run_directory.write_config(run_dir, config.to_yaml())
+    progress = Progress(resumed_at, int(before.get("updates", resumed_at)), {"settings": settings, "data": data})
+    return _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation)
+
+
+def _resume(
+    prepared: Prepared, environment: parallel.RankEnvironment, settings: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Points Megatron at the newest whole checkpoint of this run; returns its iteration and what its manifest says of
+    the run, 0 and nothing for a new one."""
+    config, arguments = prepared.config, prepared.arguments
     root = Path(arguments.save)
     arguments.load = None
     found = run_directory.newest_verified(root, rank=environment.rank, world_size=environment.world_size)
@@ -133,35 +176,67 @@ def _resume(config: RunConfig, arguments: argparse.Namespace, environment: paral
             raise UserError(
                 "checkpoint.resume", f"never, with checkpoint {found} in {root}", "auto, or another run_dir"
             )
-        return 0
+        return 0, {}
     if found is None:
-        return 0
+        return 0, {}
+    properties: dict[str, Any] = {}
     with parallel.same_fate("comparing the configuration with the run's"):
-        before = run_directory.read_config(Path(config.run_dir or "")) if environment.rank == 0 else None
-        if before is not None:
-            check_resumed_schedule(before, config)
+        if environment.rank == 0:
+            properties = checkpoints.read_manifest(checkpoints.iteration_directory(root, found)).properties
+            _compare(properties, prepared, settings)
+    properties = parallel.broadcast_object(properties)
     with parallel.same_fate("moving the checkpoint pointer"):
         if environment.rank == 0:
             checkpoints.point_to(root, found)
             logger.info("resuming at step %d", found)
             sys.stdout.write(f"resuming at step {found} from {root}\n")
     arguments.load = str(root)
-    return found
+    return found, properties
 
 
-def _consumed_samples(arguments: argparse.Namespace, iteration: int) -> int:
-    """Samples that the run has trained on up to its checkpoint of ``iteration``, as Megatron counts them; 0 where the
-    checkpoint does not say. Not the product with the batch size, which may be another one now."""
-    if not iteration:
-        return 0
-    manifest = checkpoints.read_manifest(checkpoints.iteration_directory(arguments.save, iteration))
-    return int(manifest.properties.get("consumed_samples", 0))
+def _compare(properties: dict[str, Any], prepared: Prepared, settings: dict[str, Any]) -> None:
+    """Refuses what a run may not change when it goes on.
+
+    Args:
+        properties: what the checkpoint's manifest says.
+        settings: of :func:`resume.training_settings`.
+    """
+    config, arguments = prepared.config, prepared.arguments
+    text = run_directory.read_config(Path(config.run_dir or ""))
+    schedule_chosen = arguments.override_opt_param_scheduler or arguments.use_checkpoint_opt_param_scheduler
+    before = properties.get("settings")
+    if before is None and text is not None:  # of an earlier version
+        check_resumed_schedule(text, config)
+        before = resume.settings_of_config(text, gpu=torch.cuda.is_available())
+    resume.check_settings(before or {}, settings, run_dir=config.run_dir, schedule_chosen=schedule_chosen)
+    if text is None:
+        return
+    content = yaml.safe_load(text) or {}
+    if config.init is not None and content.get("init") not in (None, config.init):
+        logger.warning("init %s has no effect: the run goes on from its own checkpoints", config.init)
+    if "data" not in properties and (content.get("data") or {}).get("train") != config.data.train:
+        logger.warning("data.train is not the one in config.yaml, and the checkpoints do not say what theirs was")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come before this start.
+
+    Attributes:
+        iteration: of the checkpoint that it goes on from; 0 for a new run.
+        updates: of its weights.
+        record: what the next checkpoints say of how it is trained.
+    """
+
+    iteration: int
+    updates: int
+    record: dict[str, Any]
 
 
 def _train(
     prepared: Prepared,
     environment: parallel.RankEnvironment,
-    resumed_at: int,
+    progress: Progress,
     datasets: tuple[Any, Any],
     scores: RunScores,
     evaluation: RunEvaluation | None,
@@ -179,7 +254,8 @@ def _train(
     arguments, config = prepared.arguments, prepared.config
     global_vars.set_global_variables(arguments, build_tokenizer=False)
     student = model_config(prepared.hf_config, arguments)
-    engine = Engine(prepared, environment, scores)
+    resumed_at = progress.iteration
+    engine = Engine(prepared, environment, scores, updates=progress.updates, record=progress.record)
 
     def before_wrapping(chunks: list) -> list:
         # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
@@ -216,6 +292,10 @@ def _train(
     except SystemExit as stop:
         if stop.code not in (0, None):
             raise
+    except RuntimeError as error:
+        if "Unexpected result" not in str(error):  # of megatron.check_for_nan_in_loss_and_grad, where it was asked for
+            raise
+        raise DoNotRestart(" ".join(str(error).split()), alone=True) from None
     finally:
         engine.close()
         if recorder is not None:
@@ -224,6 +304,8 @@ def _train(
     if code == EXIT_START_ME_AGAIN and environment.rank == 0:
         step, total = arguments.curr_iteration + 1, total_steps(arguments)
         sys.stdout.write(f"stopped at step {step} of {total}, which is saved; start it again to go on\n")
+    if code == EXIT_DONE and not engine.updates:
+        raise DoNotRestart(no_update(total_steps(arguments)))
     return code
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,12 @@ from remit_megatron.run import directory as run_directory
 from remit_megatron.run.prepare import total_steps
 from remit_megatron.run.score_cache import RunScores
 from remit_megatron.runtime import checkpoints, parallel
+from remit_megatron.runtime.errors import DoNotRestart
 from remit_megatron.runtime.files import HF_SUBFOLDER
 from remit_megatron.runtime.parallel import RankEnvironment
 from remit_megatron.training.first_look import FirstLook
-from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics
+from remit_megatron.training.health import StepOutcome, StepWatch, dropped_share
+from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics, token_counts
 from remit_megatron.training.scores import ScoreParts, build_score_source
 from remit_megatron.training.step import TrainingStep
 from remit_megatron.training.weight_decay import weight_decay_overrides
@@ -37,9 +38,29 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """The parts of one run; those that need process groups are made when Megatron has them."""
+    """The parts of one run; those that need process groups are made when Megatron has them.
 
-    def __init__(self, prepared: Prepared, environment: RankEnvironment, scores: RunScores):
+    Args:
+        prepared: the run.
+        environment: this rank.
+        scores: what the run knows of its reference scores.
+        updates: of the weights that the run has made before this start.
+        record: what checkpoints say of how the run was trained, beside what they hold.
+
+    Attributes:
+        updates: of the weights that the run has made so far; a skipped step makes none.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        environment: RankEnvironment,
+        scores: RunScores,
+        *,
+        updates: int = 0,
+        record: Mapping[str, Any] | None = None,
+    ):
+        self._record_of_run = dict(record or {})
         self._prepared = prepared
         self._run_scores = scores
         self._environment = environment
@@ -50,7 +71,11 @@ class Engine:
         self._recorder: RunRecorder | None = None
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._last_checkpoint_size = 0
-        self._consumed: dict[int, int] = {}  # samples up to a save that has begun, by its iteration
+        self._companions = _companion_files(prepared) if environment.rank == 0 else {}
+        # What a checkpoint says of the run, by the iteration of a save that has begun: an asynchronous one ends steps
+        # later.
+        self._progress: dict[int, dict[str, int]] = {}
+        self.updates = updates
         config = prepared.config
         self.forward = ModelForward(
             eod_id=prepared.tokenizer.eod_id,
@@ -71,6 +96,12 @@ class Engine:
         followed = self.step.objective.reference_signal == "loss"
         self._first_look = FirstLook(steps=total_steps(prepared.arguments)) if followed else None
         self._student: list = []  # its chunks on this rank, as Megatron trains them; known from the first step on
+        scaled = prepared.arguments.fp16 and not prepared.arguments.loss_scale
+        self._watch = StepWatch(
+            max_dropped=1.0 if config.reference is None else config.reference.max_dropped,
+            smallest_loss_scale=prepared.arguments.min_loss_scale if scaled else None,
+        )
+        self._dropped_said = False
 
     def groups(self) -> Any:
         """Megatron's process groups."""
@@ -190,24 +221,58 @@ class Engine:
         *,
         iteration: int,
         learning_rate: float | None,
+        loss_scale: float,
         grad_norm: float | None,
         skipped: bool,
     ) -> dict[str, torch.Tensor]:
-        """Derives the step's figures, records them, and gives Megatron those that it should log."""
+        """Derives the step's figures, records them, and gives Megatron those that it should log. Collective.
+
+        Raises:
+            DoNotRestart: the step has shown that the run trains nothing; on all ranks, before anything is saved.
+        """
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-        if not losses or skipped:
-            return losses
         args = self._arguments
-        microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
-        figures = step_statistics(losses, microbatches=microbatches)
-        if self._recorder is not None:
-            record = self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches())
-            self._recorder.step(record)
-            if self._first_look is not None and (line := self._first_look.add(record)) is not None:
-                self._recorder.message(line)
-        template = losses["lm_loss"]
-        return {name: template.new_tensor([value]) for name, value in figures.items()}
+        self.updates += not skipped
+        fault, logged = None, losses
+        if losses:
+            microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
+            figures = step_statistics(losses, microbatches=microbatches)
+            tokens, counted = token_counts(losses, microbatches=microbatches)
+            outcome = StepOutcome(
+                iteration=iteration,
+                tokens=tokens,
+                counted=counted,
+                dropped=int(figures["dropped_tokens"] or 0),
+                lm_loss=float(losses["lm_loss"]),
+                objective_loss=float(losses["objective_loss"]),
+                grad_norm=grad_norm,
+                skipped=skipped,
+                loss_scale=loss_scale if args.fp16 or args.loss_scale else None,
+            )
+            fault = self._watch.fault(outcome)
+            if self._recorder is not None:
+                record = self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches())
+                if skipped or outcome.loss_scale is not None:
+                    record |= {"skipped": skipped, "loss_scale": outcome.loss_scale}
+                self._recorder.step(record)
+                self._say_dropped(outcome)
+                if self._first_look is not None and (line := self._first_look.add(record)) is not None:
+                    self._say(line)
+            template = losses["lm_loss"]
+            logged = {name: template.new_tensor([value]) for name, value in figures.items()}
+        # A rank of an earlier stage knows no losses, and must not wait for one that has left.
+        if parallel.on_any_rank(fault is not None)[0]:
+            faults = parallel.gather_objects(fault)
+            raise DoNotRestart(next(text for text in faults if text))
+        return logged
+
+    def _say_dropped(self, step: StepOutcome) -> None:
+        """Names the first tokens that do not count for want of a score; metrics.jsonl has them all."""
+        if step.dropped and not self._dropped_said:
+            self._dropped_said = True
+            share = dropped_share(step.dropped, step.tokens)
+            self._say(f"step {step.iteration}: {share} have no finite score of the reference and do not count")
 
     def _record(
         self,
@@ -249,7 +314,10 @@ class Engine:
 
     def before_save(self, iteration: int) -> None:
         """Clears the place of the checkpoint and refuses to begin one for which there is no room."""
-        self._consumed[iteration] = self._arguments.consumed_train_samples  # an asynchronous save ends steps later
+        self._progress[iteration] = {
+            "consumed_samples": self._arguments.consumed_train_samples,
+            "updates": self.updates,
+        }
         if self._score_parts.writer is not None:
             # What a resumed run will not compute again is on disk before its checkpoint.
             self._score_parts.writer.flush()
@@ -263,7 +331,7 @@ class Engine:
         """Declares the checkpoint complete: model files, digests (shared out), manifest, pointer, retention."""
         directory = checkpoints.iteration_directory(self._root, iteration)
         rank, world_size = self._environment.rank, self._environment.world_size
-        consumed = self._consumed.pop(iteration)
+        progress = self._progress.pop(iteration)
         with parallel.same_fate("saving a checkpoint"):
             if rank == 0:
                 self._add_model_files(directory)
@@ -280,16 +348,15 @@ class Engine:
                     directory,
                     files=files,
                     iteration=iteration,
-                    consumed_samples=consumed,
                     tokenizer=self._prepared.tokenizer.digest,
+                    **progress,
+                    **self._record_of_run,
                 )
                 checkpoints.point_to(self._root, iteration)
                 checkpoints.retain(self._root, self._prepared.config.checkpoint.keep)
 
     def _add_model_files(self, directory: Path) -> None:
         """Puts config.json and the tokenizer beside the weights: a checkpoint can be exported without its run."""
-        from remit_megatron.conversion.source import CHAT_FILES, TOKENIZER_FILES, copy_companions
-
         target = directory / HF_SUBFOLDER
         target.mkdir(exist_ok=True)
         config = self._prepared.hf_config
@@ -297,11 +364,22 @@ class Engine:
             # A model from a description: transformers would put in the ids of another tokenizer.
             config = config | {"bos_token_id": None, "eos_token_id": self._prepared.tokenizer.eod_id}
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer, init = self._prepared.tokenizer, self._prepared.init
-        if tokenizer.directory is None:
-            shutil.copyfile(tokenizer.path, target / "tokenizer.json")
-        else:
-            copy_companions(tokenizer.directory, target, TOKENIZER_FILES)
-        folders = [tokenizer.directory, None if init is None else init.hf_files]
-        for folder in (folder for folder in folders if folder is not None):
-            copy_companions(folder, target, (*CHAT_FILES, "generation_config.json"))
+        for name, content in self._companions.items():
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(content)
+
+
+def _companion_files(prepared: Prepared) -> dict[str, bytes]:
+    """The tokenizer and what else travels with the weights, by name. Read at the start: what they are beside may be a
+    checkpoint that is removed while the run goes on."""
+    from remit_megatron.conversion.source import CHAT_FILES, TOKENIZER_FILES, read_companions
+
+    tokenizer, init = prepared.tokenizer, prepared.init
+    if tokenizer.directory is None:
+        found = {"tokenizer.json": Path(tokenizer.path).read_bytes()}
+    else:
+        found = read_companions(tokenizer.directory, TOKENIZER_FILES)
+    for folder in (tokenizer.directory, None if init is None else init.hf_files):
+        if folder is not None:
+            found = read_companions(folder, (*CHAT_FILES, "generation_config.json")) | found
+    return found

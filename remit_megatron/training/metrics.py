@@ -43,8 +43,8 @@ def step_statistics(losses: Mapping[str, Tensor], *, microbatches: int) -> dict[
     """The step's figures from Megatron's averages of :meth:`TrainingStep.loss`.
 
     Args:
-        losses: name to the sum over the global batch divided by the number of counted tokens; ``counted_tokens`` and
-            ``dropped_tokens`` by the number of microbatches instead.
+        losses: name to the sum over the global batch divided by the number of counted tokens; ``tokens``,
+            ``counted_tokens`` and ``dropped_tokens`` by the number of microbatches instead.
         microbatches: number of microbatches of the step, over all data and context parallel ranks.
 
     Returns:
@@ -68,6 +68,16 @@ def step_statistics(losses: Mapping[str, Tensor], *, microbatches: int) -> dict[
         "delta_std": deviation(value["delta"], value["delta_squared"]),
         "dropped_tokens": round(value["dropped_tokens"] * microbatches),
     }
+
+
+def token_counts(losses: Mapping[str, Tensor], *, microbatches: int) -> tuple[int, int]:
+    """Tokens of the step's global batch: those that are not masked, and those in the loss's denominator.
+
+    Args:
+        losses, microbatches: as for :func:`step_statistics`.
+    """
+    tokens, counted = (round(float(losses[name]) * microbatches) for name in ("tokens", "counted_tokens"))
+    return tokens, counted
 
 
 def _json_line(record: Mapping[str, Any]) -> str:
@@ -125,7 +135,10 @@ class RunRecorder:
         """Appends the result of one validation."""
         with open(self._run_dir / VALIDATION_FILE, "a") as file:
             file.write(_json_line(record))
-        self._line(f"validation at step {record['iteration']}: lm_loss {record['lm_loss']:.4f}", keep=True)
+        text = f"validation at step {record['iteration']}: lm_loss {record['lm_loss']:.4f}"
+        if not math.isfinite(record["lm_loss"]):
+            text += " (no token of data.valid counts, or the student's losses are not finite)"
+        self._line(text, keep=True)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Appends the result of a suite (:meth:`RunEvaluation.run`) and writes its figures on one line."""
@@ -147,9 +160,17 @@ class RunRecorder:
         parts = [f"step {iteration}/{self._total}", f"lm_loss {record['lm_loss']:.4f}"]
         if record["objective_loss"] != record["lm_loss"]:
             parts.append(f"objective {record['objective_loss']:.4f}")
+        if record["dropped_tokens"]:
+            parts.append(f"dropped {record['dropped_tokens']}")
+        if record.get("skipped"):
+            parts.append("skipped")
+        if record.get("loss_scale"):
+            parts.append(f"loss scale {record['loss_scale']:g}")
+        if record["learning_rate"] is not None:
+            parts.append(f"lr {record['learning_rate']:.2e}")
+        if record["grad_norm"] is not None:
+            parts.append(f"grad {record['grad_norm']:.3f}")
         parts += [
-            f"lr {record['learning_rate']:.2e}",
-            f"grad {record['grad_norm']:.3f}",
             f"{format_count(record['tokens_per_second'])} tok/s",
             f"{format_duration(left)} left",
         ]

@@ -195,6 +195,7 @@ class TrainingStep:
         report = {
             "lm_loss": unweighted,
             "objective_loss": torch.stack((result.loss_sum.detach(), counted)),
+            "tokens": torch.stack((in_mask.sum().float(), one)),
             "counted_tokens": torch.stack((counted, one)),
             "dropped_tokens": torch.stack((result.statistics.get("dropped_tokens", zero).float(), one)),
         }
