@@ -1,6 +1,6 @@
 """The configuration of a run: what may stand in the YAML file, and how the file is read.
 
-A run is one YAML file plus dotted overrides (``objective.epsilon=0.1``). The dataclasses of ``schema.py`` are the schema:
+A run is one YAML file plus dotted overrides (``objective.epsilon=0.1``). The dataclasses of ``schema.py`` say what it holds:
 OmegaConf checks types against them, and a key that they do not have is refused with the nearest one that they do.
 Relative paths are relative to the current directory, with two exceptions: ``base`` is relative to the file that names
 it, and what is missing as ``configs/…`` comes from the package. Everything Megatron has an argument for stands under

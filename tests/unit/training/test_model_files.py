@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from remit_megatron.data.tokenizer import load_tokenizer
-from remit_megatron.training.engine import Engine
+from remit_megatron.training.engine import Engine, _companion_files
 from tests.unit.data.test_tokenizer import make_tokenizer
 
 
@@ -24,6 +24,7 @@ def written(target: Path, tokenizer: Path, init: Path | None) -> set[str]:
         init=None if init is None else SimpleNamespace(hf_files=init),
         tokenizer=load_tokenizer(tokenizer),
     )
+    engine._companions = _companion_files(engine._prepared)
     target.mkdir()
     engine._add_model_files(target)
     return files_of(target / "hf")
