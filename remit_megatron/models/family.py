@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 # One line per family: the module remit_megatron.models.<name> defines FAMILY.
 MODULES = ("llama", "olmo2", "smollm3", "youtu")
 
+# Lists as long as a model has layers are made before anything else could notice that a number is no count.
+_MOST_LAYERS = 100_000
+_LARGEST_SIZE = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Family:
@@ -99,11 +103,12 @@ def whole(hf_config: dict[str, Any], field: str) -> int:
     """A size or a count that no default can replace.
 
     Raises:
-        UserError: it is absent or null, or not a whole number of at least 1.
+        UserError: it is absent or null, or not a whole number that a model can have.
     """
     value = required(hf_config, field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json {field}", repr(value), "a whole number, at least 1")
+    largest = _MOST_LAYERS if field == "num_hidden_layers" else _LARGEST_SIZE
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise UserError(f"config.json {field}", repr(value), f"a whole number from 1 to {largest}")
     return value
 
 
@@ -168,7 +173,7 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
         parameters = dict(scaling or {})
         field = "rope_theta"
     elif not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError("config.json rope_parameters", parameters, "one set of parameters for all layers")
+        raise UserError("config.json rope_parameters", repr(parameters), "one set of parameters for all layers")
     parameters = dict(parameters)
     theta = parameters.pop("rope_theta", None)
     if theta is None:

@@ -536,7 +536,8 @@ def _check_keys(content: Mapping[str, Any], schema: type, prefix: str) -> None:
         interpolation = isinstance(value, str) and "${" in value
         wrong_bool = isinstance(value, bool) and not options.isdisjoint({int, float})
         wrong_bool |= not isinstance(value, bool) and bool in options
-        if not interpolation and value is not None and (nested is not None or wrong_bool):
+        wrong_mapping = typing.get_origin(hints[name]) is dict and not isinstance(value, Mapping)
+        if not interpolation and value is not None and (nested is not None or wrong_bool or wrong_mapping):
             raise UserError(key, show(value), _expected_type(key))
 
 

@@ -93,12 +93,13 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
         raise UserError("init", "nothing", "a checkpoint or a Hugging Face directory, or `model` for random weights")
     if init is not None and config.model is not None:
         _same_architecture(hf_config, init.hf_config)
+    architecture = megatron_arguments(hf_config)
     tokenizer = _tokenizer(config, init, absent)
     if tokenizer is not None and tokenizer.vocab_size > hf_config["vocab_size"]:
         raise UserError(
             "data.tokenizer", f"{tokenizer.vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
         )
-    arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
+    arguments = build_arguments(config, architecture, world_size=world_size, rank=rank)
     checks.check_supported(config, arguments)
     checks.check_document_mask(config, arguments)
     if objective.needs_global_batch:
