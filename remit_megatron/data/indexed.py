@@ -90,15 +90,29 @@ class IndexedTokens:
         self.lengths = np.asarray(index[start : start + 4 * sequences]).view("<i4")
         # The fixed part has 34 bytes, so the 8-byte numbers are not aligned; numpy reads them all the same.
         self._offsets = np.asarray(index[start + 4 * sequences : start + 12 * sequences]).view("<i8")
+        end = int(self._offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if end != data_size:
+            raise UserError(data_path, f"{data_size} bytes", f"{end}, as {os.path.basename(index_path)} says")
         self._tokens = np.memmap(data_path, mode="r", dtype=self.dtype) if data_size else np.zeros(0, self.dtype)
+        self._index_path = index_path
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens start ... stop - 1 (to the end without ``stop``) of a document: a view, `dtype` [stop - start]."""
+        """Tokens start ... stop - 1 (to the end without ``stop``) of a document: a view, `dtype` [stop - start].
+
+        Raises:
+            UserError: the document does not end where the next one begins, so the index is damaged.
+        """
         length = int(self.lengths[document])
+        first = int(self._offsets[document])
+        last = document + 1 == len(self.lengths)
+        end = self._tokens.nbytes if last else int(self._offsets[document + 1])
+        if first < 0 or length < 0 or first + length * self.dtype.itemsize != end or (document == 0 and first):
+            found = f"document {document} of {length} tokens from byte {first} to {end}"
+            raise UserError(self._index_path, found, "documents that follow one another")
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (start, stop, length)
-        first = int(self._offsets[document]) // self.dtype.itemsize
+        first //= self.dtype.itemsize
         return self._tokens[first + start : first + stop]

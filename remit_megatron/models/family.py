@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 # One line per family: the module remit_megatron.models.<name> defines FAMILY.
 MODULES = ("llama", "olmo2", "smollm3", "youtu")
 
+# Lists as long as a model has layers are made before anything else could notice that a number is no count.
+_MOST_LAYERS = 100_000
+_LARGEST_SIZE = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Family:
@@ -88,11 +92,49 @@ def require(hf_config: dict[str, Any], field: str, supported: tuple[Any, ...]) -
     """Refuses a value that would be computed wrongly; an absent field has its Hugging Face default, ``supported[0]``.
 
     Raises:
-        UserError: the value is not one of ``supported``.
+        UserError: the value is not one of ``supported``; 0 is not false, and 6.0 is not 6.
     """
     value = hf_config.get(field, supported[0])
-    if value not in supported:
+    if not any(value == choice and type(value) is type(choice) for choice in supported):
         raise UserError(f"config.json {field}", value, " or ".join(str(choice) for choice in supported))
+
+
+def whole(hf_config: dict[str, Any], field: str) -> int:
+    """A size or a count that no default can replace.
+
+    Raises:
+        UserError: it is absent or null, or not a whole number that a model can have.
+    """
+    value = required(hf_config, field)
+    largest = _MOST_LAYERS if field == "num_hidden_layers" else _LARGEST_SIZE
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise UserError(f"config.json {field}", repr(value), f"a whole number from 1 to {largest}")
+    return value
+
+
+def number(hf_config: dict[str, Any], field: str, default: float | None = None) -> float:
+    """A number of at least 0; absent or null, it is ``default``.
+
+    Raises:
+        UserError: it is something else, or not finite; or it is absent and has no default.
+    """
+    value = hf_config.get(field)
+    value = required(hf_config, field) if default is None else default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise UserError(f"config.json {field}", repr(value), "a number, at least 0")
+    return value
+
+
+def flag(hf_config: dict[str, Any], field: str, default: bool) -> bool:
+    """A field that is true or false; absent, it is ``default``.
+
+    Raises:
+        UserError: it is something else; null is, as in transformers.
+    """
+    value = hf_config.get(field, default)
+    if not isinstance(value, bool):
+        raise UserError(f"config.json {field}", repr(value), "true or false")
+    return value
 
 
 @dataclass(frozen=True)
@@ -126,11 +168,12 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
     if parameters is not None and scaling:
         raise UserError("config.json rope_scaling", scaling, "null beside rope_parameters")
     if parameters is None:
+        if scaling and not isinstance(scaling, dict):
+            raise UserError("config.json rope_scaling", scaling, "one set of parameters, or null")
         parameters = dict(scaling or {})
         field = "rope_theta"
-        parameters["rope_theta"] = hf_config.get("rope_theta")
     elif not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError("config.json rope_parameters", parameters, "one set of parameters for all layers")
+        raise UserError("config.json rope_parameters", repr(parameters), "one set of parameters for all layers")
     parameters = dict(parameters)
     theta = parameters.pop("rope_theta", None)
     if theta is None:
@@ -140,9 +183,9 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
     # "type" is the spelling of transformers before 4.45; where both are there, they agree or the new one counts.
     legacy_kind = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", legacy_kind)
-    partial = parameters.pop("partial_rotary_factor", None) or hf_config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise UserError("config.json partial_rotary_factor", partial, "1.0")
+    for partial in (parameters.pop("partial_rotary_factor", None), hf_config.get("partial_rotary_factor")):
+        if partial is not None and partial != 1.0:
+            raise UserError("config.json partial_rotary_factor", partial, "1.0")
     return Rope(theta=int(theta) if float(theta).is_integer() else theta, kind=kind, parameters=parameters)
 
 

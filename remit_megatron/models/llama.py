@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.models.family import Family, require, required, rope_of
+from remit_megatron.models.family import Family, flag, number, require, rope_of, whole
 from remit_megatron.models.mapping import QKV, Direct, GatedMLP, NameMap, Vocabulary, Weight
 from remit_megatron.runtime.errors import UserError
 
@@ -42,45 +42,62 @@ FINAL_NORM = Direct("model.norm.weight", "decoder.final_layernorm.weight")
 HEAD = Vocabulary("lm_head.weight", "output_layer.weight")
 
 
-def decoder_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
+def decoder_arguments(hf_config: dict[str, Any], *, value_width: int | None = None) -> dict[str, Any]:
     """Arguments that every bias-free SwiGLU decoder with RMSNorm and rotary embeddings shares; rope is left to the
-    family."""
+    family.
+
+    Args:
+        hf_config: content of config.json.
+        value_width: channels of a head, where a family has another name for them than ``head_dim``.
+    """
     require(hf_config, "hidden_act", ("silu",))
     require(hf_config, "attention_bias", (False,))
     require(hf_config, "mlp_bias", (False,))
-    heads = required(hf_config, "num_attention_heads")
-    hidden = required(hf_config, "hidden_size")
-    groups = hf_config.get("num_key_value_heads") or heads
+    require(hf_config, "is_causal", (True,))  # transformers lets attention see what follows where it is false
+    if hf_config.get("per_layer_config"):
+        raise UserError("config.json per_layer_config", hf_config["per_layer_config"], "none: all layers are alike")
+    heads, hidden = whole(hf_config, "num_attention_heads"), whole(hf_config, "hidden_size")
+    groups = heads if hf_config.get("num_key_value_heads") is None else whole(hf_config, "num_key_value_heads")
     if heads % groups:
         raise UserError("config.json num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
-    head_dim = hf_config.get("head_dim")
-    if head_dim is None:
-        if hidden % heads:
-            raise UserError("config.json hidden_size", hidden, f"a multiple of num_attention_heads ({heads})")
-        head_dim = hidden // heads
+    head_dim = _head_dim(hf_config, hidden, heads) if value_width is None else value_width
     return {
-        "num_layers": required(hf_config, "num_hidden_layers"),
+        "num_layers": whole(hf_config, "num_hidden_layers"),
         "hidden_size": hidden,
-        "ffn_hidden_size": required(hf_config, "intermediate_size"),
+        "ffn_hidden_size": whole(hf_config, "intermediate_size"),
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "kv_channels": head_dim,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": required(hf_config, "rms_norm_eps"),
+        "layernorm_epsilon": number(hf_config, "rms_norm_eps"),
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "position_embedding_type": "rope",
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "untie_embeddings_and_output_weights": not hf_config.get("tie_word_embeddings", False),
-        "max_position_embeddings": required(hf_config, "max_position_embeddings"),
-        "init_method_std": hf_config.get("initializer_range", 0.02),
-        "attention_dropout": hf_config.get("attention_dropout") or 0.0,
+        "untie_embeddings_and_output_weights": not flag(hf_config, "tie_word_embeddings", False),
+        "max_position_embeddings": whole(hf_config, "max_position_embeddings"),
+        "init_method_std": number(hf_config, "initializer_range", 0.02),
+        "attention_dropout": number(hf_config, "attention_dropout", 0.0),
         "hidden_dropout": 0.0,
-        "vocab_size": required(hf_config, "vocab_size"),
+        "vocab_size": whole(hf_config, "vocab_size"),
     }
+
+
+def _head_dim(hf_config: dict[str, Any], hidden: int, heads: int) -> int:
+    """Channels of a head; rotary embeddings turn pairs of them."""
+    if hf_config.get("head_dim") is None:
+        if hidden % heads:
+            raise UserError("config.json hidden_size", hidden, f"a multiple of num_attention_heads ({heads})")
+        if (hidden // heads) % 2:
+            raise UserError("config.json hidden_size", hidden, f"an even number for each of the {heads} heads")
+        return hidden // heads
+    head_dim = whole(hf_config, "head_dim")
+    if head_dim % 2:
+        raise UserError("config.json head_dim", head_dim, "an even number")
+    return head_dim
 
 
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -88,12 +105,13 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     rope = rope_of(hf_config)
     scaling: dict[str, Any] = {"use_rope_scaling": False}
     if rope.kind == "llama3":
+        # transformers takes the original length from outside of rope's parameters where a file has it there, too.
+        outside = {name: hf_config[name] for name in ("original_max_position_embeddings",) if name in hf_config}
         for name, value in _LLAMA3_CONSTANTS.items():
-            found = rope.parameters.get(name)
+            found = (rope.parameters | outside).get(name)
             if found != value:
-                raise UserError(
-                    f"config.json rope_parameters.{name}", found, f"{value} (the value that Megatron holds fixed)"
-                )
+                field = name if name in outside else f"rope_parameters.{name}"
+                raise UserError(f"config.json {field}", found, f"{value} (the value that Megatron holds fixed)")
         factor = rope.parameters.get("factor")
         if not isinstance(factor, int | float) or factor < 1:
             raise UserError("config.json rope_parameters.factor", factor, "a number, at least 1")
@@ -113,7 +131,7 @@ def plain_rope(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 def decoder_names(hf_config: dict[str, Any], layer: tuple[Weight, ...] = LAYER) -> NameMap:
     """Table of weights of a decoder with these layers; a tied model has no head of its own, whatever its files hold."""
-    tied = bool(hf_config.get("tie_word_embeddings", False))
+    tied = flag(hf_config, "tie_word_embeddings", False)
     return NameMap(embedding=EMBEDDING, layer=layer, final=(FINAL_NORM,), head=None if tied else HEAD)
 
 

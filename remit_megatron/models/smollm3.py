@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from remit_megatron.models.family import Family, require, required
+from remit_megatron.models.family import Family, require, required, whole
 from remit_megatron.models.llama import decoder_arguments, decoder_names, layer_spec, plain_rope
 from remit_megatron.models.mapping import NameMap
 from remit_megatron.runtime.errors import UserError
@@ -19,14 +19,14 @@ _DEFAULT_INTERVAL = 4
 
 def _layers_without_rope(hf_config: dict[str, Any]) -> list[int] | None:
     """Megatron's pattern, 1 where a layer has no rotary embeddings; None where all have them."""
-    layers = required(hf_config, "num_hidden_layers")
+    layers = whole(hf_config, "num_hidden_layers")
     with_rope = hf_config.get("no_rope_layers")
     if with_rope is None:
         interval = hf_config.get("no_rope_layer_interval", _DEFAULT_INTERVAL)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise UserError("config.json no_rope_layer_interval", interval, "a whole number, at least 1")
         with_rope = [int((layer + 1) % interval != 0) for layer in range(layers)]
-    if not isinstance(with_rope, list) or len(with_rope) < layers or not set(with_rope) <= {0, 1}:
+    if not isinstance(with_rope, list) or len(with_rope) < layers or any(each not in (0, 1) for each in with_rope):
         raise UserError("config.json no_rope_layers", with_rope, f"a list of 0 and 1, for each of the {layers} layers")
     pattern = [1 - int(rotated) for rotated in with_rope[:layers]]
     return pattern if any(pattern) else None
@@ -42,9 +42,9 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     required(hf_config, "num_key_value_heads")  # absent means 4 here, and as many as heads in other families
     if hf_config.get("sliding_window") is not None:
         require(hf_config, "use_sliding_window", (False,))
-    windows = [kind for kind in hf_config.get("layer_types") or () if kind != "full_attention"]
-    if windows:
-        raise UserError("config.json layer_types", windows[0], "full_attention throughout")
+    kinds = hf_config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * whole(hf_config, "num_hidden_layers"):
+        raise UserError("config.json layer_types", kinds, "full_attention for every layer")
     values = decoder_arguments(_explicit(hf_config))
     return values | plain_rope(hf_config) | {"no_rope_freq": _layers_without_rope(hf_config)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.models.family import Family, require, required
+from remit_megatron.models.family import Family, flag, number, require, whole
 from remit_megatron.models.llama import ATTENTION_OUTPUT, MLP, decoder_arguments, decoder_names, plain_rope
 from remit_megatron.models.mapping import Direct, NameMap
 from remit_megatron.runtime.errors import UserError
@@ -49,7 +49,7 @@ REST = (
 
 
 def _tied(hf_config: dict[str, Any]) -> bool:
-    return bool(hf_config.get("tie_word_embeddings", True))  # as in transformers' class
+    return flag(hf_config, "tie_word_embeddings", True)  # as in transformers' class
 
 
 def _query_rank(hf_config: dict[str, Any]) -> int | None:
@@ -60,37 +60,38 @@ def _query_rank(hf_config: dict[str, Any]) -> int | None:
     """
     if "q_lora_rank" not in hf_config:
         raise UserError("config.json q_lora_rank", "nothing", "a number, or null for queries that are not compressed")
-    return hf_config["q_lora_rank"]
+    return None if hf_config["q_lora_rank"] is None else whole(hf_config, "q_lora_rank")
 
 
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a Youtu ``config.json``; see :class:`remit_megatron.models.family.Family`."""
-    heads = required(hf_config, "num_attention_heads")
+    heads = whole(hf_config, "num_attention_heads")
     require(hf_config, "num_key_value_heads", (heads, None))
     require(hf_config, "rope_interleave", (True,))
     # transformers norms the latents with this epsilon whatever the file says.
     require(hf_config, "rms_norm_eps", (1e-6,))
-    rope_width, value_width = required(hf_config, "qk_rope_head_dim"), required(hf_config, "v_head_dim")
+    # transformers sets this row of the embedding to zero when it loads a model, whatever the files hold.
+    require(hf_config, "pad_token_id", (None,))
+    rope_width, value_width = whole(hf_config, "qk_rope_head_dim"), whole(hf_config, "v_head_dim")
     # transformers rotates over head_dim where a file names it.
     require(hf_config, "head_dim", (rope_width,))
     if rope_width % 2:
         raise UserError("config.json qk_rope_head_dim", rope_width, "an even number")
     # Absent, it is what the authors' own code draws random weights with: sqrt(2 / (5 h)).
-    deviation = hf_config.get("initializer_range") or (2 / (5 * required(hf_config, "hidden_size"))) ** 0.5
+    deviation = number(hf_config, "initializer_range", 0.0) or (2 / (5 * whole(hf_config, "hidden_size"))) ** 0.5
     common = {
-        "head_dim": value_width,
         "num_key_value_heads": heads,
         "tie_word_embeddings": _tied(hf_config),
         "initializer_range": deviation,
     }
     return (
-        decoder_arguments(hf_config | common)
+        decoder_arguments(hf_config | common, value_width=value_width)
         | plain_rope(hf_config)
         | {
             "multi_latent_attention": True,
             "q_lora_rank": _query_rank(hf_config),
-            "kv_lora_rank": required(hf_config, "kv_lora_rank"),
-            "qk_head_dim": required(hf_config, "qk_nope_head_dim"),
+            "kv_lora_rank": whole(hf_config, "kv_lora_rank"),
+            "qk_head_dim": whole(hf_config, "qk_nope_head_dim"),
             "qk_pos_emb_head_dim": rope_width,
             "v_head_dim": value_width,
             "qk_layernorm": True,

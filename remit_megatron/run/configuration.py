@@ -1,6 +1,6 @@
 """The configuration of a run: what may stand in the YAML file, and how the file is read.
 
-A run is one YAML file plus dotted overrides (``objective.epsilon=0.1``). The dataclasses of ``schema.py`` say what it holds:
+A run is one YAML file plus dotted overrides (``objective.epsilon=0.1``). The schema is in ``schema.py``:
 OmegaConf checks types against them, and a key that they do not have is refused with the nearest one that they do.
 Relative paths are relative to the current directory, with two exceptions: ``base`` is relative to the file that names
 it, and what is missing as ``configs/…`` comes from the package. Everything Megatron has an argument for stands under
@@ -322,7 +322,8 @@ def _check_keys(content: Mapping[str, Any], schema: type, prefix: str) -> None:
         interpolation = isinstance(value, str) and "${" in value
         wrong_bool = isinstance(value, bool) and not options.isdisjoint({int, float})
         wrong_bool |= not isinstance(value, bool) and bool in options
-        if not interpolation and value is not None and (nested is not None or wrong_bool):
+        wrong_mapping = typing.get_origin(hints[name]) is dict and not isinstance(value, Mapping)
+        if not interpolation and value is not None and (nested is not None or wrong_bool or wrong_mapping):
             raise UserError(key, show(value), _expected_type(key))
 
 

@@ -105,13 +105,14 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
         raise UserError("init", "nothing", "a checkpoint or a Hugging Face directory, or `model` for random weights")
     if init is not None and config.model is not None:
         _same_architecture(hf_config, init.hf_config, field="init" if own is None else "run_dir")
+    architecture = megatron_arguments(hf_config)
     tokenizer = _tokenizer(config, init, absent)
     # What transformers appends (a padding token, say) may have no row: no data has it, or `samples` finds it there.
     if tokenizer is not None and tokenizer.own_vocab_size > hf_config["vocab_size"]:
         raise UserError(
             "data.tokenizer", f"{tokenizer.own_vocab_size} entries", f"at most the model's {hf_config['vocab_size']}"
         )
-    arguments = build_arguments(config, megatron_arguments(hf_config), world_size=world_size, rank=rank)
+    arguments = build_arguments(config, architecture, world_size=world_size, rank=rank)
     checks.check_supported(config, arguments)
     checks.check_document_mask(config, arguments)
     if absent is None or (config.evaluation is not None and Path(config.evaluation.data or ".").exists()):

@@ -107,13 +107,22 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         content = json.loads(path.read_text())
         if content["version"] != MANIFEST_VERSION:
             raise DamagedCheckpoint(f"{path}: found version {content['version']}; expected {MANIFEST_VERSION}")
-        return Manifest(files=content["files"], properties=content["properties"])
+        files, properties = content["files"], content["properties"]
+        if not isinstance(files, dict) or not all(_is_described(entry) for entry in files.values()):
+            raise ValueError("files without sizes and SHA-256 digests")
+        if not isinstance(properties, dict) or type(properties.get("iteration", 0)) is not int:
+            raise ValueError("properties that are none")
+        return Manifest(files=files, properties=properties)
     except FileNotFoundError:
         raise DamagedCheckpoint(
             f"{directory}: found no {MANIFEST}; expected one, written when a save is complete"
         ) from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: found {error!r}; expected a manifest") from None
+
+
+def _is_described(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
 
 
 def verify(directory: str | os.PathLike, *, digests: bool = True, part: int = 0, parts: int = 1) -> Manifest:
