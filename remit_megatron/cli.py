@@ -31,11 +31,26 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("training", "mid-training"),
     "plan": ("cluster", "memory, time and layout of a run on a cluster, by arithmetic"),
     "score": ("scoring", "the reference's score of every token of a run's data, into a cache"),
+    "report": ("analysis", "one page about one or several runs, to look at"),
 }
 _DATA_COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("data", "documents to token files"),
     "mix": ("data", "the sources of a recipe to token files and a blend for a run"),
     "select": ("data", "the samples of token files that are worth training on (MiniPLM)"),
+}
+_ANALYZE_COMMANDS: dict[str, tuple[str, str]] = {
+    "heatmap": ("analysis", "log p of the reference less log p of the student, on every token of a text"),
+    "shift": ("analysis", "how far checkpoints' distributions are from each other and from the reference"),
+    "kl": ("analysis", "KL divergence to the reference over the full vocabulary"),
+    "weights": ("analysis", "which tokens weigh most, by text and by class, over checkpoints"),
+    "gradients": ("analysis", "gradient norms of runs side by side"),
+    "efficiency": ("analysis", "score against tokens and device hours, with the speed-up to a baseline's score"),
+    "posttrain": ("analysis", "curves of post-training, seeds of an arm as one"),
+}
+# word -> (one line for --help, its commands).
+_GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
+    "data": ("corpora to token files", _DATA_COMMANDS),
+    "analyze": ("real checkpoints, texts and runs to figures", _ANALYZE_COMMANDS),
 }
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
@@ -71,9 +86,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     for name, command in _COMMANDS.items():
         add(commands, name, command, words[:1] == [name])
-    data = commands.add_parser("data", help="corpora to token files").add_subparsers(metavar="COMMAND", required=True)
-    for name, command in _DATA_COMMANDS.items():
-        add(data, name, command, words == ["data", name])
+    for group, (summary, members) in _GROUPS.items():
+        children = commands.add_parser(group, help=summary).add_subparsers(metavar="COMMAND", required=True)
+        for name, command in members.items():
+            add(children, name, command, words == [group, name])
     namespace, rest = parser.parse_known_args(argv)
     # argparse takes a list of words only in one piece; `train CONFIG --nproc 2 a.b=c` has it in two.
     if rest and hasattr(namespace, "overrides") and not any(word.startswith("-") for word in rest):
