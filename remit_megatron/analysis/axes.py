@@ -54,14 +54,19 @@ def chart_axes(chart: Chart) -> tuple[Axis, Axis] | None:
     """Axes of x and y that hold every point and band; None for a chart without a point."""
     xs = [x for series in chart.series for x in series.x]
     ys = [
-        v for series in chart.series for column in (series.y, series.low, series.high) for v in column if v is not None
+        v
+        for series in chart.series
+        for column in (series.y, series.low, series.high)
+        for v in column[len(column) // 10 if chart.settled else 0 :]
+        if v is not None
     ]
     if chart.log_y:
         ys = [y for y in ys if y > 0]
     if not xs or not ys:
         return None
     y_axis = logarithmic(min(ys), max(ys)) if chart.log_y else linear(min(ys), max(ys))
-    return linear(min(xs), max(xs), wanted=4, round_ends=False), y_axis
+    low = 0.0 if 0 <= min(xs) < 0.1 * max(xs) else min(xs)
+    return linear(low, max(xs), wanted=4, round_ends=False), y_axis
 
 
 def labels(axis: Axis) -> list[str]:

@@ -64,7 +64,11 @@ class Series:
 
 @dataclass
 class Chart:
-    """Curves over one axis."""
+    """Curves over one axis.
+
+    Attributes:
+        settled: the axis holds what curves do after their first tenth; one that begins far outside enters it later.
+    """
 
     title: str
     x_label: str
@@ -72,6 +76,7 @@ class Chart:
     series: list[Series]
     note: str = ""
     log_y: bool = False
+    settled: bool = False
 
 
 @dataclass

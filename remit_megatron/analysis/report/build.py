@@ -77,7 +77,9 @@ def build(runs: list[Run], scores: list[Score], extra: list[Part], *, title: str
         for run in runs
     )
     subtitle = f"remit report {__version__}"
-    return Page(title, subtitle, present, [run.name for run in runs], {"reproduce": configs})
+    return Page(
+        title, subtitle, present, [run.name for run in runs], {"reproduce": configs, "time": sections.time_bars(runs)}
+    )
 
 
 def _unique(parts: list[Part]) -> list[Part]:

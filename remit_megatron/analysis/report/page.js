@@ -43,7 +43,7 @@
     function point(index, clientX, clientY) {
       at = Math.max(0, Math.min(all.length - 1, index));
       var x = all[at], place = box[0] + (box[1] - box[0]) * (x - data.x[0]) / span;
-      cross.removeAttribute("hidden");
+      cross.classList.add("on");
       cross.setAttribute("x1", place);
       cross.setAttribute("x2", place);
       var rows = data.s.map(function (series) {
@@ -72,7 +72,7 @@
       var frame = svg.getBoundingClientRect();
       show(clientX === undefined ? frame.left + place * frame.width / 380 : clientX, clientY === undefined ? frame.top + 40 : clientY);
     }
-    function leave() { cross.setAttribute("hidden", ""); tip.hidden = true; }
+    function leave() { cross.classList.remove("on"); tip.hidden = true; }
     function move(event) {
       var frame = svg.getBoundingClientRect();
       var x = (event.clientX - frame.left) * 380 / frame.width;

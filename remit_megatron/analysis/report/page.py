@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -126,14 +127,7 @@ def _chart(chart: Chart, colours: dict[str, int], points: int) -> str:
     known = all(name in colours for name in names)
     own = colours if known else {name: number for number, name in enumerate(names)}
     own = {name: number % len(SERIES_LIGHT) for name, number in own.items()}
-    short = Chart(
-        chart.title,
-        chart.x_label,
-        chart.y_label,
-        [thinned(series, points) for series in chart.series],
-        chart.note,
-        chart.log_y,
-    )
+    short = dataclasses.replace(chart, series=[thinned(series, points) for series in chart.series])
     legend = "" if known or len(names) < 2 else _legend(names, own)
     unit = f' <span class="note">{escape(chart.y_label)}</span>'
     note = f'<figcaption class="note">{escape(chart.note)}</figcaption>' if chart.note else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from html import escape
 
 from remit_megatron.analysis.parts import Block, Chart, Part, Series, Table, Text, number
 from remit_megatron.analysis.results import Score
@@ -31,24 +32,24 @@ def overview(runs: list[Run]) -> Part:
         rows.append(
             [
                 run.name,
-                run.objective,
                 f"{steps}/{planned}" if planned else str(steps),
-                format_count(run.tokens[-1]),
                 number(smoothed(losses, max(1, len(losses) // 20))[-1]),
                 number(valid),
+                format_count(run.tokens[-1]),
                 f"{number(run.device_hours[-1], 3)}",
                 "–" if run.wall_time is None else f"{100 * run.wall_time.effective:.0f}%",
+                run.objective,
             ]
         )
     # Losses on other data do not compare.
     same = {key: len({str((run.config.get("data") or {}).get(key)) for run in runs}) == 1 for key in ("train", "valid")}
-    best = [(_best([row[column] for row in rows]), column) for key, column in (("train", 4), ("valid", 5)) if same[key]]
+    best = [(_best([row[column] for row in rows]), column) for key, column in (("train", 2), ("valid", 3)) if same[key]]
     table = Table(
-        ["run", "objective", "steps", "tokens", "lm_loss", "validation loss", "device hours", "effective time"],
+        ["run", "steps", "lm_loss", "validation loss", "tokens", "device hours", "effective time", "objective"],
         rows,
         bold=[[row, column] for row, column in best if row is not None],
-        note="lm_loss: mean of the last twentieth of the steps, nats, never weighted; best in bold where the data are the same. Effective time: "
-        "the share of the running time that went into steps that count.",
+        note="lm_loss: mean of the last twentieth of the steps, nats, never weighted; best in bold where the data are "
+        "the same. Effective time: the share of the running time that went into steps that count.",
     )
     unfinished = [run.name for run in runs if run.planned_steps and run.steps[-1] < run.planned_steps]
     state = f" Not at its end: {', '.join(unfinished)}." if unfinished else ""
@@ -77,16 +78,16 @@ def configuration(runs: list[Run]) -> Part | None:
 
 
 def _curve(
-    runs: Iterable[Run], key: str, title: str, unit: str, *, log_y: bool = False, note: str = ""
+    runs: Iterable[Run], key: str, title: str, unit: str, *, log_y: bool = False, settled: bool = False
 ) -> Chart | None:
     series = [Series(run.name, run.tokens, run.column(key)) for run in runs]
     series = [item for item in series if any(value is not None for value in item.y)]
-    return Chart(title, "tokens", unit, series, note, log_y) if series else None
+    return Chart(title, "tokens", unit, series, "", log_y, settled) if series else None
 
 
 def curves(runs: list[Run]) -> Part:
     """Losses, gradient norm, learning rate."""
-    charts = [_curve(runs, "lm_loss", "Training loss", "lm_loss, nats")]
+    charts = [_curve(runs, "lm_loss", "Training loss", "lm_loss, nats", settled=True)]
     series = []
     for run in runs:
         tokens_at = dict(zip(run.steps, run.tokens, strict=True))
@@ -94,7 +95,7 @@ def curves(runs: list[Run]) -> Part:
         kept = [(x, y) for x, y in points if x is not None and y is not None]
         if kept:
             series.append(Series(run.name, [x for x, _ in kept], [y for _, y in kept]))
-    if series:
+    if any(len(item.x) > 1 for item in series):
         charts.append(Chart("Validation loss", "tokens", "lm_loss, nats", series))
     charts.append(_curve(runs, "grad_norm", "Gradient norm", "before clipping", log_y=True))
     charts.append(_curve(runs, "learning_rate", "Learning rate", ""))
@@ -229,6 +230,28 @@ def effective_time(runs: list[Run]) -> Part | None:
     note = "From the log of rank 0 and TensorBoard's times; before a process's first line (imports) nothing is known."
     note += " Where there are no TensorBoard files the lost time is a lower bound." if bound else ""
     return Part("time", "Effective training time", "Where the running time went.", [Table(columns, rows, note=note)])
+
+
+def time_bars(runs: list[Run]) -> str:
+    """The same as bars, for the page."""
+    rows = []
+    for run in runs:
+        wall = run.wall_time
+        if wall is None or not wall.total:
+            continue
+        pieces = "".join(
+            f'<span class="b{number}" style="flex:{wall.causes[cause]:.2f}" title="{label}: '
+            f'{format_duration(wall.causes[cause])}"></span>'
+            for number, (cause, label) in enumerate(_CAUSES.items())
+            if wall.causes[cause] > 0.002 * wall.total
+        )
+        rows.append(f'<span>{escape(run.name)}</span><div class="share">{pieces}</div>')
+    if not rows:
+        return ""
+    legend = "".join(
+        f'<li><span class="chip c{number}"></span>{label}</li>' for number, label in enumerate(_CAUSES.values())
+    )
+    return f'<ul class="legend">{legend}</ul><div class="shares">{"".join(rows)}</div>'
 
 
 def reproduce(runs: list[Run]) -> Part:

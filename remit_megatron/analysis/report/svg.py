@@ -36,7 +36,7 @@ def chart_svg(chart: Chart, colours: dict[str, int]) -> str:
             parts += [
                 f'<circle class="f{colour}" cx="{x}" cy="{y}" r="3"/>' for x, y in _points(series, x_axis, y_axis) if y
             ]
-    parts.append('<line class="cross" hidden y1="10" y2="194"/></svg>')
+    parts.append('<line class="cross" y1="10" y2="194"/></svg>')
     return "".join(parts) + _data(chart, colours, x_axis, y_axis)
 
 
@@ -76,7 +76,9 @@ def _points(series: Series, x_axis: Axis, y_axis: Axis) -> list[tuple[float, flo
 
 
 def _height(value: float | None, axis: Axis) -> float | None:
-    return None if value is None or (axis.log and value <= 0) else _y(value, axis)
+    if value is None or (axis.log and value <= 0) or not axis.low <= value <= axis.high:
+        return None
+    return _y(value, axis)
 
 
 def _path(series: Series, x_axis: Axis, y_axis: Axis) -> str:
@@ -91,6 +93,10 @@ def _path(series: Series, x_axis: Axis, y_axis: Axis) -> str:
 def _band(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     low = [(_x(x, x_axis), _height(v, y_axis)) for x, v in zip(series.x, series.low, strict=True)]
     high = [(_x(x, x_axis), _height(v, y_axis)) for x, v in zip(series.x, series.high, strict=True)]
+    top, bottom = _y(y_axis.high, y_axis), _y(y_axis.low, y_axis)
+    # Where the axis ends before the band does, the band ends with the axis.
+    high = [(x, top if y is None and v is not None else y) for (x, y), v in zip(high, series.high, strict=True)]
+    low = [(x, bottom if y is None and v is not None else y) for (x, y), v in zip(low, series.low, strict=True)]
     outline = [(x, y) for x, y in [*high, *low[::-1]] if y is not None]
     return "M" + "L".join(f"{x:g} {y:g}" for x, y in outline) + "Z" if outline else ""
 
