@@ -9,7 +9,7 @@ from typing import Any
 
 from remit_megatron.analysis.axes import chart_axes, labels
 from remit_megatron.analysis.parts import Bars, Chart, Heatmap, Part, Table
-from remit_megatron.analysis.report.colours import LIGHT, SERIES_LIGHT, level
+from remit_megatron.analysis.report.colours import EDGES, LIGHT, SERIES_LIGHT, level
 
 _WIDTH = 9.0  # inches
 _COLUMNS = 104  # characters in a line of the heatmap
@@ -140,7 +140,8 @@ def _lines(block: Heatmap) -> list[list[tuple[str, float | None]]]:
 def _heatmap(axes: Any, block: Heatmap) -> None:
     axes.axis("off")
     lines = _lines(block)
-    _title(axes, "blue: likelier under the reference, red: likelier under the student")
+    edges = ", ".join(f"{edge:g}" for edge in EDGES)
+    _title(axes, f"blue: likelier under the reference, red: likelier under the student; shades from {edges} nats")
     axes.set_xlim(0, _COLUMNS)
     axes.set_ylim(len(lines), 0)
     for row, line in enumerate(lines):
@@ -154,5 +155,5 @@ def _heatmap(axes: Any, block: Heatmap) -> None:
             for offset, character in enumerate(piece):  # a cell each: widths then agree with the backgrounds
                 if not character.isspace():
                     place = (column + offset + 0.5, row + 0.54)
-                    axes.text(*place, character, fontsize=6.6, family="monospace", color=ink, ha="center", va="center")
+                    axes.text(*place, character, fontsize=7.4, family="monospace", color=ink, ha="center", va="center")
             column += len(piece)

@@ -43,7 +43,7 @@ def render(page: Page, *, points: int = 240) -> str:
     links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in page.parts)
     legend = f'<div class="runs">{_legend(page.runs, colours)}</div>' if len(page.runs) > 1 else ""
     sections = "".join(
-        f'<section id="{part.name}"><h2>{escape(part.title)}</h2><p>{escape(part.summary)}</p>'
+        f'<section id="{part.name}">{_heading(page, part)}<p>{escape(part.summary)}</p>'
         f"{_blocks(part.blocks, colours, points)}{page.extra.get(part.name, '')}</section>"
         for part in page.parts
     )
@@ -56,6 +56,10 @@ def render(page: Page, *, points: int = 240) -> str:
         f"<nav>{links if len(page.parts) > 1 else ''}</nav></header>{legend}{sections}</main>"
         f"<script>{_resource('page.js')}</script></body></html>\n"
     )
+
+
+def _heading(page: Page, part: Part) -> str:
+    return "" if part.title == page.title else f"<h2>{escape(part.title)}</h2>"
 
 
 def standalone(part: Part) -> str:

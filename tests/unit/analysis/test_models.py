@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 
 
 def direct(directory, text: str) -> tuple[list[int], torch.Tensor]:
-    """Token ids of a text and the [s - 1, V] log-probabilities that predict all but the first, by transformers alone."""
+    """Token ids of a text and the [s - 1, V] log-probabilities of all but the first, by transformers alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -51,7 +51,9 @@ def test_heatmap_equals_transformers(tiny, tmp_path):
         expected = of_labels(ids, reference) - of_labels(ids, student)
         assert line["tokens"] == list(text) and line["token_ids"] == ids  # the tokenizer has an entry a character
         assert len(line["delta"]) == len(ids) and line["delta"][0] is None
-        torch.testing.assert_close(torch.tensor(line["delta"][1:], dtype=torch.double), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            torch.tensor(line["delta"][1:], dtype=torch.double), expected, rtol=0, atol=TOLERANCE
+        )
         assert expected.abs().max() > 0.5  # the models do differ
         # Eq. 4 and 5, by their own words.
         weight = (2 * torch.sigmoid(expected - expected.mean())).clamp(0.8, 1.2)
