@@ -191,6 +191,8 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, float) and not isinstance(value, bool):
         return f"{value:g}"
+    if isinstance(value, list) and value and all(isinstance(item, list) and len(item) == 2 for item in value):
+        return ", ".join(str(name) if len(value) == 1 else f"{weight:g} {name}" for weight, name in value)
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,7 +11,8 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 
-from remit_megatron.analysis.parts import Bars, Block, Chart, Heatmap, Part, Table, Text, thinned
+from remit_megatron.analysis.axes import chart_axes
+from remit_megatron.analysis.parts import Bars, Block, Chart, Heatmap, Part, Table, Text, number, thinned
 from remit_megatron.analysis.report.colours import DARK, EDGES, LIGHT, SERIES_DARK, SERIES_LIGHT, level
 from remit_megatron.analysis.report.svg import bars_svg, chart_svg
 
@@ -74,14 +75,14 @@ def _resource(name: str) -> str:
 
 def _style() -> str:
     def variables(colours: dict[str, str], series: Sequence[str]) -> str:
-        named = {**colours, **{f"s{number}": colour for number, colour in enumerate(series)}}
+        named = {**colours, **{f"s{i}": colour for i, colour in enumerate(series)}}
         return "".join(f"--{name}:{colour};" for name, colour in named.items())
 
     rules = [f":root{{color-scheme:light dark;{variables(LIGHT, SERIES_LIGHT)}}}"]
     rules.append(f"@media(prefers-color-scheme:dark){{:root{{{variables(DARK, SERIES_DARK)}}}}}")
-    for number in range(len(SERIES_LIGHT)):
-        rules.append(f".s{number}{{stroke:var(--s{number})}}.f{number}{{fill:var(--s{number})}}")
-        rules.append(f".c{number}{{color:var(--s{number})}}.b{number}{{background:var(--s{number})}}")
+    for i in range(len(SERIES_LIGHT)):
+        rules.append(f".s{i}{{stroke:var(--s{i})}}.f{i}{{fill:var(--s{i})}}.c{i}{{color:var(--s{i})}}")
+        rules.append(f".b{i}{{background:var(--s{i})}}")
     for sign in "pn":
         for shade in range(1, len(EDGES) + 1):
             ink = ";color:var(--surface)" if shade == len(EDGES) else ""
@@ -134,8 +135,18 @@ def _chart(chart: Chart, colours: dict[str, int], points: int) -> str:
     short = dataclasses.replace(chart, series=[thinned(series, points) for series in chart.series])
     legend = "" if known or len(names) < 2 else _legend(names, own)
     unit = f' <span class="note">{escape(chart.y_label)}</span>'
-    note = f'<figcaption class="note">{escape(chart.note)}</figcaption>' if chart.note else ""
+    said = " ".join(text for text in (chart.note, _outside(short)) if text)
+    note = f'<figcaption class="note">{escape(said)}</figcaption>' if said else ""
     return f'<figure class="chart"><h3>{escape(chart.title)}{unit}</h3>{legend}{chart_svg(short, own)}{note}</figure>'
+
+
+def _outside(chart: Chart) -> str:
+    """What is said of curves that begin outside the axis."""
+    axes = chart_axes(chart)
+    if not chart.settled or axes is None:
+        return ""
+    outside = [v for series in chart.series for v in series.y if v is not None and not axes[1].low <= v <= axes[1].high]
+    return f"The beginning, up to {number(max(outside), 3)}, is outside the axis." if outside else ""
 
 
 def _bars(bars: Bars) -> str:
@@ -161,7 +172,8 @@ def _table(table: Table) -> str:
         cells = []
         for c, cell in enumerate(row):
             kind = " class=num" if numeric[c] else " class=wrap" if len(cell) > 40 else ""
-            text = f"<b>{escape(cell)}</b>" if (r, c) in bold else escape(cell)
+            text = _breakable(cell) if c == 0 else escape(cell)
+            text = f"<b>{text}</b>" if (r, c) in bold else text
             cells.append(f"<td{kind}>{text}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
@@ -170,15 +182,20 @@ def _table(table: Table) -> str:
     return f'<div class="scroll"><table>{content}</table></div>{note}'
 
 
+def _breakable(key: str) -> str:
+    """A dotted key may break at its joints, so that it leaves room on a phone."""
+    return re.sub(r"(?<=\w)([._/])(?=\w)", r"\1<wbr>", escape(key)) if " " not in key else escape(key)
+
+
 _MAPS = iter(range(1 << 30))  # radio buttons of one page need names of their own
 
 
 def _heatmap(block: Heatmap) -> str:
-    number = next(_MAPS)
+    serial = next(_MAPS)
 
     def radio(name: str, kind: str, label: str, checked: bool) -> str:
         mark = " checked" if checked else ""
-        return f'<label><input type="radio" name="{name}{number}" class="f-{kind}"{mark}>{label}</label>'
+        return f'<label><input type="radio" name="{name}{serial}" class="f-{kind}"{mark}>{label}</label>'
 
     signs = [("all", "all"), ("pos", "reference ahead"), ("neg", "student ahead")]
     edges = [("1", f"≥ {EDGES[0]:g}"), *((str(i + 1), f"≥ {edge:g}") for i, edge in enumerate(EDGES) if i)]
