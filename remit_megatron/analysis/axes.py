@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from remit_megatron.analysis.parts import Chart
 from remit_megatron.runtime.progress import format_count
 
+# The beginning of curves is left out of the axis where the rest takes less than this share of the whole height.
+_SETTLED = 0.6
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -18,6 +21,11 @@ class Axis:
     high: float
     ticks: list[float]
     log: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies on it, give or take rounding."""
+        slack = 1e-6 * (self.high - self.low)
+        return self.low - slack <= value <= self.high + slack
 
     def place(self, value: float) -> float:
         """0 at the low end, 1 at the high end."""
@@ -45,28 +53,40 @@ def logarithmic(low: float, high: float) -> Axis:
     """An axis of decades, with 2 and 5 between them where few decades are shown."""
     low, high = low * 0.95, high * 1.05
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    few = math.log10(high) - math.log10(low) < 2.5
-    ticks = [factor * 10.0**d for d in decades for factor in ((1, 2, 5) if few else (1,))]
+    reach = math.log10(high) - math.log10(low)
+    factors = (1, 2, 3, 5, 7) if reach < 1 else (1, 2, 5) if reach < 2.5 else (1,)
+    ticks = [factor * 10.0**d for d in decades for factor in factors]
     return Axis(low, high, [tick for tick in ticks if low <= tick <= high], log=True)
 
 
 def chart_axes(chart: Chart) -> tuple[Axis, Axis] | None:
     """Axes of x and y that hold every point and band; None for a chart without a point."""
     xs = [x for series in chart.series for x in series.x]
-    ys = [
-        v
-        for series in chart.series
-        for column in (series.y, series.low, series.high)
-        for v in column[len(column) // 10 if chart.settled else 0 :]
-        if v is not None
-    ]
+    ys = _values(chart, 0)
+    if chart.settled and (later := _values(chart, 10)) and _SETTLED * (max(ys) - min(ys)) > max(later) - min(later):
+        ys = later
     if chart.log_y:
         ys = [y for y in ys if y > 0]
     if not xs or not ys:
         return None
     y_axis = logarithmic(min(ys), max(ys)) if chart.log_y else linear(min(ys), max(ys))
+    if all(x == int(x) for x in xs) and max(xs) - min(xs) <= 12:  # checkpoints or models, counted
+        whole = range(int(min(xs)), int(max(xs)) + 1)
+        margin = 0.0 if len(whole) > 1 else 0.5
+        return Axis(min(xs) - margin, max(xs) + margin, [float(x) for x in whole]), y_axis
     low = 0.0 if 0 <= min(xs) < 0.1 * max(xs) else min(xs)
     return linear(low, max(xs), wanted=4, round_ends=False), y_axis
+
+
+def _values(chart: Chart, part: int) -> list[float]:
+    """All values of curves and bands; without the first of ``part`` equal parts of each, where it is not 0."""
+    return [
+        value
+        for series in chart.series
+        for column in (series.y, series.low, series.high)
+        for value in column[len(column) // part if part else 0 :]
+        if value is not None
+    ]
 
 
 def labels(axis: Axis) -> list[str]:

@@ -147,9 +147,11 @@ def _row(curve: Curve, base: Curve, goal: float, *, higher: bool) -> dict[str, A
     row["device_hours"] = curve.hours[-1]
     for name, own, other in (("tokens", curve.tokens, base.tokens), ("device_hours", curve.hours, base.hours)):
         at = reached(own, curve.score, goal, higher=higher)
+        # Both for the first time: a curve that wavers would otherwise be faster than itself.
+        baseline_at = reached(other, base.score, goal, higher=higher)
         row[f"{name}_to_goal"] = at
         # A first point that is past the goal says only that it was passed before.
-        row[f"{name}_speed_up"] = other[-1] / at if at else None
+        row[f"{name}_speed_up"] = baseline_at / at if at and baseline_at else None
         row["at_first_point"] = at == own[0]
     return row
 
@@ -175,7 +177,8 @@ def _part(curves: list[Curve], rows: list[dict[str, Any]], label: str, baseline:
     table = Table(
         ["run", "last score", "tokens", "device hours", "speed-up in tokens", "speed-up in device hours"],
         cells,
-        note=f"Speed-up: what {baseline} took to its last score ({number(goal)}) over what the run took to reach it.",
+        note=f"Speed-up: what {baseline} took to its last score ({number(goal)}) over what the run took, each to the "
+        "first time there.",
     )
     hours = Text(
         "Device hours are those of the steps that count, over all ranks; time lost or spent on saving is not in."

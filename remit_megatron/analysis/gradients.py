@@ -55,7 +55,7 @@ def spikes(norms: list[float | None]) -> int:
 
 
 def _part(runs: list[Run], rows: list[dict[str, Any]]) -> Part:
-    series = [Series(f"{row['run']}: {row['objective']}", row["consumed_tokens"], row["grad_norm"]) for row in rows]
+    series = [Series(row["run"], row["consumed_tokens"], row["grad_norm"]) for row in rows]
     table = Table(
         [
             "run",

@@ -3,8 +3,8 @@ what was done and lost.
 
 The log is appended to over all starts of a run. Time before a process writes its first line (Python's imports) is not
 in it. Steps behind the last save of a start are lost where the next start resumes at that save. A killed process writes
-no last line: TensorBoard's event files, one a start with the time of each step, say until when it worked. Without them
-what was lost is a lower bound.
+no last line: TensorBoard's event files, one a start with the time of each step, say longer than the log until when it
+worked, but they too are written in portions. So what was lost is a lower bound, and the rest of it counts as stopped.
 """
 
 from __future__ import annotations
@@ -53,14 +53,12 @@ class WallTime:
         starts: processes, in order.
         resumed_at: step at which each start went on.
         stopped: seconds between starts in which nothing ran; not part of ``total``.
-        exact: whether the time of the last step of every start is known; else ``lost`` is a lower bound.
     """
 
     causes: dict[str, float]
     total: float
     stopped: float
     resumed_at: list[int] = field(default_factory=list)
-    exact: bool = True
 
     @property
     def effective(self) -> float:
@@ -82,7 +80,7 @@ def wall_time(log: Path, *, training_seconds: float) -> WallTime | None:
     starts = _starts(log)
     if not starts:
         return None
-    exact = _extend(starts, log.parent.parent / "tensorboard")
+    _extend(starts, log.parent.parent / "tensorboard")
     total = sum((start.last - start.first).total_seconds() for start in starts)
     stopped = sum((b.first - a.last).total_seconds() for a, b in pairwise(starts))
     causes = {
@@ -95,7 +93,7 @@ def wall_time(log: Path, *, training_seconds: float) -> WallTime | None:
     # The clock of the steps and that of the log differ by moments; a share above all there is would be no share.
     causes["training"] = min(causes["training"], max(0.0, total - sum(causes.values()) + causes["training"]))
     causes["other"] = max(0.0, total - sum(causes.values()))
-    return WallTime(causes, total, max(0.0, stopped), [start.resumed_at for start in starts], exact)
+    return WallTime(causes, total, max(0.0, stopped), [start.resumed_at for start in starts])
 
 
 def _lost(start: Start, following: Start) -> float:
@@ -109,20 +107,16 @@ def _lost(start: Start, following: Start) -> float:
     return 0.0
 
 
-def _extend(starts: list[Start], folder: Path) -> bool:
-    """Moves the end of each start to its last step in the event files; returns whether each has one."""
+def _extend(starts: list[Start], folder: Path) -> None:
+    """Moves the end of each start to its last step in the event files."""
     times = [
         datetime.fromtimestamp(seconds)
         for file in folder.glob("events.out.tfevents.*")
         for seconds in _event_times(file)
     ]
-    found = []
     for position, start in enumerate(starts):
         end = starts[position + 1].first if position + 1 < len(starts) else datetime.max
-        own = [time for time in times if start.first <= time < end]
-        start.last = max([start.last, *own])
-        found.append(bool(own) or start.loop is None)
-    return all(found)
+        start.last = max([start.last, *(time for time in times if start.first <= time < end)])
 
 
 def _event_times(file: Path) -> Iterator[float]:
@@ -139,29 +133,31 @@ def _event_times(file: Path) -> Iterator[float]:
 
 def _starts(log: Path) -> list[Start]:
     starts: list[Start] = []
-    pending = 0  # a start says at which step it resumes before Megatron says that it begins
-    previous: datetime | None = None
+    stamps: list[datetime] = []  # of the lines since the last start began
+    resumed: tuple[datetime, int] | None = None
     with open(log, encoding="utf-8", errors="replace") as stream:
         for line in stream:
             stamp = _STAMP.match(line)
             if stamp is None:
                 continue
             now = datetime.strptime(stamp[1], "%Y-%m-%d %H:%M:%S,%f")
-            if resumed := _RESUMED.search(line):
-                pending = int(resumed[1])
-            if begins := _SETUP.search(line):
+            if says := _RESUMED.search(line):
+                resumed = now, int(says[1])
+            elif begins := _SETUP.search(line):
+                # A process writes a few lines before this one, which says when it began; resuming comes first of all.
                 first = min(now, datetime.strptime(begins[1], "%Y-%m-%d %H:%M:%S.%f"))
-                if starts and previous is not None:
-                    _finish(starts[-1], min(starts[-1].last, first))
-                starts.append(Start(first=first, last=now, resumed_at=pending))
-                pending = 0
+                step = 0
+                if resumed is not None:
+                    first, step = min(first, resumed[0]), resumed[1]
+                if starts:
+                    _finish(starts[-1], max([starts[-1].first, *(time for time in stamps if time < first)]))
+                starts.append(Start(first=first, last=now, resumed_at=step))
+                stamps, resumed = [], None
             elif starts:
                 _event(starts[-1], line, now)
-            if starts and not resumed:
-                starts[-1].last = max(starts[-1].last, now)
-            previous = now
+            stamps.append(now)
     if starts:
-        _finish(starts[-1], starts[-1].last)
+        _finish(starts[-1], max([starts[-1].last, *stamps]))
     return starts
 
 
@@ -185,6 +181,7 @@ def _event(start: Start, line: str, now: datetime) -> None:
 
 
 def _finish(start: Start, last: datetime) -> None:
+    start.last = last
     if start.validating_since is not None:
         start.validating += max(0.0, (last - start.validating_since).total_seconds())
         start.validating_since = None

@@ -104,7 +104,9 @@ def _statistics(
     sums: dict[str, list[float]] = {name: [] for name in CLASSES}
     counts: dict[str, list[int]] = {name: [] for name in CLASSES}
     by_token: dict[str, list[float]] = defaultdict(list)
+    text_of: dict[str, str] = {}
     for text, (weight, _) in zip(texts, rows, strict=True):
+        text_of |= zip(text.tokens, text.pieces, strict=True)
         by_class: dict[str, list[float]] = defaultdict(list)
         for kind, token, value in zip(text.classes[1:], text.tokens[1:], weight.tolist(), strict=True):
             by_class[kind].append(value)
@@ -114,7 +116,11 @@ def _statistics(
             counts[name].append(len(by_class[name]))
     means = {name: mean_over_tokens(sums[name], counts[name]) for name in CLASSES}
     listed = sorted(
-        ({"token": t, "count": len(v), "weight": sum(v) / len(v)} for t, v in by_token.items() if len(v) >= min_count),
+        (
+            {"token": token, "text": text_of[token], "count": len(values), "weight": sum(values) / len(values)}
+            for token, values in by_token.items()
+            if len(values) >= min_count
+        ),
         key=lambda row: -row["weight"],
     )
     edge = 1e-6
@@ -186,4 +192,5 @@ def _part(data: dict[str, Any]) -> Part:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    return [row["token"], f"{row['weight']:.3f}", str(row["count"])]
+    shown = row["text"].replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or row["token"]
+    return [shown, f"{row['weight']:.3f}", str(row["count"])]

@@ -145,7 +145,7 @@ def _outside(chart: Chart) -> str:
     axes = chart_axes(chart)
     if not chart.settled or axes is None:
         return ""
-    outside = [v for series in chart.series for v in series.y if v is not None and not axes[1].low <= v <= axes[1].high]
+    outside = [v for series in chart.series for v in series.y if v is not None and not axes[1].holds(v)]
     return f"The beginning, up to {number(max(outside), 3)}, is outside the axis." if outside else ""
 
 

@@ -214,12 +214,10 @@ def throughput(runs: list[Run]) -> Part:
 def effective_time(runs: list[Run]) -> Part | None:
     """Running time by cause."""
     rows = []
-    bound = False
     for run in runs:
         wall = run.wall_time
         if wall is None:
             continue
-        bound = bound or not wall.exact
         shares = [f"{100 * wall.causes[cause] / wall.total:.1f}%" if wall.total else "–" for cause in _CAUSES]
         starts = f"{len(wall.resumed_at)}"
         resumed = ", ".join(str(step) for step in wall.resumed_at if step) or "–"
@@ -228,7 +226,8 @@ def effective_time(runs: list[Run]) -> Part | None:
         return None
     columns = ["run", "running", *_CAUSES.values(), "starts", "resumed at step", "stopped between"]
     note = "From the log of rank 0 and TensorBoard's times; before a process's first line (imports) nothing is known."
-    note += " Where there are no TensorBoard files the lost time is a lower bound." if bound else ""
+    if any(run.wall_time and len(run.wall_time.resumed_at) > 1 for run in runs):
+        note += " What a killed process did after its last record is not known either: lost is a lower bound."
     return Part("time", "Effective training time", "Where the running time went.", [Table(columns, rows, note=note)])
 
 

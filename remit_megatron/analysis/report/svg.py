@@ -76,7 +76,7 @@ def _points(series: Series, x_axis: Axis, y_axis: Axis) -> list[tuple[float, flo
 
 
 def _height(value: float | None, axis: Axis) -> float | None:
-    if value is None or (axis.log and value <= 0) or not axis.low <= value <= axis.high:
+    if value is None or (axis.log and value <= 0) or not axis.holds(value):
         return None
     return _y(value, axis)
 

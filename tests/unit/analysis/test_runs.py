@@ -89,6 +89,16 @@ def test_speed_up_of_a_known_pair(tmp_path):
         assert (tmp_path / "out" / name).stat().st_size
 
 
+def test_a_curve_that_wavers_is_not_faster_than_itself(tmp_path):
+    run = make_run(tmp_path / "a")
+    losses = [3.0, 2.0, 2.5, 2.0]
+    lines = [json.dumps({"iteration": 10 * (i + 1), "lm_loss": loss}) for i, loss in enumerate(losses)]
+    (run / "validation.jsonl").write_text("\n".join(lines) + "\n")
+    assert analyze("efficiency", run, "--output", tmp_path / "out") == 0
+    (row,) = json.loads((tmp_path / "out" / "efficiency.json").read_text())["runs"]
+    assert (row["tokens_speed_up"], row["device_hours_speed_up"], row["tokens_to_goal"]) == (1.0, 1.0, 20_000)
+
+
 def test_scores_of_checkpoints_are_placed_on_their_run(tmp_path):
     first, second = make_run(tmp_path / "ntp"), make_run(tmp_path / "remit")
     results = {}
@@ -186,6 +196,9 @@ def test_time_of_a_run_that_was_killed_and_resumed(tmp_path, events):
         + log_line(28, "saving checkpoint at iteration      20 to somewhere in torch_dist format")
         + log_line(30, "successfully saved checkpoint from iteration      20 to somewhere")
         + log_line(100, "resuming at step 20").replace("megatron.print", "remit_megatron.training.command")
+        + log_line(
+            100.2, "> setting tensorboard ..."
+        )  # as on a real run: lines of the new process come before this one
         + setup_line(100.5)
         + log_line(106, "[before the start of training step] datetime: x")
         + log_line(130, "saving checkpoint at iteration      40 to somewhere in torch_dist format")
@@ -196,12 +209,11 @@ def test_time_of_a_run_that_was_killed_and_resumed(tmp_path, events):
         write_events(tmp_path / "tensorboard" / "events.out.tfevents.2.host", [107.0, 129.0])
     found = wall_time(log, training_seconds=46.0)
     assert found is not None
-    assert found.exact == events
     assert found.causes["lost"] == pytest.approx(14.0 if events else 0.0)
-    assert found.stopped == pytest.approx(56.5 if events else 70.5)
+    assert found.stopped == pytest.approx(56.0 if events else 70.0)
     assert found.resumed_at == [0, 20]
     assert found.causes["saving"] == pytest.approx(3.0)
-    assert found.causes["starting"] == pytest.approx(5 + 5.5)
+    assert found.causes["starting"] == pytest.approx(5 + 6)
     assert sum(found.causes.values()) == pytest.approx(found.total)
 
 
