@@ -69,7 +69,9 @@ def run_kl(args: argparse.Namespace) -> int:
     data = kl(models=args.student, reference=args.reference, output=output, **_reading(args))
     for model in data["models"]:
         mean = model["kl_reference_model"]
-        print(f"{model['model']}: KL(reference || model) {mean['value']:.4f} ± {mean['half']:.4f} nats per token")
+        print(
+            f"{model['model']}: KL(reference || model) {max(mean['value'], 0):.4f} ± {mean['half']:.4f} nats per token"
+        )
     return _done(f"{data['texts']} texts: {output / 'kl.json'}")
 
 

@@ -258,4 +258,5 @@ def _series(name: str, x: list[float], means: list[Mean]) -> Series:
 
 
 def _with_half(mean: Mean) -> str:
-    return f"{number(mean.value)} ± {number(mean.half, 2)}"
+    # A divergence is not negative; that of models that agree is rounding of either sign.
+    return f"{number(max(mean.value, 0.0))} ± {number(mean.half, 2)}"

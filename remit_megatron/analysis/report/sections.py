@@ -111,7 +111,7 @@ def weights(runs: list[Run]) -> Part | None:
     if not guided:
         return None
     charts = [
-        _curve(guided, "delta_mean", "How far the student is behind", "mean of L_student − L_reference, nats"),
+        _curve(guided, "delta_mean", "How far the student is behind", "mean L_student − L_ref, nats"),
         _curve(guided, "delta_std", "Spread of the difference", "standard deviation, nats"),
         _curve(guided, "weight_std", "Spread of the weights", "standard deviation"),
         _curve(guided, "weight_mean", "Mean weight", ""),
