@@ -48,8 +48,7 @@ def efficiency(
             raise UserError("--baseline", baseline, f"one of the runs: {', '.join(names)}")
         base = matching[0]
     if results:
-        curves, label = _from_results(found, read_results(results), task)
-        higher = True
+        curves, label, higher = _from_results(found, read_results(results), task)
     else:
         curves, label = _from_losses(found)
         higher = False
@@ -64,7 +63,7 @@ def efficiency(
     return data
 
 
-def _from_results(runs: list[Run], scores: list[Score], task: str | None) -> tuple[list[Curve], str]:
+def _from_results(runs: list[Run], scores: list[Score], task: str | None) -> tuple[list[Curve], str, bool]:
     tasks_of: dict[str, dict[str, Score]] = {}
     for score in scores:
         tasks_of.setdefault(score.model, {})[score.task] = score
@@ -75,9 +74,13 @@ def _from_results(runs: list[Run], scores: list[Score], task: str | None) -> tup
         common = [task]
     if not common:
         raise UserError("--results", "no task that every model has", "results of the same suite")
+    directions = {score.higher_is_better for score in scores if score.task in common}
+    if len(directions) > 1:
+        raise UserError("--results", "tasks where more is better and tasks where less is", "one kind, or --task")
+    paths = {score.model: score.path for score in scores}
     points: dict[str, list[tuple[int, float, float, float, float]]] = {run.name: [] for run in runs}
     for model, tasks in tasks_of.items():
-        place = placed(model, runs)
+        place = placed(paths[model], runs) or placed(model, runs)
         if place is None:
             continue
         run, step = place
@@ -95,7 +98,8 @@ def _from_results(runs: list[Run], scores: list[Score], task: str | None) -> tup
     if not curves:
         expected = "results of checkpoints of the runs (paths into a run directory, or its name)"
         raise UserError("--results", f"models {', '.join(sorted(tasks_of))}", expected)
-    return curves, common[0] if len(common) == 1 else f"mean of {len(common)} tasks"
+    label = common[0] if len(common) == 1 else f"mean of {len(common)} tasks"
+    return curves, label, directions == {True}
 
 
 def _from_losses(runs: list[Run]) -> tuple[list[Curve], str]:

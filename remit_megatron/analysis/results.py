@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -13,7 +14,11 @@ from remit_megatron.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one model on one task."""
+    """One number of one model on one task.
+
+    Attributes:
+        path: where the model was, by ``details.json`` beside the results; its name where that is not known.
+    """
 
     model: str
     task: str
@@ -23,6 +28,8 @@ class Score:
     filter: str
     shots: str
     items: int | None
+    higher_is_better: bool = True
+    path: str = ""
 
     @property
     def half(self) -> float | None:
@@ -49,8 +56,18 @@ def read_results(paths: list[str]) -> list[Score]:
         scores = list(_scores(content, []))
         if not scores:
             raise UserError(str(path), "no score", "per model and task: score, stderr, metric, filter, shots, items")
-        found |= {(score.model, score.task): score for score in scores}
+        homes = _paths(path.with_name("details.json"))
+        for score in scores:
+            placed = dataclasses.replace(score, path=homes.get(score.model, score.model))
+            found[score.model, score.task] = placed
     return list(found.values())
+
+
+def _paths(details: Path) -> dict[str, str]:
+    try:
+        return {name: str(about["path"]) for name, about in json.loads(details.read_text())["models"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # it only helps to find the run of a model
 
 
 def _scores(value: Any, names: list[str]) -> Any:
@@ -89,4 +106,5 @@ def _score(value: dict[str, Any], model: str, task: str) -> Score:
         filter=str(value.get("filter") or ""),
         shots="" if value.get("shots") is None else str(value["shots"]),
         items=int(items) if isinstance(items, int | float) else None,
+        higher_is_better=value.get("higher_is_better") is not False,
     )

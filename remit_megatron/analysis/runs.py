@@ -221,11 +221,11 @@ def placed(model: str, runs: list[Run]) -> tuple[Run, int] | None:
 
     Without a step in it the name stands for the last one.
     """
-    target = Path(model).absolute()
+    target = Path(model).resolve()
     for run in runs:
-        home = run.path.absolute()
+        home = run.path.resolve()
         inside = target == home or home in target.parents
-        if not inside and run.name not in re.split(r"[/\s@:]", model) and run.name != model:
+        if not inside and run.name not in re.split(r"[/\s@:]|-iter_", model) and run.name != model:
             continue
         step = _STEP.search(str(target.relative_to(home)) if inside else model)
         return run, int(step[1] or step[2]) if step else int(run.metrics[-1]["iteration"])

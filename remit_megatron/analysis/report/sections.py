@@ -154,18 +154,24 @@ def benchmarks(scores: list[Score]) -> Part | None:
         for column, model in enumerate(models):
             score = table.get((task, model))
             cells.append("–" if score is None else _interval(score))
-            if score is not None and (best is None or score.score > best[0]):
-                best = (score.score, column + 3)
+            value = None if score is None else score.score if score.higher_is_better else -score.score
+            if value is not None and (best is None or value > best[0]):
+                best = (value, column + 3)
         if best is not None and len(models) > 1:
             bold.append([len(rows), best[1]])
         rows.append([task, details, "–" if some.items is None else str(some.items), *cells])
-    complete = [task for task in tasks if all((task, model) in table for model in models)]
+    # Shares only: bits per byte and accuracy have no mean.
+    complete = [
+        task
+        for task in tasks
+        if all((task, model) in table and table[task, model].higher_is_better for model in models)
+    ]
     if len(complete) > 1:
         means = [sum(table[task, model].score for task in complete) / len(complete) for model in models]
         if len(models) > 1:
             bold.append([len(rows), 3 + max(range(len(means)), key=means.__getitem__)])
         rows.append([f"mean of {len(complete)}", "", "", *(f"{mean:.4f}" for mean in means)])
-    note = "± is half of the 95% interval (1.96 standard errors). Highest in bold; whether a difference is more than "
+    note = "± is half of the 95% interval (1.96 standard errors). Best in bold; whether a difference is more than "
     note += "chance says remit evaluate compare."
     return Part(
         "benchmarks",

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from remit_megatron.analysis.efficiency import reached
+from remit_megatron.analysis.report.sections import benchmarks
+from remit_megatron.analysis.results import read_results
 from remit_megatron.analysis.runs import differences, placed, read_runs
 from remit_megatron.analysis.wall_time import wall_time
 from remit_megatron.cli import main
@@ -120,12 +122,37 @@ def test_scores_of_checkpoints_are_placed_on_their_run(tmp_path):
     assert analyze(*words, "--task", "c", "--output", tmp_path / "c") == 2
 
 
+def test_results_as_remit_evaluate_writes_them(tmp_path):
+    """Models by short names; details.json beside them says where they were. Less may be better."""
+    first, second = make_run(tmp_path / "ntp"), make_run(tmp_path / "remit")
+    results, details = {}, {}
+    for run, scores in ((first, {10: 1.2, 40: 0.9}), (second, {10: 0.8, 40: 0.7})):
+        for step, score in scores.items():
+            path = run / "checkpoints" / f"iter_{step:07d}"
+            name = f"model{len(results)}"
+            content = {"score": score, "stderr": 0.01, "metric": "bits_per_byte", "higher_is_better": False}
+            results[name] = {"gold": content | {"metrics": {"acc,none": {"score": 0.1, "stderr": None}}}}
+            details[name] = {"path": str(path), "digest": "x"}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "details.json").write_text(json.dumps({"setting": {}, "models": details}))
+    words = ["efficiency", first, second, "--results", tmp_path / "results.json", "--output", tmp_path / "out"]
+    assert analyze(*words) == 0
+    data = json.loads((tmp_path / "out" / "efficiency.json").read_text())
+    assert (data["score"], data["higher_is_better"], data["goal"]) == ("gold", False, 0.9)
+    assert [row["tokens_speed_up"] for row in data["runs"]] == [1.0, 4.0]
+    part = benchmarks(read_results([str(tmp_path)]))
+    assert part is not None
+    (table,) = part.blocks
+    assert table.bold == [[0, 6]]  # the lowest, of four models  # type: ignore[union-attr]
+
+
 def test_a_model_of_no_run_is_not_placed(tmp_path):
     runs = read_runs([str(make_run(tmp_path / "ntp"))])
     assert placed(str(tmp_path / "ntp"), runs) == (runs[0], 40)
     assert placed("ntp step 20", runs) == (runs[0], 20)
     assert placed(str(tmp_path / "ntp2"), runs) is None
     assert placed("base", runs) is None
+    assert placed("ntp-iter_0000020", runs) == (runs[0], 20)
 
 
 def test_gradients(tmp_path):
