@@ -33,6 +33,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("training", "mid-training"),
     "plan": ("cluster", "memory, time and layout of a run on a cluster, by arithmetic"),
     "score": ("scoring", "the reference's score of every token of a run's data, into a cache"),
+    "report": ("analysis", "one page about one or several runs, to look at"),
 }
 _DATA_COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("data", "documents to token files"),
@@ -42,10 +43,20 @@ _DATA_COMMANDS: dict[str, tuple[str, str]] = {
 _CHECK_COMMANDS: dict[str, tuple[str, str]] = {
     "reference": ("scoring", "whether a reference is ahead of the student, on held-out text and a suite"),
 }
+_ANALYZE_COMMANDS: dict[str, tuple[str, str]] = {
+    "heatmap": ("analysis", "log p of the reference less log p of the student, on every token of a text"),
+    "shift": ("analysis", "how far checkpoints' distributions are from each other and from the reference"),
+    "kl": ("analysis", "KL divergence to the reference over the full vocabulary"),
+    "weights": ("analysis", "which tokens weigh most, by text and by class, over checkpoints"),
+    "gradients": ("analysis", "gradient norms of runs side by side"),
+    "efficiency": ("analysis", "score against tokens and device hours, with the speed-up to a baseline's score"),
+    "posttrain": ("analysis", "curves of post-training, seeds of an arm as one"),
+}
 # word -> (one line for --help, its commands).
 _GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "data": ("corpora to token files", _DATA_COMMANDS),
     "check": ("what is worth knowing before a run", _CHECK_COMMANDS),
+    "analyze": ("real checkpoints, texts and runs to figures", _ANALYZE_COMMANDS),
 }
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.

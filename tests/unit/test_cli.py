@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from remit_megatron.cli import _COMMANDS, _DATA_COMMANDS, _parse, main
+from remit_megatron.cli import _ANALYZE_COMMANDS, _COMMANDS, _DATA_COMMANDS, _parse, main
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,8 @@ def test_every_command_has_help(capsys):
         ["data", "build"],
         ["data", "mix"],
         ["data", "select"],
+        ["report"],
+        *(["analyze", name] for name in _ANALYZE_COMMANDS),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*words, "--help"])
@@ -52,7 +54,9 @@ def test_every_command_has_help(capsys):
 
 def test_no_command_imports_megatron_before_the_patches():
     """Patches come first, and --help is quick."""
-    modules = sorted({command[0] for command in (*_COMMANDS.values(), *_DATA_COMMANDS.values())})
+    modules = sorted(
+        {command[0] for command in (*_COMMANDS.values(), *_DATA_COMMANDS.values(), *_ANALYZE_COMMANDS.values())}
+    )
     code = "import importlib, sys\n" + "".join(
         f"importlib.import_module('remit_megatron.{name}')\nassert 'megatron' not in sys.modules, '{name}'\n"
         for name in modules

@@ -1,0 +1,178 @@
+"""A Hugging Face directory behind any path a user may give: one already, a checkpoint, or a run.
+
+A checkpoint is exported by ``remit export`` in a process of its own, once: the result is kept under the digest of the
+checkpoint's files, so that the same weights are found again whatever path they have, and other weights never are.
+Evaluation and analysis see Hugging Face models only, and come here for them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from remit_megatron.runtime.checkpoints import (
+    MANIFEST,
+    DamagedCheckpoint,
+    iteration_directory,
+    iterations,
+    newest_complete,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import HF_SUBFOLDER, sha256_file
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "REMIT_CACHE_DIR"
+_MODEL = "model"
+# What makes a Hugging Face model that model: weights, architecture, text to ids and back, chat format.
+_PARTS_OF_A_MODEL = ("*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja")
+
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A directory that transformers loads.
+
+    Attributes:
+        path: the Hugging Face directory.
+        digest: hex SHA-256 of what the model is; a checkpoint's is taken over its own files, before the export.
+        source: what it was made from: ``path`` itself, or the directory of one checkpoint.
+        iteration: step of the checkpoint, where it says one.
+        run_dir: the run that the checkpoint belongs to, or None.
+    """
+
+    path: Path
+    digest: str
+    source: Path
+    iteration: int | None = None
+    run_dir: Path | None = None
+
+
+def huggingface_model(path: str | os.PathLike, *, field: str = "MODEL") -> HuggingFaceModel:
+    """The Hugging Face model that ``path`` stands for; a checkpoint is exported first, or found exported.
+
+    Args:
+        path: a Hugging Face directory, a checkpoint, a run directory (its newest complete checkpoint), or the
+            ``checkpoints`` folder of a run.
+        field: how messages name the path.
+
+    Raises:
+        UserError: there is no complete model, or its export fails.
+    """
+    path = Path(path)
+    checkpoint = checkpoint_of(path, field=field)
+    if checkpoint is None:
+        return HuggingFaceModel(path=path, digest=model_digest(path, field=field), source=path)
+    manifest = read_manifest(checkpoint)
+    digest = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
+    run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    return HuggingFaceModel(
+        path=_exported(checkpoint, digest, field),
+        digest=digest,
+        source=checkpoint,
+        iteration=manifest.properties.get("iteration"),
+        run_dir=run_dir,
+    )
+
+
+def checkpoint_of(path: Path, *, field: str = "MODEL") -> Path | None:
+    """The directory of the complete checkpoint behind ``path``, or None where it is a Hugging Face directory.
+
+    Raises:
+        UserError: it is neither, or no checkpoint there is complete.
+    """
+    expected = "a Hugging Face directory, a checkpoint, or a run directory"
+    if not path.is_dir():
+        raise UserError(field, f"{path} (a file)" if path.exists() else f"no directory {path}", expected)
+    if (path / MANIFEST).exists() or (path / HF_SUBFOLDER).is_dir():
+        try:
+            verify(path, digests=False)
+        except DamagedCheckpoint as damage:
+            raise UserError(field, f"half a checkpoint: {damage}", "a complete checkpoint") from None
+        return path
+    if (path / "config.json").exists():
+        if not any(path.glob("*.safetensors")):
+            raise UserError(field, f"{path} without *.safetensors", "a Hugging Face directory with its weights")
+        return None
+    for root in (path / "checkpoints", path):
+        if iterations(root):
+            newest = newest_complete(root, digests=False)
+            if newest is None:
+                raise UserError(field, f"no complete checkpoint in {root}", "at least one with a manifest")
+            return iteration_directory(root, newest)
+    raise UserError(field, f"none of these in {path}", expected)
+
+
+def model_digest(directory: str | os.PathLike, *, field: str = "MODEL") -> str:
+    """Hex SHA-256 over the names and contents of the files that make a Hugging Face model.
+
+    Raises:
+        UserError: no directory.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(field, f"no directory {directory}", "a Hugging Face directory")
+    files = sorted({file for pattern in _PARTS_OF_A_MODEL for file in directory.glob(pattern) if file.is_file()})
+    return _digest((file.name, sha256_file(file)) for file in files)
+
+
+def _digest(parts: Iterable[tuple[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where exported models are kept: $REMIT_CACHE_DIR, else the user's cache folder. Its content can be removed."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remit_megatron"
+
+
+def _exported(checkpoint: Path, digest: str, field: str) -> Path:
+    """CACHE/exported/<digest>/model, made where it is not there or not whole. One process at a time makes it."""
+    place = cache_directory() / "exported" / digest[:32]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = open(place / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(CACHE_VARIABLE, f"{place} ({error.strerror})", "a folder that can be written") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s)", place, error.strerror)
+        try:
+            verify(place, digests=False)
+        except DamagedCheckpoint:
+            (place / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(place / _MODEL, ignore_errors=True)
+            _export(checkpoint, place / _MODEL, field)
+            write_manifest(place, checkpoint=str(checkpoint.absolute()), digest=digest)
+    return place / _MODEL
+
+
+def _export(checkpoint: Path, output: Path, field: str) -> None:
+    # A process of its own: the export needs Megatron and its patches, whose callers must do without them.
+    logger.warning("exporting %s to %s", checkpoint, output)
+    words = [sys.executable, "-m", "remit_megatron", "export", "--checkpoint", str(checkpoint), "--output", str(output)]
+    # Started by a launcher, the child would take itself for one of several ranks.
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    done = subprocess.run(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        shutil.rmtree(output, ignore_errors=True)
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
+        reason = lines[-1].removeprefix("error: ")
+        raise UserError(field, f"{checkpoint}, whose export failed ({reason})", "a checkpoint that can be exported")

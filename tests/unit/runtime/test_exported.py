@@ -1,0 +1,104 @@
+"""A Hugging Face directory behind a path: what is exported, what is found again, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.exported import huggingface_model, model_digest
+from tests.tiny import make_llama, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exported")
+    return make_llama(root / "hf", seed=1, tokenizer=make_tokenizer(root / "tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(original):
+    output = original.parent / "checkpoint"
+    words = [sys.executable, "-m", "remit_megatron", "import", "--hf", str(original), "--output", str(output)]
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    return output
+
+
+def test_a_hugging_face_directory_is_itself(original):
+    found = huggingface_model(original)
+    assert (found.path, found.source, found.run_dir) == (original, original, None)
+    assert found.digest == model_digest(original)
+
+
+def test_the_digest_is_of_weights_and_tokenizer(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "copy")
+    (copy / "README.md").write_text("not part of the model")
+    assert model_digest(copy) == model_digest(original)
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}))
+    assert model_digest(copy) != model_digest(original)
+
+
+def test_a_checkpoint_is_exported_once_under_any_path(original, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("REMIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("RANK", "1")  # a child that took itself for rank 1 of 2 would wait for rank 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = huggingface_model(checkpoint)
+    ids = torch.arange(2, 40).unsqueeze(0)
+    outputs = [
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
+        for path in (original, first.path)
+    ]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-5)
+
+    # The same files in a run directory: found, not exported again.
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / "iter_0000007")
+    started = time.monotonic()
+    again = huggingface_model(run)
+    assert time.monotonic() - started < 2
+    assert (again.path, again.digest, again.run_dir) == (first.path, first.digest, run)
+
+    # An export that was damaged is not used.
+    weights = next(first.path.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert huggingface_model(checkpoint).path == first.path
+    transformers.AutoModelForCausalLM.from_pretrained(first.path)
+
+
+def test_what_is_no_model_is_refused(original, checkpoint, tmp_path):
+    def refuse(path, text):
+        with pytest.raises(UserError) as error:
+            huggingface_model(path, field="--student")
+        assert str(error.value).startswith("--student: found ") and text in str(error.value)
+
+    refuse(tmp_path / "nothing", "no directory")
+    refuse(tmp_path, "none of these")
+    (tmp_path / "half").mkdir()
+    shutil.copy(original / "config.json", tmp_path / "half")
+    refuse(tmp_path / "half", "without *.safetensors")
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    next(damaged.glob("*.distcp")).unlink()
+    refuse(damaged, "half a checkpoint")
+
+
+def test_a_failed_export_is_one_line(checkpoint, tmp_path, monkeypatch):
+    """Damage that only the digests show is found by the export itself."""
+    monkeypatch.setenv("REMIT_CACHE_DIR", str(tmp_path / "cache"))
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    file = next(damaged.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["properties"]["iteration"] = 3
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"whose export failed .*sha256"):
+        huggingface_model(damaged)
