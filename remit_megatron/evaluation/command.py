@@ -59,7 +59,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     _before_imports(offline=data is not None)
 
     from remit_megatron.evaluation import lm, results, runner
-    from remit_megatron.evaluation.models import find_models, hugging_face_directory
+    from remit_megatron.evaluation.models import find_models, forget_export, hugging_face_directory
     from remit_megatron.evaluation.suites import load_suite
 
     pairs = [word.partition("=") for word in args.model_arg]
@@ -95,6 +95,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         code = launch.launch(args.nproc, _same_command(args))
         if code:
             return code
+        for model in models if not args.keep_exported else []:
+            forget_export(model, request.cache / "exported")
     else:
         runner.evaluate(request, ready, models)
     if int(os.environ.get("RANK", "0")) == 0 and not launch.under_launcher():

@@ -85,7 +85,8 @@ def through_cache(model: Any, cache: RequestCache, *, progress: Callable[[str, l
         model: an lm-eval ``LM``; its three methods are replaced on this object.
         progress: told the method and the requests that are left; returns what to call after each answer.
     """
-    for method in METHODS:
+    # Windows of a long text are padded to the same number on all processes, which must all be there.
+    for method in METHODS if model.world_size == 1 else [name for name in METHODS if name != "loglikelihood_rolling"]:
         setattr(model, method, _cached(model, method, getattr(model, method), cache, progress))
 
 

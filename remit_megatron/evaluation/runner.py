@@ -20,7 +20,7 @@ from remit_megatron.evaluation import lm, results
 from remit_megatron.evaluation.code_runner import code_metric, warn_where_not_isolated
 from remit_megatron.evaluation.models import Model, chat_template, forget_export, hugging_face_directory
 from remit_megatron.evaluation.request_cache import RequestCache
-from remit_megatron.evaluation.shots import check_shots
+from remit_megatron.evaluation.shots import check_shots, hold_items, read_anew
 from remit_megatron.evaluation.suites import Suite
 from remit_megatron.evaluation.task_files import Planned, plan_suite, write_task_files
 from remit_megatron.runtime.errors import UserError
@@ -202,8 +202,10 @@ def _load_tasks(request: Request, item: Planned, rank: int) -> Any:
         name = write_task_files(item, folder, cache=request.cache / "datasets")
     _seed()
     try:
-        with code_metric() if item.unsafe else contextlib.nullcontext():
+        with read_anew(), code_metric() if item.unsafe else contextlib.nullcontext():
             loaded = TaskManager(include_path=str(folder), include_defaults=False).load([name])
+            for task in loaded["tasks"].values():
+                hold_items(task)
     except UserError:
         raise
     except Exception as error:

@@ -1,7 +1,9 @@
-"""How many worked examples an item really gets: counted in the prompts, not read from a setting."""
+"""What an item really is and gets: read once, its worked examples counted in the prompts, not read from a setting."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from remit_megatron.evaluation.task_files import Planned, Splits, splits_of
@@ -9,6 +11,34 @@ from remit_megatron.runtime.errors import UserError
 
 # Prompts that are looked at. Every item of a task gets as many shots as any other.
 _LOOKED_AT = 3
+
+
+@contextmanager
+def read_anew() -> Iterator[None]:
+    """While tasks are loaded, `datasets` takes nothing from its cache of processed items.
+
+    A task that shuffles choices with a generator of its own (GPQA) would draw other orders where some of its steps come
+    from the cache: other prompts for a second model, or after a kill.
+    """
+    import datasets
+
+    enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_caching()
+
+
+def hold_items(task: Any) -> None:
+    """Makes a task keep its items as they were first read.
+
+    lm-eval 0.4.13 processes them again each time it looks: GPQA's choices are shuffled once for the prompts and once
+    more for the scoring, which then looks for the right answer in another place.
+    """
+    items = task.eval_docs
+    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: items)
 
 
 def check_shots(planned: Planned, tasks: dict[str, Any]) -> None:

@@ -210,6 +210,8 @@ def _reading(entry: Entry, leaves: tuple[Leaf, ...]) -> tuple[str, str]:
     defaults = {"multiple_choice": "acc", "loglikelihood": "acc", "loglikelihood_rolling": "word_perplexity"}
     metrics = [_metric_name(item["metric"]) for item in leaf["metric_list"] or []]
     metric = entry.metric or next(iter(metrics), defaults.get(leaf["output_type"], "exact_match"))
+    if metrics and metric not in metrics and not (metric.startswith("pass@") and "pass@1" in metrics):
+        raise UserError(f"task {entry.name}: metric", metric, f"one of {', '.join(metrics)}")
     return metric, entry.filter or filters[0]
 
 
