@@ -137,7 +137,7 @@ class CodeMetric:
         with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)) // 2)) as threads:
             said = list(threads.map(lambda job: run_program(job[2], self._limits), jobs))
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for (problem, candidate, _), words in zip(jobs, said, strict=True):
+        for (problem, candidate, _program), words in zip(jobs, said, strict=True):
             entry = {"task_id": problem, "passed": words == "passed", "result": words, "completion_id": candidate}
             results.setdefault(problem, []).append((candidate, entry))
         scores = {}

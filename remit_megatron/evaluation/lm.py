@@ -68,8 +68,6 @@ def load(directory: Path, backend: Backend) -> Any:
     import torch
     from lm_eval.api.registry import get_model
 
-    if world > 1 and not gpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate sees one process where it sees no GPU
     arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
     if backend.max_length:
         arguments["max_length"] = backend.max_length
@@ -77,6 +75,8 @@ def load(directory: Path, backend: Backend) -> Any:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if gpu and backend.name == "hf" and world > torch.cuda.device_count():
         raise UserError("--nproc", world, f"at most {torch.cuda.device_count()}, one process for each GPU")
+    if world > 1 and not gpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate sees one process where it sees no GPU
     batch = backend.batch_size
     if backend.name == "vllm":
         if backend.nproc > 1:
@@ -86,7 +86,7 @@ def load(directory: Path, backend: Backend) -> Any:
         batch = str(cpu_batch_size(directory, backend.max_length))
     device = "cuda" if gpu else "cpu"
     extra = {"batch_size": batch, "max_batch_size": None if backend.name == "vllm" else 64, "device": device}
-    model = get_model(backend.name).create_from_arg_obj(arguments, extra)
+    model: Any = get_model(backend.name).create_from_arg_obj(arguments, extra)
     if backend.name == "hf" and world > 1:
         # lm-eval takes its place among the processes from the number of GPUs.
         model._rank, model._world_size = model.accelerator.process_index, model.accelerator.num_processes
