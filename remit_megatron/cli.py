@@ -29,6 +29,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("flywheel", "the whole method at toy size, in minutes, on two CPU cores"),
     "import": ("conversion", "Hugging Face model to a Megatron checkpoint"),
     "export": ("conversion", "Megatron checkpoint to a Hugging Face model"),
+    "evaluate": ("evaluation", "benchmark suites on models, and comparisons of their results"),
     "logprobs": ("scoring", "log-probability of every token of a text, through Megatron"),
     "train": ("training", "mid-training"),
     "plan": ("cluster", "memory, time and layout of a run on a cluster, by arithmetic"),

@@ -1,0 +1,179 @@
+"""The model as lm-eval has it: loaded, batch size found, answers kept, prompts that do not fit counted."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from remit_megatron.evaluation.request_cache import RequestCache, through_cache
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("hf", "vllm")
+# Of the memory that is free, for logits on a CPU.
+_CPU_SHARE = 0.25
+_CPU_LARGEST_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a model is run.
+
+    Attributes:
+        name: ``hf`` or ``vllm``.
+        batch_size: a number, or ``auto``.
+        dtype: as lm-eval takes it; ``auto`` is the model's own.
+        max_length: positions that are used; None for the model's own.
+        arguments: more arguments of lm-eval's model class.
+        nproc: processes of this machine that share the items.
+    """
+
+    name: str = "hf"
+    batch_size: str = "auto"
+    dtype: str = "auto"
+    max_length: int | None = None
+    arguments: tuple[tuple[str, str], ...] = ()
+    nproc: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """What may change an answer; batch size and number of processes change its last digits at most."""
+        versions = {name: _version(name) for name in ("lm_eval", "transformers", "torch")}
+        return {
+            "backend": self.name,
+            "dtype": self.dtype,
+            "max_length": self.max_length,
+            "arguments": dict(self.arguments),
+            "versions": versions | ({"vllm": _version("vllm")} if self.name == "vllm" else {}),
+        }
+
+
+def check_backend(backend: Backend) -> None:
+    """Raises :class:`UserError` where the backend is not installed, or cannot be run as asked."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("remit evaluate", "no lm-eval", "the optional extra: pip install 'remit-megatron[evaluate]'")
+    if backend.name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError("--backend", "vllm, which is not installed", "an environment of its own: docs/evaluation.md")
+    if backend.batch_size != "auto" and not (backend.batch_size.isdigit() and int(backend.batch_size)):
+        raise UserError("--batch-size", backend.batch_size, "auto, or 1 or more")
+
+
+def load(directory: Path, backend: Backend) -> Any:
+    """An lm-eval ``LM`` of a Hugging Face directory."""
+    import torch
+    from lm_eval.api.registry import get_model
+
+    arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
+    if backend.max_length:
+        arguments["max_length"] = backend.max_length
+    gpu = torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if gpu and backend.name == "hf" and world > torch.cuda.device_count():
+        raise UserError("--nproc", world, f"at most {torch.cuda.device_count()}, one process for each GPU")
+    if world > 1 and not gpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate sees one process where it sees no GPU
+    batch = backend.batch_size
+    if backend.name == "vllm":
+        if backend.nproc > 1:
+            arguments["data_parallel_size"] = backend.nproc
+    elif batch == "auto" and not gpu:
+        # lm-eval would try batches until one fails; without a GPU the one that fails is this process.
+        batch = str(cpu_batch_size(directory, backend.max_length))
+    device = "cuda" if gpu else "cpu"
+    extra = {"batch_size": batch, "max_batch_size": None if backend.name == "vllm" else 64, "device": device}
+    model: Any = get_model(backend.name).create_from_arg_obj(arguments, extra)
+    if backend.name == "hf" and world > 1:
+        # lm-eval takes its place among the processes from the number of GPUs.
+        model._rank, model._world_size = model.accelerator.process_index, model.accelerator.num_processes
+        if batch == "auto":
+            # It would look for the size in each task, all processes together; one that has its answers is not there.
+            model.batch_size_per_gpu = model._detect_batch_size()
+    return model
+
+
+def cpu_batch_size(directory: Path, max_length: int | None) -> int:
+    """Sequences whose logits fit into a share of the memory that is free: float32, once more for their softmax."""
+    import psutil
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    length = min(max_length or 2048, getattr(config, "max_position_embeddings", 2048), 2048)
+    each = 2 * 4 * length * config.vocab_size
+    fits = int(_CPU_SHARE * psutil.virtual_memory().available / each)
+    return max(1, min(_CPU_LARGEST_BATCH, fits))
+
+
+class Watched:
+    """An lm-eval model with a cache and with progress lines, for one task after the other.
+
+    Args:
+        terminal: where progress goes; standard error itself is sent elsewhere while lm-eval works.
+    """
+
+    def __init__(self, model: Any, cache: RequestCache, terminal: TextIO):
+        self._terminal = terminal
+        self.model = model
+        self.cache = cache
+        self.label = ""
+        through_cache(model, cache, progress=self._progress)
+
+    def count_cut(self, tasks: dict[str, Any]) -> int:
+        """Items whose prompt is longer than what the model takes; lm-eval drops its beginning: the first shots.
+
+        Args:
+            tasks: lm-eval's task objects after their requests were built.
+
+        Raises:
+            UserError: a task that generates more tokens than the model has positions.
+        """
+        model = self.model
+        cut = set()
+        for name, task in tasks.items():
+            for instance in task.instances:
+                room = model.max_length
+                if task.OUTPUT_TYPE == "generate_until":
+                    tokens = int((instance.args[1] or {}).get("max_gen_toks", model.max_gen_toks))
+                    room -= tokens
+                    if room <= 0:
+                        raise UserError(
+                            f"task {name}: max_gen_toks",
+                            f"{tokens}, with a model of {model.max_length} positions",
+                            "generation: {max_gen_toks: …} in the suite, below that",
+                        )
+                    length = len(model.tok_encode(instance.args[0]))
+                elif task.OUTPUT_TYPE == "loglikelihood_rolling":
+                    continue  # taken in windows, whole
+                else:
+                    length = len(model.tok_encode("".join(instance.args))) - 1
+                if length > room:
+                    cut.add((name, instance.doc_id))
+        return len(cut)
+
+    def _progress(self, method: str, left: list[Any]) -> Any:
+        if not left or self.model.rank != 0:
+            return lambda: None
+        progress = Progress(self.label, total=len(left), unit="requests", interval=10.0, stream=self._terminal)
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            progress.update(done)
+            if done == len(left):
+                progress.finish()
+
+        return step
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,135 @@
+"""What is evaluated: a Hugging Face directory, or a checkpoint of ours that is exported. Known by its contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from remit_megatron.runtime import checkpoints
+from remit_megatron.runtime.errors import EXIT_BAD_INPUT, UserError
+from remit_megatron.runtime.files import sha256_file
+
+logger = logging.getLogger(__name__)
+
+_EXPECTED = "[NAME=]DIR, a Hugging Face directory (config.json), a checkpoint (manifest.json) or a run (checkpoints/)"
+# Files of a Hugging Face directory that decide what the model says.
+_ENDINGS = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to evaluate.
+
+    Attributes:
+        name: what results and folders call it.
+        path: as it was given, resolved: the Hugging Face directory or the checkpoint.
+        checkpoint: whether ``path`` is a Megatron checkpoint.
+        digest: SHA-256 over the contents of all files that matter.
+    """
+
+    name: str
+    path: Path
+    checkpoint: bool
+    digest: str
+
+
+def find_models(words: list[str]) -> list[Model]:
+    """The models that a command line names.
+
+    Raises:
+        UserError: something that is none of the three kinds, or two of one name.
+    """
+    models = []
+    for word in words:
+        name, equals, path = word.partition("=")
+        given = bool(equals) and not Path(word).exists()
+        model = _find(Path(path) if given else Path(word), name if given else None)
+        if twice := [other for other in models if other.name == model.name]:
+            raise UserError("MODEL", f"{model.name} for {twice[0].path} and {model.path}", "names: A=DIR B=DIR")
+        models.append(model)
+    return models
+
+
+def _find(path: Path, name: str | None) -> Model:
+    if not path.is_dir():
+        raise UserError("MODEL", path, _EXPECTED)
+    path = path.resolve()
+    default = path.name
+    if (path / "checkpoints").is_dir():
+        newest = checkpoints.newest_complete(path / "checkpoints", digests=False)
+        if newest is None:
+            raise UserError("MODEL", f"{path}, a run without a complete checkpoint", _EXPECTED)
+        path = checkpoints.iteration_directory(path / "checkpoints", newest)
+    elif path.parent.name == "checkpoints":
+        default = f"{path.parent.parent.name}-{path.name}"
+    checkpoint = (path / checkpoints.MANIFEST).is_file()
+    if not checkpoint and not (path / "config.json").is_file():
+        raise UserError("MODEL", path, _EXPECTED)
+    if checkpoint:
+        try:
+            files = checkpoints.read_manifest(path).files
+        except checkpoints.DamagedCheckpoint as damage:
+            raise UserError("MODEL", str(damage), "a whole checkpoint") from None
+        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    else:
+        digest = _digest(path)
+    name = name or default
+    if "/" in name or name.startswith(".") or not name.strip():
+        raise UserError("MODEL", f"{name}={path}", "a NAME that can be a folder")
+    return Model(name, path, checkpoint, digest)
+
+
+def _digest(directory: Path) -> str:
+    """SHA-256 over names and contents of a Hugging Face directory's files, weights, tokenizer and settings."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _ENDINGS)
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        digests = list(threads.map(sha256_file, files))
+    names = [path.name for path in files]
+    return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()
+
+
+def hugging_face_directory(model: Model, exported: Path) -> Path:
+    """The Hugging Face directory of a model. A checkpoint is exported into ``exported`` unless it is there.
+
+    The export is a process of its own: Megatron does not come into this one.
+
+    Raises:
+        UserError: it cannot be exported; with the export's own words.
+    """
+    if not model.checkpoint:
+        return model.path
+    directory = exported / model.digest[:32]
+    if directory.is_dir():  # complete or absent: `remit export` renames it into place
+        return directory
+    exported.mkdir(parents=True, exist_ok=True)
+    logger.info("exporting %s", model.path)
+    command = [sys.executable, "-m", "remit_megatron", "export", "--checkpoint", str(model.path), "--output"]
+    done = subprocess.run([*command, str(directory)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode == 0:
+        return directory
+    words = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+    if done.returncode == EXIT_BAD_INPUT:
+        raise UserError(f"MODEL {model.name}", words[-1].removeprefix("error: "), "a checkpoint that can be exported")
+    raise RuntimeError(f"remit export ended with {done.returncode}:\n" + "\n".join(words[-20:]))
+
+
+def forget_export(model: Model, exported: Path) -> None:
+    """Removes what :func:`hugging_face_directory` made."""
+    if model.checkpoint:
+        shutil.rmtree(exported / model.digest[:32], ignore_errors=True)
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template of a model's tokenizer, or None."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    template = getattr(tokenizer, "chat_template", None)
+    return template if isinstance(template, str) else (template or {}).get("default") if template else None
