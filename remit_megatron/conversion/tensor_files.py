@@ -10,6 +10,7 @@ and parallel file systems serve page faults slowly.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> Tensor:
         rows, *others = index if isinstance(index, tuple) else (index,)

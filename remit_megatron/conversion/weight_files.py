@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
     JSON, data without gaps.
 
     Raises:
-        UserError: the header cannot be read, or the file is not as long as it says.
+        UserError: the header cannot be read or says what none can, or the file is not as long as it says.
     """
     size = file.stat().st_size
     try:
@@ -134,9 +134,33 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        end = 8 + length + _check_entries(header)
         if end != size:
             raise ValueError(f"{size} bytes where the header speaks of {end}")
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(str(file), f"{error}", "a whole safetensors file") from None
     return 8 + length, header
+
+
+def _check_entries(header: dict[str, Any]) -> int:
+    """Bytes of all tensors, which lie one behind the other. The rules are those of the safetensors library.
+
+    Raises:
+        ValueError: an entry that is none, or tensors with a gap or an overlap between them.
+    """
+    places = []
+    for name, entry in header.items():
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str):
+            raise ValueError(f"dtype {show(dtype)} of {name}")
+        for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+            whole = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            if not whole or (what == "data_offsets" and len(numbers) != 2):
+                raise ValueError(f"{what} {show(numbers)} of {name}")
+        places.append((*offsets, name))
+    end = 0
+    for first, last, name in sorted(places):
+        if first != end or last < first:
+            raise ValueError(f"{name} in bytes {first} to {last} where byte {end} comes next")
+        end = last
+    return end

@@ -113,6 +113,8 @@ class Tokenizer:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(self._field, f"{path}, which cannot be read ({error})", "a JSON object") from None
+        if not isinstance(content, dict):
+            raise UserError(str(path), type(content).__name__, "a JSON object")
         token = content.get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")
@@ -126,7 +128,8 @@ class Tokenizer:
             number = number[0] if number else None
         if number is None:
             return None
-        if not isinstance(number, int) or self._backend.id_to_token(number) is None:
+        known = type(number) is int and 0 <= number < 2**32 and self._backend.id_to_token(number) is not None
+        if not known:
             raise UserError(str(path), f"eos_token_id {number!r}", f"the id of a token of {self.path.name}")
         return number
 

@@ -66,7 +66,9 @@ def open_file(path: Path, field: str) -> tokenizers.Tokenizer:
     """
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are no Exception at all
         expected = "a tokenizer.json of the tokenizers library"
         raise UserError(field, f"{path}, which cannot be read ({error})", expected) from None
 

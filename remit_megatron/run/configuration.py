@@ -357,6 +357,8 @@ def _expected_type(key: str) -> str:
 
 def _find_model(name: str) -> Path:
     path = Path(name)
+    if len(path.name) > 250:  # no file system has such a name, and asking for it is an error of its own
+        raise UserError("model", show(name), "a file, or a name in configs/models")
     if path.is_dir() and (path / "config.json").is_file():
         return path / "config.json"
     for candidate in (find_config(path), find_config(Path("configs/models") / f"{name}.yaml", announce=False)):

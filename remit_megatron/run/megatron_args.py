@@ -332,6 +332,7 @@ def _check_required(values: Mapping[str, Any]) -> None:
         ("lr", "the peak learning rate"),
         ("seq_length", f"tokens per sample, at most {limit} for this model"),
         ("vocab_size", "the number of rows of the embedding"),
+        ("micro_batch_size", "samples of one forward pass on each data-parallel rank"),
     ):
         if values[key] is None:
             raise UserError(OWNED.get(key, f"megatron.{key}"), "nothing", expected)
