@@ -70,3 +70,19 @@ def test_the_metric_stands_in_only_where_it_is_asked_for():
     with code_metric():
         assert isinstance(evaluate.load("code_eval"), CodeMetric)
     assert evaluate.load is original
+
+
+def test_humanevals_own_solutions_pass_and_empty_ones_do_not(shared_data):
+    import gzip
+    import json
+
+    with gzip.open(shared_data / "HumanEval.jsonl.gz", "rt") as file:
+        problems = [json.loads(line) for line in file]
+    tests = [f"{problem['test']}\ncheck({problem['entry_point']})" for problem in problems]
+    solved = [[problem["prompt"] + problem["canonical_solution"]] for problem in problems]
+    empty = [[problem["prompt"] + "    pass\n"] for problem in problems]
+    scores, results = CodeMetric().compute(references=tests, predictions=solved)
+    assert scores == {"pass@1": 1.0}, [
+        entry for entries in results.values() for _, entry in entries if not entry["passed"]
+    ]
+    assert CodeMetric().compute(references=tests, predictions=empty)[0] == {"pass@1": 0.0}
