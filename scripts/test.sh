@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that must pass: ./scripts/test.sh [pytest arguments]
 #
-# Environment, shellcheck, hadolint, ruff, pyright, pytest; stops at the first that fails. With arguments that choose tests
-# the other checks still run: they take seconds.
+# Environment, shellcheck, hadolint, ruff, pyright, pytest; stops at the first check that fails. Tests of one process run two at
+# a time, then those of several ranks one at a time, since they share a pool of warm processes. With arguments that choose
+# tests there is one pytest, and the other checks still run: they take seconds.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
@@ -29,8 +30,17 @@ check hadolint hadolint Dockerfile
 check 'ruff check' ruff check
 check 'ruff format' ruff format --check --diff
 check pyright pyright
-"$bin/python" -m pytest "$@" || {
-  code=$?
-  printf 'FAILED  pytest (exit code %s)\n' "$code" >&2
-  exit "$code"
+tests() {
+  "$bin/python" -m pytest "$@" || {
+    code=$?
+    printf 'FAILED  pytest (exit code %s)\n' "$code" >&2
+  }
 }
+code=0
+if (($#)); then
+  tests "$@"
+else
+  tests -n 2 --dist loadfile tests/unit tests/fuzz tests/golden
+  tests tests/distributed tests/integration tests/gpu
+fi
+exit "$code"

@@ -88,14 +88,12 @@ def test_altered_run(folder, data):
     use(folder, content)
 
 
-@pytest.mark.xfail(strict=False, reason="micro_batch_size: null is a TypeError")
 @examples(25)
 @given(data=st.data())
 def test_altered_megatron_arguments(folder, data):
     use(folder, RUN | {"megatron": data.draw(altered(RUN["megatron"], edits=1))})
 
 
-@pytest.mark.xfail(strict=False, reason="a model name of 300 letters is an OSError")
 @examples(20)
 @given(data=st.data())
 def test_altered_model(folder, data):

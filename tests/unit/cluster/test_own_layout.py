@@ -188,7 +188,7 @@ def test_a_reference_of_other_sizes_limits_the_layouts(tmp_path):
     config = load_config(run_file(tmp_path, objective="remit", **{PP: 8}))
     runs = run_layouts.RunLayouts(config, student, machine=H100, nodes=2, signal="loss", reference=reference)
     args, refusal = runs.start()
-    assert "divide the 12 layers of the reference" in str(refusal)
+    assert "12 layers of the reference" in str(refusal)
     for stages, allowed in ((8, False), (4, True)):
         layout = replace(own_layout(runs.own()), pipeline=stages, data=16 // stages)
         assert runs.allows(layout, layout.arguments(args)) == allowed
