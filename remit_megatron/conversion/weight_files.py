@@ -133,7 +133,9 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
             if length > size - 8:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if any(not isinstance(text, str) for text in metadata.values()):
+            raise ValueError(f"__metadata__ {show(metadata)}")
         end = 8 + length + _check_entries(header)
         if end != size:
             raise ValueError(f"{size} bytes where the header speaks of {end}")

@@ -168,6 +168,7 @@ def _by_transformers(directory: Path, field: str) -> tuple[tokenizers.Tokenizer,
     logging.set_verbosity_error()
     try:
         loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        ids = loaded(_PROBE, add_special_tokens=False)["input_ids"]
     except Exception as error:  # whatever its classes make of these files
         reason = " ".join(str(error).split())[:200]
         found = f"{directory}, which AutoTokenizer does not load ({type(error).__name__}: {reason})"
@@ -179,7 +180,6 @@ def _by_transformers(directory: Path, field: str) -> tuple[tokenizers.Tokenizer,
         found = f"{directory}, which transformers loads as {type(loaded).__name__}"
         raise UserError(field, found, "a tokenizer of the tokenizers library")
     backend.encode_special_tokens = bool(loaded.split_special_tokens)
-    ids = loaded(_PROBE, add_special_tokens=False)["input_ids"]
     random = getattr(backend.model, "dropout", None)
     if not random and ids != backend.encode(_PROBE, add_special_tokens=False).ids:
         found = f"{directory}, whose {type(loaded).__name__} changes texts before the tokenizers library sees them"
