@@ -155,7 +155,7 @@ def _named_tokens(content: dict[str, Any]) -> Iterator[Any]:
 
 def _is_same(described: Any, known: dict[str, tokenizers.AddedToken]) -> bool:
     """Whether a token is described with the very flags that the file gives it."""
-    token = known.get(described.get("content", "")) if isinstance(described, dict) else None
+    token = known.get(_text(described) or "") if isinstance(described, dict) else None
     return token is not None and all(described.get(flag) == getattr(token, flag) for flag in _FLAGS)
 
 
