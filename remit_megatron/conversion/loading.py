@@ -101,7 +101,9 @@ class HuggingFaceWeights:
     """
 
     def __init__(self, source: ModelSource):
-        self.names: NameMap = family_of(source.hf_config).names(source.hf_config)
+        family = family_of(source.hf_config)
+        self.names: NameMap = family.names(source.hf_config)
+        self._zero_rows = family.zero_rows(source.hf_config)
         self._shape, self._path = shape_of(source.hf_config), source.path
         self._files = TensorFiles(source.path)
         self._num_layers: int = required(source.hf_config, "num_hidden_layers")
@@ -149,6 +151,7 @@ class HuggingFaceWeights:
         if tensor.dtype not in DTYPES.values():
             found = f"dtype {str(tensor.dtype).removeprefix('torch.')}"
             raise UserError(f"{self._path} {name}", found, f"one of {', '.join(DTYPES)}")
+        tensor.zero_row = self._zero_rows.get(name)
         return tensor
 
     def tensors(

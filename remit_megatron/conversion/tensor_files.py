@@ -38,6 +38,9 @@ class LazyTensor:
         start: where the header ends.
         entry: what the header says of the tensor.
 
+    Attributes:
+        zero_row: a row that reads as zeros, whatever the file holds; None for none.
+
     Raises:
         UserError: a dtype that weights do not have, or a shape that is not as large as its bytes.
     """
@@ -51,6 +54,7 @@ class LazyTensor:
         if first < 0 or last - first != self.nbytes:
             raise UserError(f"{path} {name}", f"{last - first} bytes at {first}", f"{self.nbytes}, for {self.shape}")
         self._path, self._start = path, start + first
+        self.zero_row: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +67,8 @@ class LazyTensor:
         part = torch.empty((max(0, last - first), *self.shape[1:]), dtype=self.dtype)
         if part.numel():
             self._fill(_bytes_of(part), self._start + first * (self.nbytes // self.shape[0]))
+        if self.zero_row is not None and first <= self.zero_row < last:
+            part[self.zero_row - first] = 0
         return part[(slice(None), *others)]
 
     def _fill(self, target: memoryview, position: int) -> None:

@@ -155,14 +155,15 @@ def _check_entries(header: dict[str, Any]) -> int:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str):
             raise ValueError(f"dtype {show(dtype)} of {name}")
-        for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-            whole = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        # A negative offset is refused by name where the tensor is read.
+        for what, numbers, lowest in (("shape", shape, 0), ("data_offsets", offsets, -(2**63))):
+            whole = isinstance(numbers, list) and all(type(n) is int and lowest <= n < 2**63 for n in numbers)
             if not whole or (what == "data_offsets" and len(numbers) != 2):
                 raise ValueError(f"{what} {show(numbers)} of {name}")
         places.append((*offsets, name))
     end = 0
     for first, last, name in sorted(places):
-        if first != end or last < first:
+        if 0 <= first != end or last < first:
             raise ValueError(f"{name} in bytes {first} to {last} where byte {end} comes next")
         end = last
     return end

@@ -42,6 +42,8 @@ class Family:
         names: config.json content to the table of weights.
         exported: config.json content as an export writes it, for names that transformers does not know; the content
             itself, and then the file byte for byte, where nothing changes.
+        zero_rows: config.json content to the rows, by the tensor's name, that transformers sets to zero when it loads a
+            model.
         unlisted_parameters: config.json content to the parameters of one layer that Megatron's arguments do not tell
             of, as (sharded over tensor-parallel ranks, held by each of them).
     """
@@ -52,6 +54,7 @@ class Family:
     layer_spec: Callable[[TransformerConfig], ModuleSpec]
     names: Callable[[dict[str, Any]], NameMap]
     exported: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf_config: hf_config
+    zero_rows: Callable[[dict[str, Any]], dict[str, int]] = lambda hf_config: {}
     unlisted_parameters: Callable[[dict[str, Any]], tuple[int, int]] = lambda hf_config: (0, 0)
 
 

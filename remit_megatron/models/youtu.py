@@ -63,6 +63,21 @@ def _query_rank(hf_config: dict[str, Any]) -> int | None:
     return None if hf_config["q_lora_rank"] is None else whole(hf_config, "q_lora_rank")
 
 
+def zero_rows(hf_config: dict[str, Any]) -> dict[str, int]:
+    """The padding token's row of the embedding: transformers 5 sets it to zero when it loads a model, whatever the
+    files hold (``YoutuPreTrainedModel._init_weights``); tied, the head has it too.
+
+    Raises:
+        UserError: an id without a row.
+    """
+    padding, rows = hf_config.get("pad_token_id"), whole(hf_config, "vocab_size")
+    if padding is None:
+        return {}
+    if type(padding) is not int or not -rows <= padding < rows:
+        raise UserError("config.json pad_token_id", padding, f"null, or the id of one of the {rows} rows")
+    return {"model.embed_tokens.weight": padding % rows}
+
+
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a Youtu ``config.json``; see :class:`remit_megatron.models.family.Family`."""
     heads = whole(hf_config, "num_attention_heads")
@@ -70,8 +85,7 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     require(hf_config, "rope_interleave", (True,))
     # transformers norms the latents with this epsilon whatever the file says.
     require(hf_config, "rms_norm_eps", (1e-6,))
-    # transformers sets this row of the embedding to zero when it loads a model, whatever the files hold.
-    require(hf_config, "pad_token_id", (None,))
+    zero_rows(hf_config)
     rope_width, value_width = whole(hf_config, "qk_rope_head_dim"), whole(hf_config, "v_head_dim")
     # transformers rotates over head_dim where a file names it.
     require(hf_config, "head_dim", (rope_width,))
@@ -139,4 +153,5 @@ FAMILY = Family(
     layer_spec=layer_spec,
     names=names,
     exported=exported,
+    zero_rows=zero_rows,
 )

@@ -68,7 +68,9 @@ FOUND: dict[str, tuple[dict[str, Any], str | None]] = {
     # The theta inside rope_scaling wins over the one beside it.
     "theta_inside": (LLAMA | {"rope_scaling": {"rope_type": "default", "rope_theta": 77.0}}, None),
     # transformers' Youtu zeroes this row of the embedding when it loads a model.
-    "zeroed_row": (YOUTU | {"pad_token_id": 3}, "pad_token_id"),
+    "zeroed_row": (YOUTU | {"pad_token_id": 3}, None),
+    "zeroed_row_from_the_end": (YOUTU | {"pad_token_id": -1}, None),
+    "no_such_row": (YOUTU | {"pad_token_id": 97}, "pad_token_id"),
     "not_causal": (LLAMA | {"is_causal": False}, "is_causal"),
     "layers_that_differ": (LLAMA | {"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config"),
     "ignored": (LLAMA | {"attention_multiplier": 0.1, "logits_scaling": 8.0, "sliding_window": 4, "clip_qkv": 1}, None),
