@@ -33,7 +33,8 @@ def check_tensor_parallel(values: Mapping[str, Any], size: int, *, shared_groups
         parts.append((f"{groups} query groups (key-value heads)", groups))
     columns = values["ffn_hidden_size"]
     parts.append((f"{columns} columns of the feed-forward layer", columns))
-    parts += [(f"{what}, {rows}", rows) for what, rows in down_projections(values)]
+    latent = "{} ({})" if shared_groups else "{}, {}"
+    parts += [(latent.format(what, rows), rows) for what, rows in down_projections(values)]
     for what, count in parts:
         if count is not None and count % size:
             raise UserError("tensor_model_parallel_size", size, f"a divisor of the model's {what}")
