@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import logging
 import os
 
 DTYPES = ("bf16", "fp32")
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,10 @@ def _start() -> None:
     """Before the first import of torch and Megatron. What Megatron says of its own plans is not the user's concern."""
     # Every weight goes into memory that is new to the process; small pages would take a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # It goes back to the system when it is freed: glibc raises its threshold for that with the first large block
+    # that is freed, and then keeps weights in the heaps of several threads, by chance up to eight of them.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     import patches
 
     patches.apply()
