@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs
-from remit_megatron.data.tables import columns_of, iter_batches
+from remit_megatron.data.tables import check_offsets, columns_of, iter_batches
 from remit_megatron.data.zstandard_stream import ZstandardStream
 from remit_megatron.runtime.errors import UserError
 
@@ -199,6 +199,7 @@ def _iter_rows(
     row = 1
     try:
         for batch, share in iter_batches(file, fields, store):
+            check_offsets(batch)
             rows_each = max(1, batch.num_rows * _CHUNK_BYTES // max(batch.nbytes, 1))
             for start in range(0, batch.num_rows, rows_each):
                 piece = batch.slice(start, rows_each)

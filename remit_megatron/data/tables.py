@@ -58,6 +58,36 @@ def _check_columns(file: str, schema: Any, fields: Sequence[str]) -> None:
             raise UserError(file, f"column {name!r} of type {kind}", "a column of strings")
 
 
+def check_offsets(batch: Any) -> None:
+    """Refuses strings that lie outside of their buffer, as in a damaged Arrow file: reading one ends the process.
+
+    Raises:
+        pyarrow.ArrowInvalid: there is one.
+    """
+    import pyarrow
+    import pyarrow.types as kinds
+
+    for column in batch.columns:
+        if kinds.is_dictionary(column.type):
+            values = _as_bytes(column.dictionary)
+            values.validate(full=True)
+            pyarrow.DictionaryArray.from_arrays(column.indices, values)  # whose numbers are compared with its length
+        else:
+            _as_bytes(column).validate(full=True)
+
+
+def _as_bytes(column: Any) -> Any:
+    """The same buffers without the claim that they are UTF-8, which is looked at string by string."""
+    import pyarrow
+    import pyarrow.types as kinds
+
+    if kinds.is_string(column.type):
+        return column.view(pyarrow.binary())
+    if kinds.is_large_string(column.type):
+        return column.view(pyarrow.large_binary())
+    return column.view(pyarrow.binary_view()) if kinds.is_string_view(column.type) else column
+
+
 def columns_of(batch: Any) -> dict[str, list[Any]]:
     """The values of a record batch by column; a string that is not UTF-8, which nothing in these formats prevents, as
     bytes."""

@@ -95,8 +95,7 @@ def test_every_line_is_a_text_or_a_bad_record(tmp_path, suffix, lines, ended):
     assert found == [(number, text) for number, text in expected if text is not None]
 
 
-# Not .arrow: offsets beyond the file are taken as they are, and the process dies of a bus error. Add it when mended.
-@pytest.mark.parametrize("suffix", (*LINES, ".parquet"))
+@pytest.mark.parametrize("suffix", (*LINES, *TABLES))
 @examples(60)
 @given(data=st.data())
 def test_damaged_files(tmp_path, suffix, data):
