@@ -205,7 +205,7 @@ def _iter_rows(
                 piece = batch.slice(start, rows_each)
                 yield row, columns_of(piece), int(size * share)
                 row += piece.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a damaged column name
         raise OSError(str(error)) from None
 
 
