@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from remit_megatron.conversion.processes import process_groups
 from remit_megatron.conversion.source import ModelSource
@@ -29,11 +28,11 @@ from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, UserError
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.progress import Progress
+from remit_megatron.scoring.batches import round_size, score_samples
 from remit_megatron.scoring.command import forward_layout, prepare_forward
 from remit_megatron.scoring.guidance import Difference, TextGuidance, compare_text, mean_difference, verdict
 from remit_megatron.scoring.requests import RequestScorer, encode_suite
 
-_ROUND = 4  # microbatches per pipeline stage that go through the schedule at once
 _MODELS = ("student", "reference")
 
 
@@ -115,7 +114,7 @@ class _Comparison:
                 if turn:
                     blend, _ = open_datasets(self._prepared, samples)
         numbers = list(range(self._groups.dp.rank(), samples, self._groups.dp.size()))
-        size = self._arguments.micro_batch_size * _ROUND * self._groups.pp.size()
+        size = round_size(self._arguments)
         progress = Progress("compare", total=samples, unit="samples")
         found: dict[int, list[np.ndarray]] = {}
         for first in range(0, len(numbers), size):
@@ -153,18 +152,7 @@ class _Comparison:
 
     def _losses(self, model: LiveReference, items: Sequence[Item]) -> list[np.ndarray]:
         """[s] float32 losses of each item on the last stage; nothing before it."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        size = self._arguments.micro_batch_size
-        stages = self._groups.pp.size() if len(model.chunks) > 1 else 1
-        filled = [*items, *[items[-1]] * (-len(items) % (size * stages))]
-        batches = [default_collate(filled[first : first + size]) for first in range(0, len(filled), size)]
-        scores = model.score(
-            get_forward_backward_func(),
-            [list(batches) for _ in model.chunks],
-            seq_length=self._arguments.seq_length,
-            micro_batch_size=size,
-        )
+        scores = score_samples(model, items, self._arguments, chunks=len(model.chunks))
         return [row.float().cpu().numpy() for score in whole_scores(scores, self._groups) for row in score]
 
     def suite(self) -> list[TaskDifference]:

@@ -20,7 +20,7 @@ from remit_megatron.runtime.errors import UserError
 _SPLITS = 20
 _RESAMPLES = 2000
 # Below this spread the weights are 1 for all that matters: next-token prediction at the price of a reference.
-_FLAT = 0.005
+FLAT = 0.005
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def verdict(text: TextGuidance, suite: Sequence[Difference] = ()) -> str:
         text: on held-out text.
         suite: differences of a suite's tasks, positive where the reference is ahead; they decide where they are clear.
     """
-    if text.weight_std < _FLAT:
+    if text.weight_std < FLAT:
         return (
             f"Expect what next-token prediction gives: the weights hardly differ from 1 (spread {text.weight_std:.4f})."
         )

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import default_collate
 
 from remit_megatron.data.blend import BlendedDataset
 from remit_megatron.models.forward import Item, ModelForward
@@ -36,12 +35,12 @@ from remit_megatron.reference.source import ScoreSource
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.progress import Progress
+from remit_megatron.scoring.batches import round_size, score_samples
 from remit_megatron.scoring.finite import Scored, look_at
 
 if TYPE_CHECKING:
     from remit_megatron.run.prepare import Prepared
 
-_ROUND = 4  # microbatches per pipeline stage that go through the schedule at once
 _POLL_SECONDS = 1.0
 _LOOK_AGAIN_SECONDS = 5.0  # at a piece that somebody else had
 _CHECKED_TOGETHER = 1024  # samples
@@ -210,7 +209,7 @@ class ScoringJob:
         """What this replica scores next, until everything is complete or a signal came."""
         assert self._writer is not None
         leases = Leases(self._cache.directory / "leases")
-        size = _ROUND * self._groups.pp.size() * self._arguments.micro_batch_size
+        size = round_size(self._arguments)
         # Numbers of pieces that others have, and when to look again: those whose owner was killed must not be left to
         # the end, since a run may be waiting for them.
         elsewhere: deque[tuple[float, int]] = deque()
@@ -279,32 +278,11 @@ class ScoringJob:
 
     def _score(self, samples: list[tuple[int, int]], *, record: bool) -> list[Tensor]:
         """Runs samples through the reference; the losses of its microbatches, [b, s] each, on the last stage."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        items = self._microbatches(samples)
-        chunks = len(self._live.chunks)
         source: ScoreSource = self._live
         if record:
             source = RecordedScores(source, self._writer, forward=self._forward)
-        return source.score(
-            get_forward_backward_func(),
-            [list(items) for _ in range(chunks)],
-            seq_length=self._sequence_length,
-            micro_batch_size=self._arguments.micro_batch_size,
-        )
-
-    def _microbatches(self, samples: list[tuple[int, int]]) -> list[Item]:
-        """Items of equal size. The last is filled up with the last sample, and their number with the last item where an
-        interleaved pipeline wants a multiple of its stages; what is scored twice is the same twice."""
-        size = self._arguments.micro_batch_size
-        filled = samples + [samples[-1]] * (-len(samples) % size)
-        items = [
-            default_collate([self._item(*sample) for sample in filled[i : i + size]])
-            for i in range(0, len(filled), size)
-        ]
-        if len(self._live.chunks) > 1:
-            items += [items[-1]] * (-len(items) % self._groups.pp.size())
-        return items
+        items = [self._item(*sample) for sample in samples]
+        return score_samples(source, items, self._arguments, chunks=len(self._live.chunks))
 
     def _item(self, dataset_id: int, sample: int) -> Item:
         tokens = torch.from_numpy(self._blend.datasets[dataset_id][sample])

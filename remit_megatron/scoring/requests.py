@@ -8,13 +8,12 @@ or with several sequences per pipeline microbatch) a row holds one request. Repl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from remit_megatron.data.special_tokens import own_special_tokens
 from remit_megatron.data.tokenizer import Tokenizer
@@ -24,8 +23,7 @@ from remit_megatron.reference.cached import whole_scores
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import UserError
-
-_ROUND = 4  # microbatches per pipeline stage that go through the schedule at once
+from remit_megatron.scoring.batches import round_size, score_samples
 
 
 @dataclass(frozen=True)
@@ -158,19 +156,14 @@ class RequestScorer:
         Raises:
             UserError: one of them is not finite.
         """
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
         groups = self._groups()
         model = LiveReference(chunks, vocab_size=self._vocab_size, forward=self._forward)
         share = self._rows[groups.dp.rank() :: groups.dp.size()]
         found: dict[int, float] = {}
-        for rows, items in self._rounds(share, stages=groups.pp.size() if len(chunks) > 1 else 1):
-            scores = model.score(
-                get_forward_backward_func(),
-                [list(items) for _ in chunks],
-                seq_length=self._arguments.seq_length,
-                micro_batch_size=self._arguments.micro_batch_size,
-            )
+        size = round_size(self._arguments)
+        for first in range(0, len(share), size):
+            rows = share[first : first + size]
+            scores = score_samples(model, [row.item for row in rows], self._arguments, chunks=len(chunks))
             losses = [row for score in whole_scores(scores, groups) for row in score]  # none but on the last stage
             for row, loss in zip(rows, losses, strict=False):
                 sums = _sums(loss, row)
@@ -185,16 +178,6 @@ class RequestScorer:
             text = f"{bad} of {len(values)} log-probabilities that are not finite"
             raise UserError("evaluation", text, "finite ones from a model that trains")
         return values
-
-    def _rounds(self, rows: Sequence[Row], *, stages: int) -> Iterator[tuple[Sequence[Row], list[Item]]]:
-        """Rows and their microbatches, as many as are held at once. The last are filled up with the last row."""
-        size = self._arguments.micro_batch_size
-        microbatches = _ROUND * self._groups().pp.size()
-        for first in range(0, len(rows), size * microbatches):
-            taken = rows[first : first + size * microbatches]
-            filled = [*taken, *[taken[-1]] * (-len(taken) % (size * stages))]
-            items = [default_collate([row.item for row in filled[i : i + size]]) for i in range(0, len(filled), size)]
-            yield taken, items
 
     def questions(self, logprobs: Sequence[float]) -> dict[str, list[dict[str, float]]]:
         """:func:`score_question` of each question of each task, in their order."""

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from remit_megatron.scoring.guidance import FLAT
+
 STEPS = 10
 # Two-sided 95% quantiles of Student's t with 1 to STEPS - 1 degrees of freedom.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-_FLAT = 0.005  # a spread of the weights below it: next-token prediction for all that matters
 
 
 class FirstLook:
@@ -38,7 +39,7 @@ class FirstLook:
         error = math.sqrt(sum((delta - mean) ** 2 for delta in deltas) / (count - 1) / count)
         clear = _QUANTILES[count - 2] * error
         what = f"{abs(mean):.3f} nats a token of the training text in {count} steps, spread of the weights {spread:.3f}"
-        if spread < _FLAT:
+        if spread < FLAT:
             return f"warning: the weights hardly differ from 1 ({what}): this run is next-token prediction"
         if mean > clear:
             return f"the reference is ahead of the student by {what}"
