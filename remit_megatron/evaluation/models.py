@@ -6,14 +6,13 @@ import hashlib
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import EXIT_BAD_INPUT, UserError
+from remit_megatron.runtime.exported import checkpoint_digest, run_export
 from remit_megatron.runtime.files import sha256_file
 
 logger = logging.getLogger(__name__)
@@ -74,10 +73,9 @@ def _find(path: Path, name: str | None) -> Model:
         raise UserError("MODEL", path, _EXPECTED)
     if checkpoint:
         try:
-            files = checkpoints.read_manifest(path).files
+            digest = checkpoint_digest(checkpoints.read_manifest(path))
         except checkpoints.DamagedCheckpoint as damage:
             raise UserError("MODEL", str(damage), "a whole checkpoint") from None
-        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     else:
         digest = _digest(path)
     name = name or default
@@ -98,8 +96,6 @@ def _digest(directory: Path) -> str:
 def hugging_face_directory(model: Model, exported: Path) -> Path:
     """The Hugging Face directory of a model. A checkpoint is exported into ``exported`` unless it is there.
 
-    The export is a process of its own: Megatron does not come into this one.
-
     Raises:
         UserError: it cannot be exported; with the export's own words.
     """
@@ -110,14 +106,12 @@ def hugging_face_directory(model: Model, exported: Path) -> Path:
         return directory
     exported.mkdir(parents=True, exist_ok=True)
     logger.info("exporting %s", model.path)
-    command = [sys.executable, "-m", "remit_megatron", "export", "--checkpoint", str(model.path), "--output"]
-    done = subprocess.run([*command, str(directory)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode == 0:
-        return directory
-    words = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-    if done.returncode == EXIT_BAD_INPUT:
-        raise UserError(f"MODEL {model.name}", words[-1].removeprefix("error: "), "a checkpoint that can be exported")
-    raise RuntimeError(f"remit export ended with {done.returncode}:\n" + "\n".join(words[-20:]))
+    code, lines = run_export(model.path, directory)
+    if code == EXIT_BAD_INPUT:
+        raise UserError(f"MODEL {model.name}", lines[-1].removeprefix("error: "), "a checkpoint that can be exported")
+    if code:
+        raise RuntimeError(f"remit export ended with {code}:\n" + "\n".join(lines[-20:]))
+    return directory
 
 
 def forget_export(model: Model, exported: Path) -> None:

@@ -379,8 +379,8 @@ def _only_one(output: Path, rank: int) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError("--output", f"{output}, in use by another evaluation", "a directory of its own") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): nothing keeps a second evaluation out", output, error.strerror)
         yield
 
 

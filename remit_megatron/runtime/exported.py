@@ -22,6 +22,7 @@ from pathlib import Path
 from remit_megatron.runtime.checkpoints import (
     MANIFEST,
     DamagedCheckpoint,
+    Manifest,
     iteration_directory,
     iterations,
     newest_complete,
@@ -77,7 +78,7 @@ def huggingface_model(path: str | os.PathLike, *, field: str = "MODEL") -> Huggi
     if checkpoint is None:
         return HuggingFaceModel(path=path, digest=model_digest(path, field=field), source=path)
     manifest = read_manifest(checkpoint)
-    digest = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
+    digest = checkpoint_digest(manifest)
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
     return HuggingFaceModel(
         path=_exported(checkpoint, digest, field),
@@ -86,6 +87,11 @@ def huggingface_model(path: str | os.PathLike, *, field: str = "MODEL") -> Huggi
         iteration=manifest.properties.get("iteration"),
         run_dir=run_dir,
     )
+
+
+def checkpoint_digest(manifest: Manifest) -> str:
+    """Hex SHA-256 of what a checkpoint is: the names, sizes and digests of its own files."""
+    return hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_of(path: Path, *, field: str = "MODEL") -> Path | None:
@@ -164,15 +170,25 @@ def _exported(checkpoint: Path, digest: str, field: str) -> Path:
     return place / _MODEL
 
 
-def _export(checkpoint: Path, output: Path, field: str) -> None:
-    # A process of its own: the export needs Megatron and its patches, whose callers must do without them.
-    logger.warning("exporting %s to %s", checkpoint, output)
+def run_export(checkpoint: Path, output: Path) -> tuple[int, list[str]]:
+    """``remit export`` in a process of its own: it needs Megatron and its patches, whose callers must do without them.
+
+    Returns:
+        Its exit code, and the lines of its standard error; ``no message`` where there is none.
+    """
     words = [sys.executable, "-m", "remit_megatron", "export", "--checkpoint", str(checkpoint), "--output", str(output)]
     # Started by a launcher, the child would take itself for one of several ranks.
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
-    done = subprocess.run(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    if done.returncode:
+    done = subprocess.run(
+        words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    return done.returncode, [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+
+
+def _export(checkpoint: Path, output: Path, field: str) -> None:
+    logger.warning("exporting %s to %s", checkpoint, output)
+    code, lines = run_export(checkpoint, output)
+    if code:
         shutil.rmtree(output, ignore_errors=True)
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
-        reason = lines[-1].removeprefix("error: ")
+        reason = lines[-1].strip().removeprefix("error: ")
         raise UserError(field, f"{checkpoint}, whose export failed ({reason})", "a checkpoint that can be exported")
