@@ -17,7 +17,7 @@ from remit_megatron.cluster.search import Layout, divisors
 from remit_megatron.cluster.timing import Machine
 from remit_megatron.models.build import check_layout, megatron_arguments
 from remit_megatron.models.spec import LOCAL, TE
-from remit_megatron.run.checks import check_document_mask, check_reference_settings
+from remit_megatron.run.checks import check_document_mask, check_reference_settings, check_rounds
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.megatron_args import build_arguments, read_overrides
 from remit_megatron.runtime.errors import UserError
@@ -202,16 +202,3 @@ class RunLayouts:
                         continue
                     sizes = {"tensor": tensor, "pipeline": pipeline, "virtual": virtual, "context": context}
                     yield dataclasses.replace(_PLAIN, **sizes, sequence_parallel=tensor > 1)
-
-
-def check_rounds(args: argparse.Namespace) -> None:
-    """Refuses what Megatron's interleaved schedule raises on at the first step."""
-    stages, group = args.pipeline_model_parallel_size, getattr(args, "microbatch_group_size_per_vp_stage", None)
-    if args.virtual_pipeline_model_parallel_size is None or stages == 1:
-        return
-    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    group = stages if group is None else group
-    if not stages <= group <= microbatches or 0 < microbatches % group < stages:
-        found = f"{args.global_batch_size} ({microbatches} microbatches on each data-parallel rank)"
-        expected = f"microbatches in whole rounds of the {stages} pipeline stages, as virtual stages take them"
-        raise UserError("megatron.global_batch_size", found, expected)

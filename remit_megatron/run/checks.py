@@ -51,6 +51,23 @@ def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
         )
 
 
+def check_rounds(args: argparse.Namespace) -> None:
+    """Refuses what Megatron's interleaved schedule raises on at the first step.
+
+    Raises:
+        UserError: naming the global batch.
+    """
+    stages, group = args.pipeline_model_parallel_size, getattr(args, "microbatch_group_size_per_vp_stage", None)
+    if args.virtual_pipeline_model_parallel_size is None or stages == 1:
+        return
+    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    group = stages if group is None else group
+    if not stages <= group <= microbatches or 0 < microbatches % group < stages:
+        found = f"{args.global_batch_size} ({microbatches} microbatches on each data-parallel rank)"
+        expected = f"microbatches in whole rounds of the {stages} pipeline stages, as virtual stages take them"
+        raise UserError("megatron.global_batch_size", found, expected)
+
+
 def check_dropout(config: RunConfig, arguments: argparse.Namespace) -> None:
     """Refuses dropout beside a selection from the global batch, which is made in a forward pass of its own.
 

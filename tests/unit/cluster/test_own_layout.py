@@ -19,6 +19,7 @@ from remit_megatron.cluster import command, report, run_layouts  # noqa: E402
 from remit_megatron.cluster.planner import ReferencePlan  # noqa: E402
 from remit_megatron.cluster.search import candidate, own_layout  # noqa: E402
 from remit_megatron.models.build import megatron_arguments  # noqa: E402
+from remit_megatron.run import checks  # noqa: E402
 from remit_megatron.run.configuration import load_config, load_model_description  # noqa: E402
 from remit_megatron.run.megatron_args import build_arguments  # noqa: E402
 from remit_megatron.runtime.errors import UserError  # noqa: E402
@@ -175,10 +176,10 @@ def test_rounds_of_virtual_stages_are_those_of_megatron(microbatches, group, fin
         data_parallel_size=3,
     )
     if fine:
-        run_layouts.check_rounds(args)
+        checks.check_rounds(args)
     else:
         with pytest.raises(UserError, match=f"{microbatches} microbatches"):
-            run_layouts.check_rounds(args)
+            checks.check_rounds(args)
 
 
 def test_a_reference_of_other_sizes_limits_the_layouts(tmp_path):

@@ -218,6 +218,16 @@ def test_a_dry_run_without_a_number_of_ranks_is_of_one_replica(tmp_path, monkeyp
     assert main(["train", path, "--nproc", "1", "--dry-run"]) == 2
 
 
+def test_a_dry_run_refuses_rounds_that_the_interleaved_schedule_cannot_make(tmp_path, monkeypatch, capsys):
+    """Megatron says so in its first step only, after models and data were made."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train", str(RUNS / "example_remit.yaml"), "--dry-run", "megatron.num_virtual_stages_per_pipeline_rank=3"]
+    assert main([*words, "megatron.micro_batch_size=1", "megatron.global_batch_size=4"]) == 0
+    assert main([*words, "megatron.micro_batch_size=1", "megatron.global_batch_size=3"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: megatron.global_batch_size: found 3 (3 microbatches on each data-parallel rank)")
+
+
 def test_a_dry_run_says_what_it_did_not_find():
     text = dry_run(load_config(RUNS / "olmo2_1b_remit_paper.yaml"), world_size=8)
     missing = [line.split(" (")[0] for line in text.splitlines() if line.startswith("not found here: ")]
