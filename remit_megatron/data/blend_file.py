@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.data.yaml_file import read_yaml
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.yaml_file import read_yaml
 
 _SUFFIXES = (".yaml", ".yml")
 

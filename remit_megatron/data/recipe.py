@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.data.readers import TextFormat
-from remit_megatron.data.yaml_file import read_yaml
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.installed import find_config, shipped_namesake
+from remit_megatron.runtime.yaml_file import read_yaml
 
 _SOURCE_KEYS = ("name", "weight", "files", "hub", "text_key", "template")
 _HUB_KEYS = ("name", "files", "revision")

@@ -36,6 +36,7 @@ from remit_megatron.run.schema import (
 )
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
 from remit_megatron.runtime.installed import config_names, find_config, names_config, shipped_namesake
+from remit_megatron.runtime.yaml_file import parse_yaml
 
 __all__ = [
     "CheckpointConfig",
@@ -247,8 +248,7 @@ def _read_text(path: Path) -> str:
 
 def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        content = OmegaConf.create(text)
-        plain = OmegaConf.to_container(content, resolve=False)
+        plain = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}" if mark and not where.startswith("override ") else where

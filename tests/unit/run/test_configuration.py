@@ -164,6 +164,16 @@ def test_a_list_is_not_a_configuration(tmp_path):
     assert line_of(path) == f"{path}: found a list; expected a mapping of keys to values"
 
 
+@pytest.mark.parametrize("text", ["false", "5", "1.5", "!!binary aGk="])
+def test_a_bare_value_is_not_a_configuration(tmp_path, text):
+    """OmegaConf asserts on it."""
+    path = write(tmp_path / "run.yaml", f"{text}\n")
+    assert line_of(path) == f"{path}: found one value alone; expected valid YAML"
+    blend = write(tmp_path / "blend.yaml", f"{text}\n")
+    run = write(tmp_path / "run.yaml", f"model: tiny_llama\nrun_dir: r\ndata: {{train: {blend}, tokenizer: t}}\n")
+    assert line_of(run).startswith(f"{blend}: found one value alone; expected ")
+
+
 def test_base_in_a_circle_is_refused(tmp_path):
     write(tmp_path / "a.yaml", "base: b.yaml\n")
     write(tmp_path / "b.yaml", "base: a.yaml\n")

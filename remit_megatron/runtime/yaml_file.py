@@ -12,6 +12,19 @@ from omegaconf.errors import OmegaConfBaseException
 from remit_megatron.runtime.errors import UserError
 
 
+def parse_yaml(text: str) -> Any:
+    """The lists, dicts and values of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or one bare value.
+        OmegaConfBaseException: it holds what OmegaConf does not take.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except AssertionError:  # which is how it refuses a bare number, flag or date
+        raise yaml.YAMLError("one value alone") from None
+
+
 def read_yaml(path: Path, *, field: str, expected: str) -> Any:
     """What is in a YAML file, as plain lists, dicts and values.
 
@@ -23,7 +36,7 @@ def read_yaml(path: Path, *, field: str, expected: str) -> Any:
         UserError: it cannot be read, or is no YAML.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(
