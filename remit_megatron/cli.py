@@ -70,6 +70,8 @@ _USER_ERRNOS = {
     errno.EDQUOT,
     errno.EROFS,
     errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 

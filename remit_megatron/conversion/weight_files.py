@@ -110,8 +110,12 @@ def _indexed(index: Path) -> dict[str, Path]:
         raise UserError(str(index), f"{type(error).__name__}: {error}", "JSON with a weight_map") from None
     files = sorted(set(wanted.values()))
     for file in files:
-        if not file.is_file():
-            raise UserError(str(index), f"{file.name}, which is not there", "every file that the index names")
+        try:
+            there = file.is_file()
+        except OSError:  # a name that is too long, or a folder that may not be entered
+            there = False
+        if not there:
+            raise UserError(str(index), f"{show(file.name)}, which is not there", "every file that the index names")
     held = _held(files)
     for name, file in sorted(wanted.items()):
         if name not in held:

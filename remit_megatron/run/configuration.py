@@ -312,7 +312,9 @@ def _check_keys(content: Mapping[str, Any], schema: type, prefix: str) -> None:
             hint = did_you_mean(str(name), known)
             if not hint and not prefix:
                 hint = "; arguments of Megatron go under megatron"
-            raise UserError(f"{prefix}{name}", show(value), f"one of {', '.join(known)}{hint}")
+            raise UserError(
+                f"{prefix}{name}" if name else f"{prefix}''", show(value), f"one of {', '.join(known)}{hint}"
+            )
         key, nested = f"{prefix}{name}", _dataclass_of(hints[name])
         if nested is not None and isinstance(value, Mapping):
             _check_keys(value, nested, f"{key}.")

@@ -63,3 +63,10 @@ def test_no_command_imports_megatron_before_the_patches():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_name_that_no_file_can_have_is_one_line(capsys):
+    assert main(["train", "a" * 300 + ".yaml", "--dry-run"]) == 2
+    assert main(["import", "--hf", "a" * 300, "--output", "there"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)

@@ -191,9 +191,15 @@ def named_outside(directory: Path, other: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
 
 
+def name_that_no_file_can_have(directory: Path, other: Path) -> None:
+    (directory / SINGLE).unlink()
+    (directory / f"{SINGLE}.index.json").write_text(json.dumps({"weight_map": {"a": "a" * 300}}))
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
+        (name_that_no_file_can_have, "which is not there; expected every file that the index names"),
         (only_adapter, "only adapter_model.safetensors"),
         (two_variants, "2 safetensors files and no model.safetensors.index.json"),
         (pickled_before_variant, "only pytorch_model.bin, which transformers takes before model.fp16.safetensors"),

@@ -174,6 +174,11 @@ def test_a_bare_value_is_not_a_configuration(tmp_path, text):
     assert line_of(run).startswith(f"{blend}: found one value alone; expected ")
 
 
+def test_a_key_without_a_name_is_shown_as_such(tmp_path):
+    path = write(tmp_path / "run.yaml", "'': 3\n")
+    assert line_of(path).startswith("'': found 3; expected one of model, ")
+
+
 def test_base_in_a_circle_is_refused(tmp_path):
     write(tmp_path / "a.yaml", "base: b.yaml\n")
     write(tmp_path / "b.yaml", "base: a.yaml\n")
