@@ -116,7 +116,7 @@ class DataConfig:
     list of ``[weight, prefix]``, or a blend file that ``remit data mix`` wrote (``.yaml``). Weights are positive and
     need not sum to 1. Required."""
 
-    valid: Any = field(default_factory=list)
+    valid: Any = None
     """Blend for evaluation, in the same forms; empty turns evaluation off."""
 
     tokenizer: str | None = None

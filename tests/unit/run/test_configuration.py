@@ -174,6 +174,13 @@ def test_a_bare_value_is_not_a_configuration(tmp_path, text):
     assert line_of(run).startswith(f"{blend}: found one value alone; expected ")
 
 
+def test_a_mapping_is_no_blend(tmp_path):
+    text = "model: tiny_llama\nrun_dir: r\ndata: {{tokenizer: t, train: a, valid: {}}}\n"
+    path = write(tmp_path / "run.yaml", text.format("{a: 1}"))
+    assert line_of(path).startswith("data.valid: found {'a': 1}; expected a prefix, a list of prefixes")
+    assert load_config(write(tmp_path / "run.yaml", text.format("{}"))).data.valid == []
+
+
 def test_a_key_without_a_name_is_shown_as_such(tmp_path):
     path = write(tmp_path / "run.yaml", "'': 3\n")
     assert line_of(path).startswith("'': found 3; expected one of model, ")
