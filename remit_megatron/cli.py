@@ -118,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Wrong input is one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
+    # The CUDA driver reads it when it starts, which the first question for a GPU may do: kernels of tensor and context
+    # parallelism start in the order in which they were issued. Megatron demands it on GPUs before Blackwell.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         namespace, room, run = _parse(argv)
         if room != "doctor":  # which reports it

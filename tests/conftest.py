@@ -1,8 +1,10 @@
-"""What all tests share: the data folder beside the repository, and a floor under the number of tests collected."""
+"""What all tests share: the data folder beside the repository, a floor under the number of tests collected, and no GPU
+but for tests/gpu."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # A test file that no pattern collects, or a folder that is not looked into, passes unnoticed otherwise: so many tests
 # are collected at least where a folder is asked for as a whole. Raise it as tests are added.
 MINIMUM_TESTS = {"unit": 2300, "distributed": 600, "integration": 60, "fuzz": 100, "golden": 15}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite is about the CPU, and passes on a host with GPUs too: it does not see them. tests/gpu, asked for by
+    itself, does (scripts/test.sh)."""
+    if not only_gpu_tests(config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks; workers and ranks inherit it
+
+
+def only_gpu_tests(arguments: Sequence[str]) -> bool:
+    """Whether all that pytest was asked for is in tests/gpu."""
+    folder = REPOSITORY / "tests" / "gpu"
+    asked = [Path(argument.split("::")[0]).resolve() for argument in arguments]
+    return bool(asked) and all(path.is_relative_to(folder) for path in asked)
 
 
 class SharedData:

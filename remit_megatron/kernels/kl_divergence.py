@@ -20,6 +20,7 @@ have a divergence of exactly 0, and large logits cost no digits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from remit_megatron.kernels import vocab_shard as vs
+from remit_megatron.kernels.token_loss import Impl, TorchBackend, select_backend
 
 # Bytes of one float32 block; three of them exist at once, and one in the dtype of the hidden states.
 _BLOCK_BYTES = {"cpu": 8 << 20}
@@ -53,6 +55,7 @@ def distillation_loss(
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
     loss_mask: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(1 - r) c^2 KL(p_ref || p_student) + r NLL of each token, and the NLL beside it, in nats.
 
@@ -75,6 +78,7 @@ def distillation_loss(
             64 MiB elsewhere.
         ignore_index: tokens with this label get loss 0 and gradient 0.
         loss_mask: [...] any dtype; tokens with 0 get loss 0 and gradient 0, whatever else they hold. It does not scale.
+        impl: as in `token_loss`; Triton reads each logit once forward and once backward.
 
     Returns:
         [...] float32, differentiable; and [...] float32 negative log-likelihood, without gradient.
@@ -89,8 +93,11 @@ def distillation_loss(
         labels, vocab_size=shard.vocab_size, ignore_index=ignore_index, loss_mask=loss_mask
     )
     hidden = reference_hidden.detach().reshape(-1, reference_hidden.shape[-1])
+    compiled = select_backend(impl, logits.device) is not TorchBackend
     budget = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
-    step = chunk_tokens or max(1, budget // (4 * max(shard.columns, 1)))
+    # torch's operations hold float32 blocks, the kernels only the product.
+    element = hidden.element_size() if compiled else 4
+    step = chunk_tokens or vs.equal_chunk(len(flat_labels), budget // (element * max(shard.columns, 1)))
     problem = _Problem(
         flat_labels,
         counted,
@@ -100,6 +107,7 @@ def distillation_loss(
         float(temperature),
         float(ntp_weight),
         max(1, min(step, len(flat_labels))),
+        compiled,
     )
     loss, nll = _Distillation.apply(logits, problem, tp_group)
     return loss, nll
@@ -116,12 +124,25 @@ class _Problem(NamedTuple):
     temperature: float
     ntp_weight: float
     step: int  # tokens of a block
+    compiled: bool  # Triton's kernels instead of torch's operations
+
+    def slices(self) -> list[slice]:
+        """All tokens in blocks."""
+        return [slice(first, first + self.step) for first in range(0, len(self.counted), self.step)]
+
+    def products(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of tokens, each with the reference's logits [R, V] in the dtype of the hidden states; padding has
+        some, too. One buffer serves all."""
+        buffer = self.hidden.new_empty(self.step, self.weight.shape[0])
+        for part in self.slices():
+            hidden = self.hidden[part]
+            yield part, torch.mm(hidden, self.weight.t(), out=buffer[: len(hidden)])
 
     def parts(self) -> list[slice] | tuple[Tensor, ...]:
         """The tokens in blocks: on a CPU those that count; elsewhere all of them, not to wait for the device."""
         if self.counted.device.type == "cpu" and not bool(self.counted.all()):
             return self.counted.nonzero().squeeze(-1).split(self.step)
-        return [slice(first, first + self.step) for first in range(0, len(self.counted), self.step)]
+        return self.slices()
 
 
 class _Blocks:
@@ -152,7 +173,15 @@ def _shard_statistics(x: Tensor, problem: _Problem) -> Tensor:
     out[_X_MAX] = out[_Y_MAX] = _LOWEST
     if problem.shard.columns == 0 or len(problem.labels) == 0:
         return out
-    c, blocks = problem.temperature, _Blocks(problem)
+    c = problem.temperature
+    if problem.compiled:
+        from remit_megatron.kernels import kl_divergence_triton as kernels
+
+        for part, y in problem.products():
+            tokens = (problem.labels[part], problem.counted[part], out[:, part])
+            kernels.statistics(x[part], y, *tokens, problem.shard, temperature=c)
+        return out
+    blocks = _Blocks(problem)
     for part in problem.parts():
         a, b, scratch = blocks.load(x, part)
         column = problem.labels[part] - problem.shard.start
@@ -211,6 +240,9 @@ def _combine(statistics: Tensor, problem: _Problem, group: dist.ProcessGroup | N
 
 def _write_gradient(x: Tensor, out: Tensor, incoming: Tensor, problem: _Problem, softmaxes: _Softmaxes) -> None:
     """Writes the gradient of x [T, V] to ``out``, which may be x itself."""
+    if problem.compiled and problem.shard.columns > 0 and len(problem.labels) > 0:
+        _write_gradient_compiled(x, out, incoming, problem, softmaxes)
+        return
     shard, counted, c, r = problem.shard, problem.counted, problem.temperature, problem.ntp_weight
     if shard.columns < x.shape[1]:
         out[:, shard.columns :].zero_()
@@ -240,6 +272,23 @@ def _write_gradient(x: Tensor, out: Tensor, incoming: Tensor, problem: _Problem,
         if isinstance(part, slice):
             a.masked_fill_(~counted[part].unsqueeze(1), 0.0)
         out[part, : shard.columns] = a.to(out.dtype)
+
+
+def _write_gradient_compiled(
+    x: Tensor, out: Tensor, incoming: Tensor, problem: _Problem, softmaxes: _Softmaxes
+) -> None:
+    from remit_megatron.kernels import kl_divergence_triton as kernels
+
+    c, r = problem.temperature, problem.ntp_weight
+    g = torch.where(problem.counted, incoming, 0.0)
+    kl, nll = g * ((1 - r) * c), g * r
+    x_max, x_total, x_total_c, y_max, y_total_c = softmaxes
+    # Without a temperature one softmax serves both terms.
+    of_student = (kl + nll) / x_total if c == 1 else kl / x_total_c
+    rows = torch.stack((x_max, y_max, of_student, kl / y_total_c, nll / x_total, nll))
+    for part, y in problem.products():
+        tokens = (problem.labels[part], problem.counted[part], rows[:, part])
+        kernels.gradient(x[part], y, out[part], *tokens, problem.shard, temperature=c)
 
 
 class _Distillation(torch.autograd.Function):

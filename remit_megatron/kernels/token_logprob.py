@@ -81,7 +81,7 @@ def token_logprob(
     if shard.columns > 0 and flat_labels.shape[0] > 0:
         backend = select_backend(impl, hidden.device)
         flat_hidden, projection = hidden.reshape(-1, hidden.shape[-1]), weight[: shard.columns].t()
-        step = min(chunk_tokens or _default_chunk(shard.columns, hidden), flat_labels.shape[0])
+        step = min(chunk_tokens or _default_chunk(shard.columns, hidden, len(flat_labels)), len(flat_labels))
         logits = hidden.new_empty(step, shard.columns)
         for part in _parts(counted, step):
             rows = flat_hidden[part]
@@ -98,6 +98,6 @@ def _parts(counted: Tensor, step: int) -> list[slice] | tuple[Tensor, ...]:
     return [slice(first, first + step) for first in range(0, counted.shape[0], step)]
 
 
-def _default_chunk(columns: int, hidden: Tensor) -> int:
+def _default_chunk(columns: int, hidden: Tensor, tokens: int) -> int:
     budget = _BLOCK_BYTES.get(hidden.device.type, _BLOCK_BYTES_ELSEWHERE)
-    return max(1, budget // (columns * hidden.element_size()))
+    return vs.equal_chunk(tokens, budget // (columns * hidden.element_size()))

@@ -115,7 +115,7 @@ class TritonBackend:
             return vs.new_statistics(tokens, x.device)
         out = torch.empty(3, tokens, dtype=torch.float32, device=x.device)
         block = min(_FORWARD_BLOCK, triton.next_power_of_2(shard.columns))
-        with _on_device(x):
+        with on_device(x):
             _statistics_kernel[(tokens,)](
                 x,
                 labels,
@@ -126,7 +126,7 @@ class TritonBackend:
                 shard.columns,
                 width,
                 BLOCK=block,
-                num_warps=_warps(block),
+                num_warps=warps(block),
             )
         return out
 
@@ -146,7 +146,7 @@ class TritonBackend:
         if tokens == 0 or width == 0:
             return
         block = min(_BACKWARD_BLOCK, triton.next_power_of_2(width))
-        with _on_device(x):
+        with on_device(x):
             _gradient_kernel[(tokens, triton.cdiv(width, block))](
                 x,
                 out,
@@ -159,15 +159,18 @@ class TritonBackend:
                 shard.columns,
                 width,
                 BLOCK=block,
-                num_warps=_warps(block),
+                num_warps=warps(block),
             )
+        # Autograd does not see a kernel write: whoever saved the logits for its own backward must get an error.
+        torch.autograd.graph.increment_version(out)
 
 
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
     """8 warps for the full blocks, fewer where a thread would have less than a few elements."""
     return max(1, min(8, block // 256))
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Where a kernel on ``x`` must be launched."""
     # Triton launches on the current device, whatever device its arguments are on.
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -110,6 +110,19 @@ def counted_tokens(
     return flat_labels, counted
 
 
+def equal_chunk(tokens: int, at_most: int) -> int:
+    """Size of the chunks into which tokens are cut: as few chunks as ``at_most`` allows, all but equally large.
+
+    A last chunk of a few rows would read the whole output weight for them. Multiples of 128 rows fill the tiles of a
+    matrix product, where chunks are that large.
+    """
+    at_most = max(1, at_most)
+    if at_most >= 128:
+        at_most -= at_most % 128
+    size = -(-tokens // max(1, -(-tokens // at_most)))
+    return max(1, min(-(-size // 128) * 128, at_most) if at_most >= 128 else size)
+
+
 def new_statistics(tokens: int, device: torch.device) -> Tensor:
     """[3, T] float32 statistics of a shard without columns, which is also what rows that are never read keep."""
     statistics = torch.zeros(3, tokens, dtype=torch.float32, device=device)

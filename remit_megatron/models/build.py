@@ -19,7 +19,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from remit_megatron.models.family import Family, family_of
 from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_parallel
 from remit_megatron.models.mapping import Shape
-from remit_megatron.models.spec import transformer_impl
+from remit_megatron.models.spec import LOCAL, TE, transformer_impl
 
 # What an architecture that does not speak of these things has. Student and reference share a namespace, so what one of
 # them sets must not leak into the other.
@@ -65,11 +65,15 @@ def checkpoint_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _CHOICES}
 
 
-def machine_arguments() -> dict[str, Any]:
-    """Megatron arguments, by ``dest``, that depend on what is installed; fused parts are those of a training run."""
+def machine_arguments(params_dtype: torch.dtype) -> dict[str, Any]:
+    """Megatron arguments, by ``dest``, that depend on what is installed; fused parts are those of a training run.
+
+    Args:
+        params_dtype: float32 takes the local layers: Transformer Engine rounds float32 products to TF32.
+    """
     from megatron.core.tensor_parallel import layers
 
-    impl = transformer_impl()
+    impl = transformer_impl(LOCAL if params_dtype == torch.float32 else TE)
     return {
         "transformer_impl": impl,
         "gradient_accumulation_fusion": bool(layers._grad_accum_fusion_available),
@@ -165,7 +169,7 @@ def default_arguments(
         ValueError: a name that is not Megatron's.
     """
     args = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([])
-    values = machine_arguments() | {
+    values = machine_arguments(params_dtype) | {
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
         "context_parallel_size": context_parallel_size,

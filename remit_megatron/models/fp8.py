@@ -11,9 +11,11 @@ Recipes: ``delayed`` scales a tensor by what its earlier values were, ``tensorwi
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+from remit_megatron.models.frozen import STUDENT_STEP
 from remit_megatron.models.spec import transformer_engine_usable
 from remit_megatron.runtime.errors import UserError
 
@@ -58,7 +60,7 @@ _OFF_WHERE_FOUND: dict[str, Any] = {"kitchen_config_file": None, "kitchen_recipe
 def frozen_arguments(
     args: argparse.Namespace, *, fp8: str | None = None, recipe: str = "tensorwise"
 ) -> argparse.Namespace:
-    """A run's arguments for its frozen reference: all as they are, but for the student's precision.
+    """A run's arguments for its frozen reference: all as they are, but for the student's precision and step.
 
     Args:
         args: Megatron's namespace of the run; not modified.
@@ -74,9 +76,9 @@ def frozen_arguments(
     own = argparse.Namespace(**vars(args))
     for name, value in _OFF.items():
         setattr(own, name, value)
-    for name, value in _OFF_WHERE_FOUND.items():
+    for name, value in (_OFF_WHERE_FOUND | STUDENT_STEP).items():
         if hasattr(own, name):
-            setattr(own, name, value)
+            setattr(own, name, copy.copy(value))
     if fp8 is not None:
         own.fp8, own.fp8_recipe = fp8, recipe
         own.fp8_param_gather = True  # Megatron's name for weights that exist in FP8 only

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 # Arguments that Megatron's parser knows and this loop does not honor.
 _NOT_HONORED = {
     "step_batch_size_schedule": "megatron.global_batch_size",
-    "full_validation": "megatron.eval_iters",
-    "multiple_validation_sets": "one blend in data.valid",
     "non_persistent_save_interval": "megatron.save_interval",
 }
 

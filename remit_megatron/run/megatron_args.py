@@ -32,6 +32,7 @@ import torch
 
 from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_parallel, pipeline_layers
 from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.megatron_flags import refusal
 from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
 from remit_megatron.run.optimization import check_optimization, construct
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
@@ -153,6 +154,8 @@ def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
             converted = not converted
         if destination in UNSUPPORTED and converted not in (None, False):
             raise UserError(field, show(value), f"{UNSUPPORTED[destination]} instead")
+        if (expected := refusal(destination)) and converted != actions[destination].default:
+            raise UserError(field, show(value), expected)
         if destination in given:
             raise UserError(field, f"both {given[destination]} and {key}", "one of the two names of one argument")
         values[destination], given[destination] = converted, str(key)
@@ -279,9 +282,18 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
     transformer_engine = gpu and transformer_engine_usable()
     if values["transformer_impl"] == "transformer_engine" and not transformer_engine:
         raise UserError("megatron.transformer_impl", "transformer_engine", "local: Transformer Engine is not installed")
+    if values["transformer_impl"] == "transformer_engine" and not (values["bf16"] or values["fp16"]):
+        expected = "local: Transformer Engine rounds float32 products to TF32 (4e-3 on log-probabilities, emulated)"
+        raise UserError("megatron.transformer_impl", "transformer_engine without bf16 and fp16", expected)
     for key in ("fp8", "fp4"):
         if values[key] and values["transformer_impl"] != "transformer_engine":
             raise UserError(f"megatron.{key}", show(values[key]), "null: it needs Transformer Engine")
+    if values["cuda_graph_impl"] == "full_iteration":
+        expected = "none, local or transformer_engine: a graph of the whole step would have no place for the reference"
+        raise UserError("megatron.cuda_graph_impl", "full_iteration", expected)
+    if values["gradient_accumulation_fusion"] and not _installed("fused_weight_gradient_mlp_cuda"):
+        expected = "false: Megatron's output layer needs apex's fused_weight_gradient_mlp_cuda, which is not installed"
+        raise UserError("megatron.gradient_accumulation_fusion", "true", expected)
     values |= {
         "calculate_per_token_loss": True,
         "create_attention_mask_in_dataloader": False,
@@ -407,8 +419,10 @@ def _check_virtual_stages(values: Mapping[str, Any], pp: int) -> None:
 
 def _prepare_environment(config: RunConfig, values: Mapping[str, Any]) -> None:
     if not values["use_torch_fsdp2"]:
-        # Megatron demands it before Blackwell: kernels of tensor parallelism start in the order they were issued.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as cli.py does, for those who come another way
+    elif os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        expected = "8, say, in the environment: use_torch_fsdp2 overlaps what one connection would put in a row"
+        raise UserError("CUDA_DEVICE_MAX_CONNECTIONS", "1", expected)
     if config.logging.wandb is not None:
         os.environ.setdefault("WANDB_MODE", config.logging.wandb.mode)  # Megatron's call to wandb.init has no mode
         os.environ.setdefault("WANDB_SILENT", "true")  # its report at the end is longer than a short run's own lines

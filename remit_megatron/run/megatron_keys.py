@@ -23,6 +23,19 @@ class Situation:
     chosen: dict[str, Any]
     """What the user set under ``megatron``."""
 
+    @property
+    def sixteen_bits(self) -> bool:
+        """Whether the model computes in bfloat16 or float16."""
+        return self.gpu and (self.chosen.get("bf16", True) or self.chosen.get("fp16", False))
+
+    @property
+    def transformer_engine_layers(self) -> bool:
+        """Whether the layers are Transformer Engine's."""
+        return self.chosen.get("transformer_impl", self._layers()) == "transformer_engine"
+
+    def _layers(self) -> str:
+        return "transformer_engine" if self.transformer_engine and self.sixteen_bits else "local"
+
 
 @dataclass(frozen=True)
 class Default:
@@ -44,9 +57,9 @@ def _default(value: Any, reason: str, shown: str | None = None) -> Default:
 DEFAULTS: dict[str, Default] = {
     "micro_batch_size": _default(1, "the smallest; raise it until memory is full"),
     "transformer_impl": _default(
-        lambda s: "transformer_engine" if s.transformer_engine else "local",
-        "the fastest layers that are installed",
-        "transformer_engine where installed, else local",
+        lambda s: s._layers(),
+        "the fastest layers that are installed; float32 is TF32 in Transformer Engine's",
+        "transformer_engine where installed and with bf16 or fp16, else local",
     ),
     "distributed_backend": _default(
         lambda s: "nccl" if s.gpu else "gloo", "what the device can use", "nccl on a GPU, gloo on a CPU"
@@ -84,7 +97,7 @@ DEFAULTS: dict[str, Default] = {
     "masked_softmax_fusion": _default(False, "its kernels are apex's, and no attention used here calls them"),
     "apply_rope_fusion": _default(False, "needs Transformer Engine, and rounds otherwise than the Hugging Face models"),
     "no_persist_layer_norm": _default(
-        lambda s: not s.transformer_engine, "the persistent kernel is apex's", "true without Transformer Engine"
+        lambda s: not s.transformer_engine_layers, "the persistent kernel is apex's", "true without Transformer Engine"
     ),
     "ckpt_format": _default("torch_dist", "the format that loads under any parallel layout"),
     "dist_ckpt_optim_fully_reshardable": _default(

@@ -63,14 +63,56 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0) -> None:
-    """Joins the job: selects the GPU and creates the default process group (NCCL on GPUs, Gloo otherwise)."""
+def exact_float32() -> None:
+    """Makes float32 products float32: NVIDIA's image lets torch round their operands to the 10 bits of TF32.
+
+    torch only; Transformer Engine rounds so on its own, so that float32 models are made of the local layers.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def gpu_index(local_rank: int, visible: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Args:
+        local_rank: rank on this host.
+        visible: GPUs that the process sees: those of the host, or one where the launcher gives each task its own
+            (``srun --gpus-per-task=1``).
+
+    Raises:
+        UserError: there are several, and fewer than ranks.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError("LOCAL_RANK", local_rank, f"below {visible}, the GPUs of this host: one rank for each")
+    return local_rank
+
+
+def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0, own_stream: bool = False) -> None:
+    """Joins the job: selects the GPU and creates the default process group (NCCL on GPUs, Gloo otherwise).
+
+    Args:
+        environment: this rank.
+        timeout_minutes: how long a rank waits for the others.
+        own_stream: leave the default stream, in which no CUDA graph can be captured.
+
+    Raises:
+        UserError: more ranks on this host than GPUs.
+    """
+    exact_float32()
     gpu = torch.cuda.is_available()
+    kwargs = {}
     if gpu:
-        torch.cuda.set_device(environment.local_rank)
+        index = gpu_index(environment.local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        # NCCL then knows its GPU from the start: communicators are made at once, and a barrier guesses nothing.
+        kwargs["device_id"] = torch.device("cuda", index)
+        if own_stream:
+            torch.cuda.set_stream(torch.cuda.Stream())
     if dist.is_initialized():
         return
-    kwargs = {}
     if environment.world_size == 1:
         # Alone: no port to open, so that two runs on one machine never meet.
         kwargs["store"] = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

@@ -82,7 +82,11 @@ def train(config: RunConfig) -> int:
     prepared = prepare(config, world_size=environment.world_size, rank=environment.rank)
     arguments = prepared.arguments
     run_dir = Path(config.run_dir or "")
-    parallel.initialize(environment, timeout_minutes=arguments.distributed_timeout_minutes)
+    parallel.initialize(
+        environment,
+        timeout_minutes=arguments.distributed_timeout_minutes,
+        own_stream=arguments.cuda_graph_impl == "transformer_engine",
+    )
 
     lock = None
     with parallel.same_fate("opening the run directory"):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from remit_megatron.kernels import reference_token_loss, token_logprob, token_loss
 from remit_megatron.kernels import token_loss as exported
 from remit_megatron.kernels.token_loss import token_loss as from_module
+from remit_megatron.kernels.vocab_shard import equal_chunk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS32 = torch.finfo(torch.float32).eps
@@ -369,3 +370,22 @@ def test_reference_is_the_definition(generator):
     (gradient,) = torch.autograd.grad(loss, logits, incoming)
     torch.testing.assert_close(gradient[:, :9].double(), true_gradient, rtol=1e-6, atol=1e-7)
     assert not gradient[:, 9:].any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "at_most", "size"),
+    [
+        (8192, 1337, 1280),
+        (8192, 5000, 4096),
+        (100, 4096, 128),
+        (8192, 83, 83),
+        (10, 4, 4),
+        (10, 5, 5),
+        (9, 8, 5),
+        (0, 7, 1),
+    ],
+)
+def test_chunks_are_equal_and_fill_the_tiles_of_a_product(tokens, at_most, size):
+    assert equal_chunk(tokens, at_most) == size
+    chunks = [min(size, tokens - first) for first in range(0, tokens, size)]
+    assert len(chunks) <= -(-tokens // (at_most - at_most % 128 or at_most))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.launch import free_port, under_launcher
-from remit_megatron.runtime.parallel import RankEnvironment, rank_environment
+from remit_megatron.runtime.parallel import RankEnvironment, gpu_index, initialize, rank_environment
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 
@@ -54,3 +59,55 @@ def test_srun_without_an_address(monkeypatch):
 
 def test_ports_are_free():
     assert 1024 <= free_port() <= 65535
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "index"), [(0, 8, 0), (7, 8, 7), (3, 1, 0)])
+def test_which_gpu_is_a_ranks_own(local_rank, visible, index):
+    """One visible GPU is the task's own, whatever its number on the host (srun --gpus-per-task=1)."""
+    assert gpu_index(local_rank, visible) == index
+
+
+def test_more_ranks_than_gpus():
+    with pytest.raises(UserError, match=r"LOCAL_RANK: found 4; expected below 4, the GPUs of this host"):
+        gpu_index(4, 4)
+
+
+def test_the_group_is_told_its_gpu(monkeypatch):
+    """On a machine with one GPU for each task; what reaches torch is recorded."""
+    reached: dict[str, object] = {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda index: reached.update(index=index))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda **kwargs: reached.update(kwargs))
+    initialize(RankEnvironment(rank=11, world_size=16, local_rank=3))
+    assert reached["index"] == 0 and reached["device_id"] == torch.device("cuda", 0) and reached["backend"] == "nccl"
+
+
+def test_float32_products_are_float32_where_nvidias_image_says_otherwise():
+    code = (
+        "import torch; before = torch.backends.cuda.matmul.allow_tf32;"
+        "from remit_megatron.runtime.parallel import RankEnvironment, initialize;"
+        "initialize(RankEnvironment()); print(before, torch.backends.cuda.matmul.allow_tf32)"
+    )
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "MASTER_ADDR": "127.0.0.1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "False"]
+
+
+def test_the_driver_is_prepared_before_anything_asks_for_a_gpu():
+    """What the first question for a GPU sees of the environment, in a process of the command line."""
+    code = (
+        "import os, torch\n"
+        "seen, ask = [], torch.cuda.is_available\n"
+        "def first():\n"
+        "    seen.append(os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'))\n"
+        "    return ask()\n"
+        "torch.cuda.is_available = first\n"
+        "from remit_megatron.cli import main\n"
+        "main(['train', 'configs/runs/quickstart_remit.yaml', 'run_dir=nowhere', '--dry-run'])\n"
+        "print(seen[0])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split()[-1] == "1", found.stderr
