@@ -14,6 +14,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from remit_megatron.cli import _USER_ERRNOS
 from remit_megatron.runtime.errors import UserError
 
 LONG = int(os.environ.get("REMIT_FUZZ", "0"))
@@ -40,6 +41,12 @@ def handled(action: Callable[[], Any], *others: type[Exception]) -> Any:
         return action()
     except UserError as error:
         assert error.field and error.expected, repr(error)
+        return REFUSED
+    except OSError as error:  # the command line says these with the file's name: a name that is too long, say
+        if isinstance(error, others):
+            return REFUSED
+        if error.errno not in _USER_ERRNOS or not error.filename:
+            raise
         return REFUSED
     except others:
         return REFUSED
