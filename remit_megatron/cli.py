@@ -27,6 +27,7 @@ from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches
 _COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "versions, device, optional parts, patches, what would be used"),
     "quickstart": ("flywheel", "the whole method at toy size, in minutes, on two CPU cores"),
+    "flywheel": ("flywheel", "rounds of training, post-training and evaluation, from one file"),
     "import": ("conversion", "Hugging Face model to a Megatron checkpoint"),
     "export": ("conversion", "Megatron checkpoint to a Hugging Face model"),
     "evaluate": ("evaluation", "benchmark suites on models, and comparisons of their results"),
