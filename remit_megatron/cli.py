@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -21,6 +22,7 @@ from remit_megatron.runtime.errors import (
     UserError,
 )
 from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, say_once, use_own_patches
+from remit_megatron.runtime.stop import StopInSetUp
 
 # command -> (room, one line for --help). What a command NAME takes and does is in the room's command.py:
 # add_NAME_arguments and run_NAME.
@@ -59,6 +61,9 @@ _GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "check": ("what is worth knowing before a run", _CHECK_COMMANDS),
     "analyze": ("real checkpoints, texts and runs to figures", _ANALYZE_COMMANDS),
 }
+
+# Commands that are stopped by a signal and go on when they are started again.
+_STARTED_AGAIN = (["train"], ["score"])
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
 _USER_ERRNOS = {
@@ -111,12 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        namespace, room, run = _parse(argv)
-        if room != "doctor":  # which reports it
-            foreign = use_own_patches()
-            if foreign:
-                say_once(foreign_patches_line(foreign))
-        return _command(room, run)(namespace)
+        # Before the imports, which take longest.
+        with StopInSetUp() if argv[:1] in _STARTED_AGAIN else contextlib.nullcontext():
+            namespace, room, run = _parse(argv)
+            if room != "doctor":  # which reports it
+                foreign = use_own_patches()
+                if foreign:
+                    say_once(foreign_patches_line(foreign))
+            return _command(room, run)(namespace)
     except UserError as error:
         _one_line(str(error))
         return EXIT_BAD_INPUT

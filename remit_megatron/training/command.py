@@ -28,7 +28,7 @@ from remit_megatron.run.configuration import RunConfig, load_config
 from remit_megatron.run.prepare import Prepared, prepare, total_steps
 from remit_megatron.run.samples import open_data
 from remit_megatron.run.score_cache import RunScores, open_run_scores
-from remit_megatron.runtime import checkpoints, launch, parallel
+from remit_megatron.runtime import checkpoints, launch, parallel, stop
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.training.health import no_update
 
@@ -253,6 +253,7 @@ def _train(
 
     arguments, config = prepared.arguments, prepared.config
     global_vars.set_global_variables(arguments, build_tokenizer=False)
+    stop.take_over()  # Megatron's handler is there now
     student = model_config(prepared.hf_config, arguments)
     resumed_at = progress.iteration
     engine = Engine(prepared, environment, scores, updates=progress.updates, record=progress.record)
@@ -287,10 +288,10 @@ def _train(
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches
     try:
-        with _ctrl_c_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
+        with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
             pretrain(container, provider, ModelType.encoder_or_decoder, engine.step.forward_step)
-    except SystemExit as stop:
-        if stop.code not in (0, None):
+    except SystemExit as ended:
+        if ended.code not in (0, None):
             raise
     except RuntimeError as error:
         if "Unexpected result" not in str(error):  # of megatron.check_for_nan_in_loss_and_grad, where it was asked for
@@ -310,18 +311,23 @@ def _train(
 
 
 @contextmanager
-def _ctrl_c_as(number: signal.Signals) -> Iterator[None]:
-    """Ctrl-C does what Megatron's exit signal does: the step is finished and saved. The second time it interrupts."""
+def _others_as(number: signal.Signals) -> Iterator[None]:
+    """Ctrl-C and the other stop signals do what Megatron's exit signal does: the step is finished and saved. The second
+    Ctrl-C interrupts."""
 
-    def once(_: int, __: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
+    def pass_on(received: int, _: FrameType | None) -> None:
+        if received == signal.SIGINT:
+            signal.signal(received, before[received])
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGINT, once)
+    before = {}
+    for other in {signal.SIGINT, *stop.STOP_SIGNALS} - {number}:
+        before[other] = signal.signal(other, pass_on)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for other, handler in before.items():
+            signal.signal(other, handler)
 
 
 def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:
