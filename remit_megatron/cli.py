@@ -40,6 +40,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
 }
 _DATA_COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("data", "documents to token files"),
+    "merge": ("data", "token files that were built side by side, as one"),
     "mix": ("data", "the sources of a recipe to token files and a blend for a run"),
     "select": ("data", "the samples of token files that are worth training on (MiniPLM)"),
 }

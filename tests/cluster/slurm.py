@@ -93,7 +93,7 @@ class Job:
         """The log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def until(self, what: Callable[[], Any], *, seconds: float, name: str) -> Any:
+    def until(self, what: Callable[[], Any], *, seconds: float, name: str, every: float = 0.5) -> Any:
         """Waits until ``what`` gives something true, which it returns; a requeued job does not wait to be eligible."""
         deadline = time.monotonic() + seconds
         while True:
@@ -107,7 +107,7 @@ class Job:
                 raise AssertionError(
                     f"job {self.id}: no {name} within {seconds:.0f} s, {fields['JobState']}\n{self.said()[-6000:]}"
                 )
-            time.sleep(0.5)
+            time.sleep(every)
 
     def end(self, *, seconds: float = 240) -> tuple[str, int]:
         """Waits for the end; gives state and exit code (of the script, or 128 + the signal that ended it)."""
