@@ -35,6 +35,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "logprobs": ("scoring", "log-probability of every token of a text, through Megatron"),
     "train": ("training", "mid-training"),
     "plan": ("cluster", "memory, time and layout of a run on a cluster, by arithmetic"),
+    "status": ("cluster", "how a run is doing: progress, rate, time left, last checkpoint, faults"),
     "score": ("scoring", "the reference's score of every token of a run's data, into a cache"),
     "report": ("analysis", "one page about one or several runs, to look at"),
 }

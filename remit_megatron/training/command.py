@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,19 @@ from remit_megatron.run import directory as run_directory
 from remit_megatron.run import resume
 from remit_megatron.run.checks import check_resumed_schedule
 from remit_megatron.run.configuration import RunConfig, load_config
+from remit_megatron.run.events import RunEvents
 from remit_megatron.run.prepare import Prepared, prepare, total_steps
 from remit_megatron.run.samples import open_data
 from remit_megatron.run.score_cache import RunScores, open_run_scores
 from remit_megatron.runtime import checkpoints, launch, parallel, stop
-from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
+from remit_megatron.runtime.errors import (
+    EXIT_DO_NOT_RESTART,
+    EXIT_DONE,
+    EXIT_START_ME_AGAIN,
+    DoNotRestart,
+    UserError,
+)
+from remit_megatron.training.curves import resume_logs
 from remit_megatron.training.health import no_update
 
 if TYPE_CHECKING:
@@ -90,9 +99,11 @@ def train(config: RunConfig) -> int:
             lock = run_directory.RunLock(run_dir)
             Path(arguments.save).mkdir(parents=True, exist_ok=True)
     handler = run_directory.log_to_file(run_dir, environment.rank)
+    events = RunEvents(run_dir, writes=environment.rank == 0)
+    logging.getLogger().addHandler(events)
     refused = True
     try:
-        code = _train_in(run_dir, prepared, environment)
+        code = _train_in(run_dir, prepared, environment, events)
         refused = False
         return code
     except UserError:
@@ -101,8 +112,9 @@ def train(config: RunConfig) -> int:
         refused = False
         raise
     finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        for added in (handler, events):
+            logging.getLogger().removeHandler(added)
+            added.close()
         if lock is not None:
             if refused:
                 lock.undo()
@@ -123,7 +135,7 @@ def open_evaluation(prepared: Prepared, *, total_steps: int) -> RunEvaluation | 
         return RunEvaluation(prepared, total_steps=total_steps)
 
 
-def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvironment) -> int:
+def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvironment, events: RunEvents) -> int:
     """What :func:`train` does while it holds the run's directory."""
     config, rank = prepared.config, environment.rank
     # What the checkpoints are compared with; Megatron fills in some of the values later.
@@ -159,7 +171,17 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         if rank == 0:
             run_directory.write_config(run_dir, config.to_yaml())
     progress = Progress(resumed_at, int(before.get("updates", resumed_at)), {"settings": settings, "data": data})
-    return _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation)
+    events.start(step=resumed_at, ranks=environment.world_size)
+    reached = partial(getattr, arguments, "curr_iteration", resumed_at - 1)
+    try:
+        code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation)
+    except BaseException as error:
+        code = EXIT_DO_NOT_RESTART if isinstance(error, DoNotRestart) else None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        events.end(step=reached() + 1, reason=reason, **({} if code is None else {"code": code}))
+        raise
+    events.end(step=reached() + 1, code=code)
+    return code
 
 
 def _resume(
@@ -252,6 +274,8 @@ def _train(
     from remit_megatron.training.metrics import RunRecorder
 
     arguments, config = prepared.arguments, prepared.config
+    if environment.rank == environment.world_size - 1:  # which writes both
+        resume_logs(config, resumed_at=progress.iteration)
     global_vars.set_global_variables(arguments, build_tokenizer=False)
     stop.take_over()  # Megatron's handler is there now
     student = model_config(prepared.hf_config, arguments)
