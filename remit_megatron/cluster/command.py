@@ -1,7 +1,7 @@
 """``remit plan``: memory, time and layout of a run on a cluster, without the cluster. ``remit status``: how it does.
 
 The configuration of a plan is the one of ``remit train``. Neither data nor weights are read: the architecture comes
-from ``model``, or from ``init`` where it is here; a reference whose files are elsewhere is taken to be like the student.
+from ``model``, or from ``init`` where it is here; a reference with files elsewhere is taken to be like the student.
 """
 
 from __future__ import annotations
