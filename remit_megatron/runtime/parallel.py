@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.stop import write_stacks_when_asked
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,30 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def own_gpu(local_rank: int, visible: int) -> int:
+    """Number of this rank's GPU among the ``visible`` ones: its rank on the host, or the only one where each task sees
+    its own (``--gpus-per-task``). Ranks that share one by mistake are refused by NCCL.
+
+    Raises:
+        UserError: fewer GPUs than ranks on this host, and more than one.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(
+            "CUDA_VISIBLE_DEVICES",
+            f"{visible} GPU(s) for rank {local_rank} of this host",
+            "one for each rank of the host, or one for each task of its own (srun --gpus-per-task=1)",
+        )
+    return local_rank
+
+
 def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0) -> None:
     """Joins the job: selects the GPU and creates the default process group (NCCL on GPUs, Gloo otherwise)."""
+    write_stacks_when_asked()
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(environment.local_rank)
+        torch.cuda.set_device(own_gpu(environment.local_rank, torch.cuda.device_count()))
     if dist.is_initialized():
         return
     kwargs = {}
