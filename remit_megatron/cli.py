@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -21,23 +22,27 @@ from remit_megatron.runtime.errors import (
     UserError,
 )
 from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, say_once, use_own_patches
+from remit_megatron.runtime.stop import StopInSetUp
 
 # command -> (room, one line for --help). What a command NAME takes and does is in the room's command.py:
 # add_NAME_arguments and run_NAME.
 _COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "versions, device, optional parts, patches, what would be used"),
     "quickstart": ("flywheel", "the whole method at toy size, in minutes, on two CPU cores"),
+    "flywheel": ("flywheel", "rounds of training, post-training and evaluation, from one file"),
     "import": ("conversion", "Hugging Face model to a Megatron checkpoint"),
     "export": ("conversion", "Megatron checkpoint to a Hugging Face model"),
     "evaluate": ("evaluation", "benchmark suites on models, and comparisons of their results"),
     "logprobs": ("scoring", "log-probability of every token of a text, through Megatron"),
     "train": ("training", "mid-training"),
     "plan": ("cluster", "memory, time and layout of a run on a cluster, by arithmetic"),
+    "status": ("cluster", "how a run is doing: progress, rate, time left, last checkpoint, faults"),
     "score": ("scoring", "the reference's score of every token of a run's data, into a cache"),
     "report": ("analysis", "one page about one or several runs, to look at"),
 }
 _DATA_COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("data", "documents to token files"),
+    "merge": ("data", "token files that were built side by side, as one"),
     "mix": ("data", "the sources of a recipe to token files and a blend for a run"),
     "select": ("data", "the samples of token files that are worth training on (MiniPLM)"),
 }
@@ -65,6 +70,9 @@ _GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "analyze": ("real checkpoints, texts and runs to figures", _ANALYZE_COMMANDS),
     "posttrain": ("a model to a better one: by examples, preferences, verified rewards", _POSTTRAIN_COMMANDS),
 }
+
+# Commands that are stopped by a signal and go on when they are started again.
+_STARTED_AGAIN = (["train"], ["score"])
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
 _USER_ERRNOS = {
@@ -122,12 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # parallelism start in the order in which they were issued. Megatron demands it on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
-        namespace, room, run = _parse(argv)
-        if room != "doctor":  # which reports it
-            foreign = use_own_patches()
-            if foreign:
-                say_once(foreign_patches_line(foreign))
-        return _command(room, run)(namespace)
+        # Before the imports, which take longest.
+        with StopInSetUp() if argv[:1] in _STARTED_AGAIN else contextlib.nullcontext():
+            namespace, room, run = _parse(argv)
+            if room != "doctor":  # which reports it
+                foreign = use_own_patches()
+                if foreign:
+                    say_once(foreign_patches_line(foreign))
+            return _command(room, run)(namespace)
     except UserError as error:
         _one_line(str(error))
         return EXIT_BAD_INPUT

@@ -1,7 +1,7 @@
-"""``remit plan``: memory, time and layout of a run on a cluster, without the cluster.
+"""``remit plan``: memory, time and layout of a run on a cluster, without the cluster. ``remit status``: how it does.
 
-The configuration is the one of ``remit train``. Neither data nor weights are read: the architecture comes from
-``model``, or from ``init`` where it is here; a reference whose files are elsewhere is taken to be like the student.
+The configuration of a plan is the one of ``remit train``. Neither data nor weights are read: the architecture comes
+from ``model``, or from ``init`` where it is here; a reference with files elsewhere is taken to be like the student.
 """
 
 from __future__ import annotations
@@ -24,6 +24,26 @@ if TYPE_CHECKING:
     from remit_megatron.cluster.simulate import SimulatedRank
     from remit_megatron.cluster.timing import Machine
     from remit_megatron.objectives import Objective
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``remit status``."""
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directory, also of a run that goes on elsewhere")
+    parser.add_argument("--json", action="store_true", help="a JSON object; a list of them for several runs")
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Runs ``remit status``; returns the exit code."""
+    from remit_megatron.cluster.run_status import run_status as read
+    from remit_megatron.cluster.run_status import status_text
+
+    found = [read(run_dir) for run_dir in args.runs]
+    if args.json:
+        texts = [status.to_json() for status in found]
+        sys.stdout.write(texts[0] if len(texts) == 1 else f"[{','.join(texts)}]\n")
+    else:
+        sys.stdout.write("\n".join(map(status_text, found)))
+    return EXIT_DONE
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

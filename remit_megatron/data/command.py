@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.data.build import build_dataset
+from remit_megatron.data.merge import merge_datasets
 from remit_megatron.data.miniplm import Keep
 from remit_megatron.data.mix import BLEND, advice, mix, parse_tokens, plan_mix, table
 from remit_megatron.data.recipe import load_recipe
@@ -90,6 +91,29 @@ def run_build(args: argparse.Namespace) -> int:
     skipped = f", {manifest.skipped} lines skipped" if manifest.skipped else ""
     print(
         f"{args.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}){skipped}, "
+        f"took {format_duration(time.monotonic() - started)}"
+    )
+    return EXIT_DONE
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``remit data merge``."""
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PREFIX", help="data sets of one tokenizer, without endings"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="makes PREFIX.bin, PREFIX.idx and PREFIX.json"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Merges what the command line asks for; returns the exit code."""
+    started = time.monotonic()
+    with stoppable("remit data merge"):
+        manifest = merge_datasets(args.input, args.output, overwrite=args.overwrite, progress=True)
+    print(
+        f"{args.output}: {len(args.input)} data sets, {manifest.documents} documents, {manifest.tokens} tokens, "
         f"took {format_duration(time.monotonic() - started)}"
     )
     return EXIT_DONE

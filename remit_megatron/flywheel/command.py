@@ -1,4 +1,4 @@
-"""``remit quickstart``."""
+"""``remit quickstart`` and ``remit flywheel``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remit_megatron.flywheel.quickstart import Quickstart, Scale
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import EXIT_DONE, UserError
 from remit_megatron.runtime.files import write_atomic
+
+if TYPE_CHECKING:
+    from remit_megatron.flywheel.plan import Plan
 
 
 def add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,3 +46,89 @@ def run_quickstart(args: argparse.Namespace) -> int:
         raise UserError("--output", f"{output}, made with other settings", "another directory, or --fresh")
     write_atomic(record, json.dumps(settings) + "\n")
     return Quickstart(output, scale, args.seed).run()
+
+
+_ACTIONS = ("status", "explain", "step")
+
+
+def add_flywheel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``remit flywheel``."""
+    parser.usage = "remit flywheel [status|explain|step] CONFIG [STAGE] [a.b=c ...] [options]"
+    parser.add_argument("config", metavar="CONFIG", help="the flywheel (YAML); before it perhaps what to do with it:")
+    parser.add_argument(
+        "overrides",
+        metavar="...",
+        nargs="*",
+        help="values that replace the file's; `status CONFIG`: how it stands; `explain CONFIG STAGE`: why a stage "
+        "would run again; `step CONFIG STAGE`: runs exactly one",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and print what would run")
+    parser.add_argument("--slurm", action="store_true", help="submit the whole chain to Slurm instead of running it")
+    parser.add_argument("--verify", action="store_true", help="compare what is done by content, not by size and time")
+    parser.add_argument("--retry", action="store_true", help="also start stages again that ended with exit code 70")
+    parser.add_argument("--json", action="store_true", help="status: for programs")
+    parser.add_argument("--key", help=argparse.SUPPRESS)  # step: what the stage had when its job was submitted
+
+
+def run_flywheel(args: argparse.Namespace) -> int:
+    """Runs ``remit flywheel``; returns the exit code."""
+    from remit_megatron.flywheel.plan import Plan
+
+    words = [args.config, *args.overrides]
+    action = words.pop(0) if words[0] in _ACTIONS else "run"
+    if not words:
+        raise UserError("CONFIG", "nothing", f"remit flywheel {action} CONFIG")
+    path, rest = words[0], words[1:]
+    name = ""
+    if action in ("explain", "step"):
+        if not rest or "=" in rest[0]:
+            raise UserError("STAGE", "nothing", f"remit flywheel {action} CONFIG STAGE")
+        name, rest = rest[0], rest[1:]
+    _check_options(args, action)
+    plan = Plan(path, rest)
+    if action == "status":
+        return _status(plan, as_json=args.json)
+    if action == "explain":
+        from remit_megatron.flywheel.state import explain
+
+        print(explain(plan, name), end="")
+        return EXIT_DONE
+    if args.dry_run:
+        from remit_megatron.flywheel.state import dry_run
+
+        print(dry_run(plan, name or None), end="")
+        return EXIT_DONE
+    if args.slurm:
+        from remit_megatron.flywheel.slurm import submit
+
+        submit(plan, retry=args.retry)
+        return EXIT_DONE
+    from remit_megatron.flywheel.runner import Runner
+
+    runner = Runner(plan, retry=args.retry, verify=args.verify)
+    return runner.step(plan.chain.find(name), key=args.key) if action == "step" else runner.run()
+
+
+def _check_options(args: argparse.Namespace, action: str) -> None:
+    """Refuses options that an action would not do anything with."""
+    fitting = {
+        "dry_run": ("run", "step"),
+        "slurm": ("run",),
+        "verify": ("run", "step"),
+        "retry": ("run", "step"),
+        "json": ("status",),
+        "key": ("step",),
+    }
+    for option, actions in fitting.items():
+        if getattr(args, option) and action not in actions:
+            expected = " or ".join(f"remit flywheel {one}".removesuffix(" run") for one in actions)
+            raise UserError(f"--{option.replace('_', '-')}", f"with {action}", f"{expected}, which it is an option of")
+    if args.slurm and args.verify:
+        raise UserError("--verify", "with --slurm", "one of them")
+
+
+def _status(plan: Plan, *, as_json: bool) -> int:
+    from remit_megatron.flywheel.state import status, status_text
+
+    print(json.dumps(status(plan), indent=1) if as_json else status_text(plan), end="\n" if as_json else "")
+    return EXIT_DONE

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # What a start makes before it trains.
 _MADE_AT_START = (
     *("logs", "config.yaml", "metrics.jsonl", "validation.jsonl", "tensorboard", "wandb", "checkpoints", "data_cache"),
+    "events.jsonl",
     ".lock",
 )
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
+from remit_megatron.runtime import stop
 from remit_megatron.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE
 from remit_megatron.runtime.parallel import started_by_srun
 
@@ -45,6 +46,7 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
     Returns:
         0 if every rank returned 0, else the exit code of the first that did not (128 + number for a signal).
     """
+    stop.take_over()
     environment = dict(os.environ)
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(nproc))
     cores = len(os.sched_getaffinity(0))
@@ -74,10 +76,12 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
             )
         first = _wait(processes)
         if first is not None:
-            _stop(processes)
+            hung = _stop(processes)
             code = processes[first].returncode
             if not code == processes[0].returncode == EXIT_BAD_INPUT:  # else rank 0 has said it
                 _show(first, captured[first])
+            for rank in hung:
+                _show(rank, captured[rank])
             return 128 - code if code < 0 else code
         return EXIT_DONE
     finally:
@@ -110,7 +114,8 @@ def _wait(processes: list[subprocess.Popen]) -> int | None:
     return None
 
 
-def _stop(processes: list[subprocess.Popen]) -> None:
+def _stop(processes: list[subprocess.Popen]) -> list[int]:
+    """Ends what is left; returns the ranks that did not end when they were asked, which have written their stacks."""
     # The others find the same mistake, or finish the same save, within moments: let them.
     deadline = time.monotonic() + 3.0
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
@@ -121,10 +126,17 @@ def _stop(processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
         time.sleep(0.05)
+    hung = [rank for rank, process in enumerate(processes) if process.poll() is None]
+    for rank in hung:
+        processes[rank].send_signal(signal.SIGCONT)  # one that was stopped answers nothing
+        processes[rank].send_signal(signal.SIGQUIT)
+    if hung:
+        time.sleep(1.0)
     for process in processes:
         if process.poll() is None:
             process.kill()
         process.wait()
+    return hung
 
 
 def _show(rank: int, errors: IO[bytes] | None) -> None:

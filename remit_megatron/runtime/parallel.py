@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.stop import write_stacks_when_asked
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ def gpu_index(local_rank: int, visible: int) -> int:
     if visible == 1:
         return 0
     if local_rank >= visible:
-        raise UserError("LOCAL_RANK", local_rank, f"below {visible}, the GPUs of this host: one rank for each")
+        raise UserError(
+            "CUDA_VISIBLE_DEVICES",
+            f"{visible} GPU(s) for rank {local_rank} of this host",
+            "one for each rank of the host, or one for each task of its own (srun --gpus-per-task=1)",
+        )
     return local_rank
 
 
@@ -101,6 +106,7 @@ def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0, o
     Raises:
         UserError: more ranks on this host than GPUs.
     """
+    write_stacks_when_asked()
     exact_float32()
     gpu = torch.cuda.is_available()
     kwargs = {}

@@ -35,6 +35,7 @@ from remit_megatron.reference.source import ScoreSource
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.progress import Progress
+from remit_megatron.runtime.stop import STOP_SIGNALS, take_over
 from remit_megatron.scoring.batches import round_size, score_samples
 from remit_megatron.scoring.finite import Scored, look_at
 
@@ -387,12 +388,13 @@ class ScoringJob:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT and SIGUSR1 end the work after the microbatches that are being scored."""
+        """SIGTERM, SIGUSR2, SIGINT and SIGUSR1 end the work after the microbatches that are being scored."""
 
         def stop(*_: object) -> None:
             self._stopped = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        take_over()
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGUSR1, *STOP_SIGNALS)}
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,19 @@ from remit_megatron.run import directory as run_directory
 from remit_megatron.run import resume
 from remit_megatron.run.checks import check_resumed_schedule
 from remit_megatron.run.configuration import RunConfig, load_config
+from remit_megatron.run.events import RunEvents
 from remit_megatron.run.prepare import Prepared, prepare, total_steps
 from remit_megatron.run.samples import open_data
 from remit_megatron.run.score_cache import RunScores, open_run_scores
-from remit_megatron.runtime import checkpoints, launch, parallel
-from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
+from remit_megatron.runtime import checkpoints, launch, parallel, stop
+from remit_megatron.runtime.errors import (
+    EXIT_DO_NOT_RESTART,
+    EXIT_DONE,
+    EXIT_START_ME_AGAIN,
+    DoNotRestart,
+    UserError,
+)
+from remit_megatron.training.curves import resume_logs
 from remit_megatron.training.health import no_update
 
 if TYPE_CHECKING:
@@ -94,9 +103,11 @@ def train(config: RunConfig) -> int:
             lock = run_directory.RunLock(run_dir)
             Path(arguments.save).mkdir(parents=True, exist_ok=True)
     handler = run_directory.log_to_file(run_dir, environment.rank)
+    events = RunEvents(run_dir, writes=environment.rank == 0)
+    logging.getLogger().addHandler(events)
     refused = True
     try:
-        code = _train_in(run_dir, prepared, environment)
+        code = _train_in(run_dir, prepared, environment, events)
         refused = False
         return code
     except UserError:
@@ -105,8 +116,9 @@ def train(config: RunConfig) -> int:
         refused = False
         raise
     finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        for added in (handler, events):
+            logging.getLogger().removeHandler(added)
+            added.close()
         if lock is not None:
             if refused:
                 lock.undo()
@@ -127,7 +139,7 @@ def open_evaluation(prepared: Prepared, *, total_steps: int) -> RunEvaluation | 
         return RunEvaluation(prepared, total_steps=total_steps)
 
 
-def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvironment) -> int:
+def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvironment, events: RunEvents) -> int:
     """What :func:`train` does while it holds the run's directory."""
     config, rank = prepared.config, environment.rank
     # What the checkpoints are compared with; Megatron fills in some of the values later.
@@ -163,7 +175,17 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         if rank == 0:
             run_directory.write_config(run_dir, config.to_yaml())
     progress = Progress(resumed_at, int(before.get("updates", resumed_at)), {"settings": settings, "data": data})
-    return _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation)
+    events.start(step=resumed_at, ranks=environment.world_size)
+    reached = partial(getattr, arguments, "curr_iteration", resumed_at - 1)
+    try:
+        code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation)
+    except BaseException as error:
+        code = EXIT_DO_NOT_RESTART if isinstance(error, DoNotRestart) else None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        events.end(step=reached() + 1, reason=reason, **({} if code is None else {"code": code}))
+        raise
+    events.end(step=reached() + 1, code=code)
+    return code
 
 
 def _resume(
@@ -256,7 +278,10 @@ def _train(
     from remit_megatron.training.metrics import RunRecorder
 
     arguments, config = prepared.arguments, prepared.config
+    if environment.rank == environment.world_size - 1:  # which writes both
+        resume_logs(config, resumed_at=progress.iteration)
     global_vars.set_global_variables(arguments, build_tokenizer=False)
+    stop.take_over()  # Megatron's handler is there now
     student = model_config(prepared.hf_config, arguments)
     resumed_at = progress.iteration
     engine = Engine(prepared, environment, scores, updates=progress.updates, record=progress.record)
@@ -291,10 +316,10 @@ def _train(
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches
     try:
-        with _ctrl_c_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
+        with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
             pretrain(container, provider, ModelType.encoder_or_decoder, engine.step.forward_step)
-    except SystemExit as stop:
-        if stop.code not in (0, None):
+    except SystemExit as ended:
+        if ended.code not in (0, None):
             raise
     except RuntimeError as error:
         if "Unexpected result" not in str(error):  # of megatron.check_for_nan_in_loss_and_grad, where it was asked for
@@ -314,18 +339,23 @@ def _train(
 
 
 @contextmanager
-def _ctrl_c_as(number: signal.Signals) -> Iterator[None]:
-    """Ctrl-C does what Megatron's exit signal does: the step is finished and saved. The second time it interrupts."""
+def _others_as(number: signal.Signals) -> Iterator[None]:
+    """Ctrl-C and the other stop signals do what Megatron's exit signal does: the step is finished and saved. The second
+    Ctrl-C interrupts."""
 
-    def once(_: int, __: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
+    def pass_on(received: int, _: FrameType | None) -> None:
+        if received == signal.SIGINT:
+            signal.signal(received, before[received])
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGINT, once)
+    before = {}
+    for other in {signal.SIGINT, *stop.STOP_SIGNALS} - {number}:
+        before[other] = signal.signal(other, pass_on)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for other, handler in before.items():
+            signal.signal(other, handler)
 
 
 def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:

@@ -10,7 +10,8 @@ from tests.integration.conftest import write
 
 FIELDS = {
     *("iteration", "consumed_tokens", "lm_loss", "objective_loss", "grad_norm", "learning_rate", "tokens_per_second"),
-    *("mfu", "step_seconds", "reference_seconds", "weight_mean", "weight_std", "weight_clipped_low"),
+    *("tflops", "mfu", "memory_gib", "step_seconds", "reference_seconds", "weight_mean", "weight_std"),
+    "weight_clipped_low",
     *("weight_clipped_high", "delta_mean", "delta_std", "dropped_tokens"),
 }
 
@@ -35,6 +36,7 @@ def test_metrics_have_every_field(finished):
         assert record["consumed_tokens"] == record["iteration"] * 4 * 64
         assert record["weight_std"] > 0 and record["dropped_tokens"] == 0
         assert record["mfu"] is None, "there is no peak to compare a CPU with"
+        assert record["memory_gib"] is None and record["tflops"] > 0
 
 
 def test_validation_is_recorded(finished):

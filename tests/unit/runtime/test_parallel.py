@@ -68,7 +68,7 @@ def test_which_gpu_is_a_ranks_own(local_rank, visible, index):
 
 
 def test_more_ranks_than_gpus():
-    with pytest.raises(UserError, match=r"LOCAL_RANK: found 4; expected below 4, the GPUs of this host"):
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES: found 4 GPU\(s\) for rank 4 of this host"):
         gpu_index(4, 4)
 
 

@@ -288,11 +288,125 @@ def test_sbatch_without_a_container(job: Job) -> None:
     assert f"{remit} train run.yaml" in done.stdout and "--container" not in done.stdout
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (70, False), (2, False), (1, False), (137, False)])
-def test_sbatch_starts_again_after_75_only(job: Job, code: int, again: bool) -> None:
+@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (70, False), (2, False), (1, True), (137, True)])
+def test_sbatch_starts_again_after_a_stop_and_after_a_crash(job: Job, code: int, again: bool) -> None:
     done = job.run("run.yaml", code=code)
     assert done.returncode == code
     assert ("scontrol requeue 20017" in done.stdout) is again
+
+
+def test_sbatch_counts_crashes_in_a_row(job: Job) -> None:
+    """A program that crashes whenever it is started ends; a stop in between says that it got somewhere."""
+    counter = job.submitted_from / ".remit-crashes-20017"
+    for code, again, lasting in (
+        (1, True, True),
+        (137, True, True),
+        (75, True, False),
+        (1, True, True),
+        (1, True, True),
+    ):
+        done = job.run("run.yaml", code=code, REMIT_CRASHES="2")
+        assert ("scontrol requeue 20017" in done.stdout) is again, done.stderr
+        assert counter.exists() is lasting
+    last = job.run("run.yaml", code=1, REMIT_CRASHES="2")
+    assert last.returncode == 1 and "scontrol" not in last.stdout and not counter.exists()
+    assert "crash 3 in a row: not started again by itself; submit it again to go on" in last.stderr
+    assert "scontrol" not in job.run("run.yaml", code=1, REMIT_CRASHES="0").stdout
+
+
+def test_sbatch_leaves_a_cancelled_job_alone(job: Job) -> None:
+    program(
+        job.bin,
+        "scontrol",
+        'case "$*" in *"show job"*) echo "JobId=20017 JobState=CANCELLED Reason=None" ;; show*) echo n7 ;; '
+        '*) echo "scontrol $*" ;; esac',
+    )
+    done = job.run("run.yaml", code=75)
+    assert "scontrol" not in done.stdout and "cancelled; not started again" in done.stderr
+
+
+def test_sbatch_takes_the_address_that_slurm_has(job: Job) -> None:
+    program(
+        job.bin,
+        "scontrol",
+        'case "$*" in *"show node n7") echo "NodeName=n7 Arch=x NodeAddr=10.1.2.3 NodeHostName=h" ;; '
+        '*hostnames*) printf "%s\\n" n7 n8 ;; esac',
+    )
+    assert "rendezvous 10.1.2.3 10017" in job.run("run.yaml").stdout
+
+
+def test_sbatch_asks_for_stacks_where_ranks_are_left(job: Job) -> None:
+    """One rank has failed, the others do not end."""
+    program(job.bin, "srun", 'echo "srun: error: n7: task 1: Killed" >&2; sleep 3; exit 137')
+    program(job.bin, "scancel", 'echo "scancel $*"')
+    done = job.run("run.yaml", REMIT_STACKS_AFTER="0.2")
+    assert "their stacks follow" in done.stderr and "task 1: Killed" in done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("scancel")] == [
+        "scancel --signal=CONT 20017.0",
+        "scancel --signal=QUIT 20017.0",
+    ]
+    program(job.bin, "srun", 'echo "srun: error: n7: task 1: Exited with exit code 75" >&2; sleep 1; exit 75')
+    assert "scancel" not in job.run("run.yaml", REMIT_STACKS_AFTER="0.2").stdout
+
+
+# data_build.sbatch and data_merge.sbatch.
+
+
+def data_job(folder: Path, command: str) -> Job:
+    job = Job(folder, command)
+    remit = job.submitted_from / ".venv" / "bin" / "remit"
+    remit.parent.mkdir(parents=True)
+    program(remit.parent, "remit", "")
+    return job
+
+
+def test_an_array_shares_files_in_order(tmp_path: Path) -> None:
+    job = data_job(tmp_path, "data_build")
+    words = ("out", "--tokenizer", "T", "--input", "a", "b", "c", "d", "e", "--workers", "3")
+    shares = []
+    for number in range(3):
+        array = {"ID": str(number), "MIN": "0", "MAX": "2", "COUNT": "3"}
+        variables = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+        done = job.run(*words, REMIT_CONTAINER="", **variables)
+        assert done.returncode == 0, done.stderr
+        options, _, files = done.stdout.splitlines()[0].partition(" --input ")
+        assert options.endswith(f" data build --output out.parts/0000{number}-of-00003 --tokenizer T --workers 3")
+        shares.append(files.split())
+    assert shares == [["a"], ["b", "c"], ["d", "e"]]
+    (job.submitted_from / "out.parts").mkdir()
+    (job.submitted_from / "out.parts" / "00002-of-00003.json").touch()
+    there = job.run(*words, REMIT_CONTAINER="", **variables)
+    assert there.returncode == 0 and there.stdout == "" and "is there" in there.stderr
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        ({}, "found no SLURM_ARRAY_TASK_ID"),
+        ({"ID": "1", "MIN": "1", "MAX": "2", "COUNT": "2"}, "begins at 1; expected 0"),
+        ({"ID": "0", "MIN": "0", "MAX": "4", "COUNT": "3"}, "found 3 jobs; expected all of 0-4"),
+        ({"ID": "0", "MIN": "0", "MAX": "2", "COUNT": "3"}, "found 1 files for 3 jobs"),
+    ],
+)
+def test_an_array_that_does_not_fit(tmp_path: Path, array: dict[str, str], message: str) -> None:
+    variables = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    done = data_job(tmp_path, "data_build").run("out", "--input", "a", REMIT_CONTAINER="", **variables)
+    assert done.returncode == 2 and done.stdout == "" and message in done.stderr
+
+
+def test_a_merge_needs_every_share(tmp_path: Path) -> None:
+    job = data_job(tmp_path, "data_merge")
+    parts = job.submitted_from / "out.parts"
+    parts.mkdir()
+    for number in (0, 2):
+        (parts / f"{number:05d}-of-00003.json").touch()
+    missing = job.run("out", REMIT_CONTAINER="")
+    assert missing.returncode == 2 and "found 2 data sets; expected 3" in missing.stderr
+    (parts / "00001-of-00003.json").touch()
+    done = job.run("out", REMIT_CONTAINER="")
+    assert done.stdout.splitlines()[0].endswith(
+        " data merge --output out --input out.parts/00000-of-00003 out.parts/00001-of-00003 out.parts/00002-of-00003"
+    )
 
 
 @pytest.mark.parametrize(
