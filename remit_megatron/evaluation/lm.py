@@ -16,9 +16,6 @@ from remit_megatron.runtime.progress import Progress
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("hf", "vllm")
-# Of the memory that is free, for logits on a CPU.
-_CPU_SHARE = 0.25
-_CPU_LARGEST_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,6 @@ def check_backend(backend: Backend) -> None:
 def load(directory: Path, backend: Backend) -> Any:
     """An lm-eval ``LM`` of a Hugging Face directory."""
     import torch
-    from lm_eval.api.registry import get_model
 
     arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
     if backend.max_length:
@@ -78,34 +74,32 @@ def load(directory: Path, backend: Backend) -> Any:
     if world > 1 and not gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate sees one process where it sees no GPU
     batch = backend.batch_size
-    if backend.name == "vllm":
-        if backend.nproc > 1:
-            arguments["data_parallel_size"] = backend.nproc
-    elif batch == "auto" and not gpu:
-        # lm-eval would try batches until one fails; without a GPU the one that fails is this process.
-        batch = str(cpu_batch_size(directory, backend.max_length))
+    if backend.name == "vllm" and backend.nproc > 1:
+        arguments["data_parallel_size"] = backend.nproc
     device = "cuda" if gpu else "cpu"
-    extra = {"batch_size": batch, "max_batch_size": None if backend.name == "vllm" else 64, "device": device}
-    model: Any = get_model(backend.name).create_from_arg_obj(arguments, extra)
+    on_cpu = backend.name == "hf" and not gpu
+    first = "1" if on_cpu and batch == "auto" else batch
+    extra = {"batch_size": first, "max_batch_size": None if backend.name == "vllm" else 64, "device": device}
+    model: Any = _class(backend.name, on_cpu).create_from_arg_obj(arguments, extra)
+    if on_cpu:
+        model.find_batch = batch == "auto"
     if backend.name == "hf" and world > 1:
         # lm-eval takes its place among the processes from the number of GPUs.
         model._rank, model._world_size = model.accelerator.process_index, model.accelerator.num_processes
-        if batch == "auto":
+        if batch == "auto" and gpu:
             # It would look for the size in each task, all processes together; one that has its answers is not there.
             model.batch_size_per_gpu = model._detect_batch_size()
     return model
 
 
-def cpu_batch_size(directory: Path, max_length: int | None) -> int:
-    """Sequences whose logits fit into a share of the memory that is free: float32, once more for their softmax."""
-    import psutil
-    import transformers
+def _class(backend: str, on_cpu: bool) -> Any:
+    from lm_eval.api.registry import get_model
 
-    config = transformers.AutoConfig.from_pretrained(directory)
-    length = min(max_length or 2048, getattr(config, "max_position_embeddings", 2048), 2048)
-    each = 2 * 4 * length * config.vocab_size
-    fits = int(_CPU_SHARE * psutil.virtual_memory().available / each)
-    return max(1, min(_CPU_LARGEST_BATCH, fits))
+    if not on_cpu:
+        return get_model(backend)
+    from remit_megatron.evaluation.cpu_lm import CpuLM
+
+    return CpuLM
 
 
 class Watched:
@@ -121,6 +115,12 @@ class Watched:
         self.cache = cache
         self.label = ""
         through_cache(model, cache, progress=self._progress)
+
+    @property
+    def dtype(self) -> str | None:
+        """Of the weights as they are computed with (``float32``); None where the backend does not say."""
+        dtype = getattr(getattr(self.model, "model", None), "dtype", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def count_cut(self, tasks: dict[str, Any]) -> int:
         """Items whose prompt is longer than what the model takes; lm-eval drops its beginning: the first shots.

@@ -160,7 +160,6 @@ def _run(request: Request, item: Planned, loaded: Any, watched: lm.Watched, chat
     _seed()
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_SEEDS[3])
-    cut = 0
     build = _Counting(loaded["tasks"], watched)
     found = run(
         lm=watched.model,
@@ -171,8 +170,7 @@ def _run(request: Request, item: Planned, loaded: Any, watched: lm.Watched, chat
         fewshot_as_multiturn=chat,
         confirm_run_unsafe_code=request.allow_code,
     )
-    cut = build.cut
-    return None if found is None else {**found, "cut": cut}
+    return None if found is None else {**found, "cut": build.cut, "dtype": watched.dtype}
 
 
 class _Counting:
@@ -251,6 +249,7 @@ def _write(
         "shots": item.shots,
         "items": len(lines),
         "cut": found["cut"],
+        "dtype": found["dtype"],
         "column": entry.column,
         "chat_template": template is not None,
         "higher_is_better": item.metric not in results.LOWER_IS_BETTER,
