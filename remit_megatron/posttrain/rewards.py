@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from remit_megatron.posttrain.examples import Example
-from remit_megatron.posttrain.verifiers import Verifier, find_verifier
+from remit_megatron.posttrain.verifiers import CHECKS, Verifier, find_verifier
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.parallel import same_fate
 
@@ -35,6 +35,8 @@ class VerifiedReward:
             if name not in self._verifiers:
                 field = f"{example.place}: verifier" if "verifier" in example.fields else "verifier"
                 self._verifiers[name] = find_verifier(name, field=field)
+            if name in CHECKS:
+                _check(name, example)
         self._default = default
 
     @property
@@ -75,3 +77,12 @@ class VerifiedReward:
 
 def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else "".join(message["content"] or "" for message in completion)
+
+
+def _check(name: str, example: Example) -> None:
+    arguments = example.fields.get("verifier_args", {})
+    try:
+        CHECKS[name](example.fields["answer"], **arguments)
+    except (ValueError, TypeError) as error:
+        found, _, expected = str(error).partition("; expected ")
+        raise UserError(f"{example.place}: {name}", found, expected or f"arguments of {name}") from None
