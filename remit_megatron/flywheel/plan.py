@@ -18,6 +18,7 @@ from remit_megatron.flywheel.outputs import result_digest
 from remit_megatron.flywheel.records import Record, is_alive, read_record
 from remit_megatron.flywheel.references import Reference, references
 from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, UserError
+from remit_megatron.runtime.files import write_atomic
 
 SHORT = 12
 
@@ -117,6 +118,12 @@ class Plan:
             return str(kinds.result_place(producer.stage, producer.directory, target.step))
 
         return kinds.command(stage, kinds.Filling(fill, planned.directory, self.config.seed))
+
+    def make_directory(self) -> None:
+        """Makes the flywheel's directory, with its resolved file and what has been read for keys."""
+        (self.run_dir / "stages").mkdir(parents=True, exist_ok=True)
+        self.digests.save()
+        write_atomic(self.run_dir / "config.yaml", self.resolved())
 
     def resolved(self) -> str:
         """The flywheel's file with what it starts from and what the command line says, as YAML."""

@@ -25,7 +25,6 @@ from remit_megatron.runtime.errors import (
     EXIT_START_ME_AGAIN,
     UserError,
 )
-from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.progress import format_duration
 
@@ -109,7 +108,7 @@ class Runner:
                 f"{planned.key[: len(key)]}",
                 f"{key}, as it was submitted: submit again, or give back what has been changed",
             )
-        self._make_directory()
+        self.plan.make_directory()
         standing = self.plan.standing()
         for id_ in (*stage.needs, *stage.waits):
             if standing[id_].status != "done":
@@ -236,13 +235,8 @@ class Runner:
 
     def _open(self) -> DirectoryLock:
         lock = DirectoryLock(self.plan.run_dir)
-        self._make_directory()
+        self.plan.make_directory()
         return lock
-
-    def _make_directory(self) -> None:
-        (self.plan.run_dir / "stages").mkdir(parents=True, exist_ok=True)
-        self.plan.digests.save()
-        write_atomic(self.plan.run_dir / "config.yaml", self.plan.resolved())
 
     def _note(self, planned: Planned, record: Record, event: str, **more: object) -> None:
         write_record(planned.directory, record)

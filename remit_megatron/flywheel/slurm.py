@@ -15,6 +15,7 @@ from remit_megatron.flywheel.plan import SHORT, Plan, Planned
 from remit_megatron.flywheel.records import now, write_event
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.locks import DirectoryLock
 
 JOBS = "jobs.json"
 SCRIPT = "scripts/slurm/flywheel_step.sbatch"
@@ -30,6 +31,15 @@ def submit(plan: Plan, *, retry: bool = False) -> int:
     """
     if not Path(SCRIPT).is_file():
         raise UserError("--slurm", f"no {SCRIPT} in the current directory", "to be started from the repository")
+    lock = DirectoryLock(plan.run_dir)
+    try:
+        plan.make_directory()
+        return _submit_all(plan, retry=retry)
+    finally:
+        lock.release()
+
+
+def _submit_all(plan: Plan, *, retry: bool) -> int:
     jobs = _read_jobs(plan.run_dir)
     known = _queue([str(job["id"]) for job in jobs.values()])
     standing = plan.standing()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from remit_megatron.posttrain.configuration import PosttrainSettings, load_settings
 from remit_megatron.runtime import launch
-from remit_megatron.runtime.errors import EXIT_DONE
+from remit_megatron.runtime.errors import EXIT_DONE, UserError
 
 
 def add_sft_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +56,14 @@ def _run(stage: str, args: argparse.Namespace) -> int:
 def _run_trl(settings: PosttrainSettings, args: argparse.Namespace) -> int:
     from remit_megatron.posttrain import trl_engine
 
-    if args.dry_run:
-        sys.stdout.write(trl_engine.resolved(trl_engine.prepare(settings)))
-        return EXIT_DONE
+    if args.nproc < 1:
+        raise UserError("--nproc", args.nproc, "at least 1")
     if args.nproc > 1 and not launch.under_launcher():
-        return launch.launch(args.nproc, ["posttrain", settings.stage, args.config, *args.overrides])
+        words = ["posttrain", settings.stage, args.config, *args.overrides, *(["--dry-run"] if args.dry_run else [])]
+        return launch.launch(args.nproc, words)
+    if args.dry_run:
+        text = trl_engine.describe(settings)
+        if os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(text)
+        return EXIT_DONE
     return trl_engine.run(settings)

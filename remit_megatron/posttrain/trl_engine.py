@@ -97,6 +97,16 @@ def run(settings: PosttrainSettings) -> int:
                 lock.release()
 
 
+def describe(settings: PosttrainSettings) -> str:
+    """The configuration as it would be used, every value of it checked; nothing is written.
+
+    Raises:
+        UserError: as :func:`run`.
+    """
+    with _ranks():
+        return resolved(prepare(settings))
+
+
 def prepare(settings: PosttrainSettings) -> Prepared:
     """Reads what the settings name and refuses what cannot be done; writes nothing.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import GenerationConfig
 from trl.trainer import dpo_trainer, grpo_trainer, sft_trainer
 from trl.trainer.utils import RepeatSampler
 
@@ -93,7 +94,18 @@ class DPOTrainer(_Resumable, dpo_trainer.DPOTrainer):
 
 
 class GRPOTrainer(_Resumable, grpo_trainer.GRPOTrainer):
-    """Group-relative policy optimization."""
+    """Group-relative policy optimization.
+
+    Completions are drawn as the arguments say and in no other way: what TRL has no argument for, transformers would
+    take from the model's ``generation_config.json`` (``no_repeat_ngram_size``, ``typical_p``, and the like).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        model: Any = self.model
+        before = model.generation_config
+        identifiers = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**identifiers)
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         trainer: Any = self
