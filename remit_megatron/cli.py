@@ -53,11 +53,17 @@ _ANALYZE_COMMANDS: dict[str, tuple[str, str]] = {
     "efficiency": ("analysis", "score against tokens and device hours, with the speed-up to a baseline's score"),
     "posttrain": ("analysis", "curves of post-training, seeds of an arm as one"),
 }
+_POSTTRAIN_COMMANDS: dict[str, tuple[str, str]] = {
+    "sft": ("posttrain", "supervised fine-tuning"),
+    "dpo": ("posttrain", "preferences between answers"),
+    "rlvr": ("posttrain", "reinforcement learning with verifiable rewards (GRPO)"),
+}
 # word -> (one line for --help, its commands).
 _GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "data": ("corpora to token files", _DATA_COMMANDS),
     "check": ("what is worth knowing before a run", _CHECK_COMMANDS),
     "analyze": ("real checkpoints, texts and runs to figures", _ANALYZE_COMMANDS),
+    "posttrain": ("a model to a better one: by examples, preferences, verified rewards", _POSTTRAIN_COMMANDS),
 }
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.

@@ -35,6 +35,14 @@ class Document(NamedTuple):
     text: str
 
 
+class Record(NamedTuple):
+    """The fields of one line, or row, and where it came from; ``number`` counts from 1."""
+
+    file: str
+    number: int
+    fields: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Some whole records of one file.
@@ -271,3 +279,30 @@ def iter_documents(
             if isinstance(text, BadRecord):
                 raise UserError(f"{chunk.file}:{number}", text.found, text.expected)
             yield Document(chunk.file, number, text)
+
+
+def iter_records(inputs: Sequence[str | os.PathLike], *, fields: Sequence[str]) -> Iterator[Record]:
+    """All records of ``inputs`` in order, with those of ``fields`` that they have; values are plain lists and dicts.
+
+    Raises:
+        UserError: as `expand_inputs` and `iter_chunks`; or a bad record, named by file and number.
+    """
+    for chunk in iter_chunks(expand_inputs(inputs), fields=fields):
+        for number, record in _records(chunk, fields):
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                plain = {name: _plain(record[name]) for name in fields if name in record}
+            except BadRecord as bad:
+                raise UserError(f"{chunk.file}:{number}", bad.found, bad.expected) from None
+            yield Record(chunk.file, number, plain)
+
+
+def _plain(value: Any) -> Any:
+    """A parsed value without the pairs that objects are read as."""
+    if isinstance(value, _Pairs):
+        record = {name: _plain(inner) for name, inner in value}
+        if len(record) != len(value):
+            raise BadRecord(f"an object with a field twice ({', '.join(name for name, _ in value)})", "each field once")
+        return record
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value

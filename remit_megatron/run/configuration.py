@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -35,7 +34,8 @@ from remit_megatron.run.schema import (
     WandbConfig,
 )
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
-from remit_megatron.runtime.installed import config_names, find_config, names_config, shipped_namesake
+from remit_megatron.runtime.installed import config_names, find_config
+from remit_megatron.runtime.settings_files import first_line, merge_settings, read_layers, read_settings, read_text
 
 __all__ = [
     "CheckpointConfig",
@@ -53,6 +53,8 @@ __all__ = [
     "read_blend",
 ]
 
+# model.vocab_size=300 changes one value of the model that a file names.
+_NAMED = ("model",)
 # Values that a key may take; the checks on numbers are in _validate.
 CHOICES = {
     "objective.centering": ("sequence", "document", "none"),
@@ -79,9 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: a missing file, bad YAML (with its line), an unknown key, a wrong type or a value out of range.
     """
-    content = _read_with_base(find_config(path), ())
-    for override in overrides:
-        content = _merge(content, _parse_override(override))
+    content = read_settings(path, overrides, named=_NAMED)
     _check_keys(content, RunConfig, "")
     schema = OmegaConf.structured(RunConfig)
     try:
@@ -89,7 +89,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except InterpolationResolutionError as error:
-        raise UserError(error.full_key or str(path), _first_line(error), "an interpolation that resolves") from None
+        raise UserError(error.full_key or str(path), first_line(error), "an interpolation that resolves") from None
     except OmegaConfBaseException as error:
         key = error.full_key or str(path)
         raise UserError(key, show(_lookup(content, key)), _expected_type(key)) from None
@@ -112,17 +112,17 @@ def load_model_description(model: str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(model, Mapping):
         values = {key: value for key, value in model.items() if key != "base"}
         if "base" in model:
-            values = _merge(load_model_description(model["base"]), values)
+            values = merge_settings(load_model_description(model["base"]), values)
         where = "model"
     elif isinstance(model, str):
         file = _find_model(model)
         if file.suffix == ".json":
             try:
-                values = json.loads(_read_text(file))
+                values = json.loads(read_text(file))
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}:{error.lineno}", error.msg, "valid JSON") from None
         else:
-            values = _read_with_base(file, ())
+            values = read_layers(file, named=_NAMED)
         where = str(file)
     else:
         raise UserError("model", show(model), "a name, a file, or a mapping of architecture values")
@@ -236,74 +236,6 @@ def _get(config: RunConfig, key: str) -> Any:
     return value
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(str(path), "no such file", f"a readable file{shipped_namesake(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), _first_line(error), "a readable text file") from None
-
-
-def _parse_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = OmegaConf.create(text)
-        plain = OmegaConf.to_container(content, resolve=False)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{where}:{mark.line + 1}" if mark and not where.startswith("override ") else where
-        raise UserError(place, error.problem or _first_line(error), "valid YAML") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(where, _first_line(error), "valid YAML") from None
-    if not isinstance(plain, dict):
-        raise UserError(where, f"a {type(plain).__name__}", "a mapping of keys to values")
-    for key in plain:
-        if not isinstance(key, str):
-            raise UserError(where, show(key), "keys that are names")
-    return typing.cast("dict[str, Any]", plain)
-
-
-def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    file = path.resolve()
-    if file in seen:
-        chain = " -> ".join(item.name for item in (*seen, file))
-        raise UserError(f"{seen[-1].name}: base", chain, "files that do not start from each other in a circle")
-    content = _parse_yaml(_read_text(path), str(path))
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base", show(base), "the name of a file, relative to this one")
-    return _merge(_read_with_base(_base_file(path, base), (*seen, file)), content)
-
-
-def _base_file(path: Path, base: str) -> Path:
-    beside = path.parent / base
-    # A file of your own, wherever it is, may start from `configs/...` as the command line may.
-    return find_config(base if names_config(base) and not beside.exists() else beside)
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise UserError("override", show(override), "KEY=VALUE with a dotted key, such as objective.epsilon=0.1")
-    content: Any = _parse_yaml(f"value: {value}", f"override {key}")["value"]
-    for part in reversed(key.split(".")):
-        content = {part.strip(): content}
-    return content
-
-
-def _merge(below: Any, above: Any, key: str = "") -> Any:
-    if isinstance(below, dict) and isinstance(above, dict):
-        merged = dict(below)
-        for name, value in above.items():
-            merged[name] = _merge(below[name], value, f"{key}.{name}".lstrip(".")) if name in below else value
-        return merged
-    if key == "model" and isinstance(below, str) and isinstance(above, dict) and "base" not in above:
-        return {"base": below, **above}  # model.vocab_size=300 changes one value of the named model
-    return above
-
-
 def _check_keys(content: Mapping[str, Any], schema: type, prefix: str) -> None:
     hints = typing.get_type_hints(schema)
     known = [item.name for item in dataclasses.fields(schema)]
@@ -366,7 +298,3 @@ def _find_model(name: str) -> Path:
             return candidate
     known = config_names("models")
     raise UserError("model", show(name), f"a file, or one of {', '.join(known)}{did_you_mean(name, known)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -6,17 +6,15 @@ run_dir/  config.yaml  metrics.jsonl  validation.jsonl  checkpoints/  tensorboar
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
-import socket
 from pathlib import Path
-from typing import IO
 
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.parallel import broadcast_object, gather_objects, same_fate
 from remit_megatron.runtime.progress import format_count
 
@@ -30,7 +28,7 @@ _MADE_AT_START = (
 )
 
 
-class RunLock:
+class RunLock(DirectoryLock):
     """Holds ``run_dir`` for one run; released when the process ends, however it ends."""
 
     def __init__(self, run_dir: Path):
@@ -38,29 +36,7 @@ class RunLock:
         self._made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         self._before = frozenset(os.listdir(run_dir))
-        self._file: IO[str] = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held as long as the run
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            self._file.close()
-            raise UserError(
-                "run_dir", f"{run_dir}, in use by {owner}", "a directory that no other run is using"
-            ) from None
-        except OSError as error:
-            # Some network file systems have no locks; a run there is on its own.
-            logger.warning("run_dir %s cannot be locked (%s): do not start two runs in it", run_dir, error.strerror)
-        # A lock belongs to all processes that share the open file: data workers that outlive a killed run by moments
-        # must not hold it.
-        os.register_at_fork(after_in_child=self._file.close)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Gives the directory free; closing the file also does."""
-        self._file.close()
+        super().__init__(run_dir)
 
     def undo(self) -> None:
         """Removes what a start has put here that was refused before it trained anything, and the directory itself

@@ -1,0 +1,282 @@
+"""The embedded engine: a stage by TRL, on this machine or as ranks of a job.
+
+Read :func:`run` top to bottom; it is a run. Nothing is written before everything that can be refused has been looked
+at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from remit_megatron.posttrain.chat import load_tokenizer, require_template
+from remit_megatron.posttrain.checkpoints import newest_whole
+from remit_megatron.posttrain.configuration import NO_TEMPLATE, PosttrainSettings, dump
+from remit_megatron.posttrain.examples import Example, as_text, digest_of, for_template, read_examples
+from remit_megatron.posttrain.quiet import logs_in
+from remit_megatron.posttrain.results import write_model
+from remit_megatron.posttrain.rewards import VerifiedReward
+from remit_megatron.posttrain.trl_arguments import build_arguments, resolved_arguments
+from remit_megatron.runtime import parallel
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError, show
+from remit_megatron.runtime.exported import huggingface_model
+from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.locks import DirectoryLock
+from remit_megatron.runtime.settings_files import first_line
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete.json"
+# Arguments of TRL that a run may change when it goes on: they do not change what is learnt.
+_FREE = {
+    *("output_dir", "save_steps", "save_strategy", "save_total_limit", "save_on_each_node", "eval_steps"),
+    *("eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps", "log_completions", "ddp_timeout"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
+    *("dataloader_prefetch_factor", "dataset_num_proc", "torch_empty_cache_steps", "debug"),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing speaks against.
+
+    Attributes:
+        settings: as the configuration says.
+        model: the Hugging Face directory that it starts from.
+        tokenizer: transformers', with the template in force.
+        template: whether strings and messages go through the tokenizer's template.
+        examples: lines of ``data.train``, then those of ``data.valid``.
+        train: how many of them are for training.
+        reward: rlvr only.
+        arguments: TRL's configuration object.
+        identity: what a run that goes on must have in common with the one that was stopped.
+    """
+
+    settings: PosttrainSettings
+    model: Path
+    tokenizer: Any
+    template: bool
+    examples: list[Example]
+    train: int
+    reward: VerifiedReward | None
+    arguments: Any
+    identity: dict[str, Any]
+
+
+def run(settings: PosttrainSettings) -> int:
+    """Runs a stage, or goes on with it, on this rank (start it on all ranks of the job). Returns the exit code.
+
+    May be called in a process that has imported TRL already, and again: nothing of it is left behind.
+
+    Raises:
+        UserError: the input is wrong; nothing has been changed on disk that a run needs.
+    """
+    with _ranks() as environment:
+        prepared = prepare(settings)
+        run_dir = Path(settings.run_dir)
+        lock = None
+        with parallel.same_fate("opening the run directory"):
+            if environment.rank == 0:
+                lock = DirectoryLock(run_dir)
+        try:
+            with logs_in(run_dir, environment.rank):
+                return _run_in(run_dir, prepared, environment.rank)
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+def prepare(settings: PosttrainSettings) -> Prepared:
+    """Reads what the settings name and refuses what cannot be done; writes nothing.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    examples = read_examples(settings.data.train, stage=settings.stage, field="data.train")
+    train = len(examples)
+    if settings.data.valid:
+        examples += read_examples(settings.data.valid, stage=settings.stage, field="data.valid")
+    reward = VerifiedReward(examples, settings.verifier) if settings.stage == "rlvr" else None
+    with parallel.same_fate("reading the model"):
+        source = huggingface_model(settings.model, field="model")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    tokenizer = load_tokenizer(source.path, settings.chat_template)
+    require_template(tokenizer, examples, model=source.path, chat_template=settings.chat_template)
+    template = tokenizer.chat_template is not None
+    arguments = build_arguments(settings, has_valid=bool(settings.data.valid))
+    identity = {
+        "stage": settings.stage,
+        "model": source.digest,
+        "data": digest_of(examples[:train]),
+        "chat_template": _digest(tokenizer.chat_template) if template else NO_TEMPLATE,
+        "verifier": settings.verifier,
+        "seed": settings.seed,
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "trl": resolved_arguments(arguments),
+    }
+    return Prepared(settings, source.path, tokenizer, template, examples, train, reward, arguments, identity)
+
+
+def resolved(prepared: Prepared) -> str:
+    """config.yaml: the settings with every argument of TRL as it is used."""
+    plain = prepared.settings.to_plain()
+    trl = dict(prepared.identity["trl"])
+    if "save_total_limit" in prepared.settings.trl:
+        trl["save_total_limit"] = prepared.settings.trl["save_total_limit"]
+    stage = {"stage": plain.pop("stage")}
+    plain["chat_template"] = prepared.settings.chat_template or (None if prepared.template else NO_TEMPLATE)
+    return dump({**stage, **plain, "trl": trl})
+
+
+def _run_in(run_dir: Path, prepared: Prepared, rank: int) -> int:
+    with parallel.same_fate("looking for what is done"):
+        complete = run_dir / COMPLETE
+        if complete.exists():
+            record = json.loads(complete.read_text())
+            _compare(record["identity"], prepared.identity, run_dir)
+            if rank == 0:
+                sys.stdout.write(f"nothing to do: {run_dir / 'model'} is written, after step {record['step']}\n")
+            return EXIT_DONE
+    checkpoint, step = None, 0
+    with parallel.same_fate("looking for a checkpoint"):
+        found = newest_whole(run_dir / "checkpoints", remove=True) if rank == 0 else None
+        if found is not None:
+            _compare(found[1].properties, prepared.identity, run_dir)
+            checkpoint, step = str(found[0]), int(found[1].properties["iteration"])
+    checkpoint, step = parallel.broadcast_object((checkpoint, step))
+    with parallel.same_fate("writing the configuration"):
+        if rank == 0:
+            write_atomic(run_dir / "config.yaml", resolved(prepared))
+            if checkpoint:
+                sys.stdout.write(f"resuming at step {step} from {run_dir / 'checkpoints'}\n")
+                sys.stdout.flush()
+    return _train(run_dir, prepared, rank, checkpoint, step)
+
+
+def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None, step: int) -> int:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from remit_megatron.posttrain.trl_callbacks import MetricsWriter, ModelKeeper, StopOnSignal
+
+    settings, stopper = prepared.settings, StopOnSignal()
+    with stopper.listening():
+        trainer = _trainer(prepared)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.remit_identity = prepared.identity
+        trainer.remit_keep = settings.trl.get("save_total_limit")
+        if rank == 0:
+            trainer.add_callback(MetricsWriter(run_dir, label=settings.stage, start=step))
+
+        def write(model: Any, directory: Path) -> None:
+            with parallel.same_fate("writing a model"):
+                if rank == 0:
+                    unwrapped = trainer.accelerator.unwrap_model(model)
+                    template = prepared.tokenizer.chat_template if settings.chat_template else None
+                    write_model(unwrapped, directory, source=prepared.model, chat_template=template)
+
+        if settings.keep.every:
+            models = run_dir / "models"
+            keeper = ModelKeeper(settings.keep.every, lambda model, at: write(model, models / f"step-{at}"))
+            trainer.add_callback(keeper)
+        trainer.add_callback(stopper)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if stopper.stopped:
+            if rank == 0:
+                sys.stderr.write(f"stopped after step {trainer.state.global_step}, which is saved: start it again\n")
+            return EXIT_START_ME_AGAIN
+        write(trainer.model, run_dir / "model")
+    if rank == 0:
+        record = {"step": trainer.state.global_step, "identity": prepared.identity}
+        write_atomic(run_dir / COMPLETE, json.dumps(record) + "\n")
+        sys.stdout.write(f"{run_dir / 'model'}: the model after step {trainer.state.global_step}\n")
+        sys.stdout.flush()
+    return EXIT_DONE
+
+
+def _trainer(prepared: Prepared) -> Any:
+    from datasets import Dataset
+
+    from remit_megatron.posttrain.trl_trainers import TRAINERS
+
+    stage = prepared.settings.stage
+
+    def dataset(begin: int, end: int) -> Dataset:
+        rows: list[dict[str, Any]] = []
+        for index in range(begin, end):
+            example = prepared.examples[index]
+            row: dict[str, Any] = dict(for_template(example, stage) if prepared.template else as_text(example, stage))
+            rows.append(row | ({"example": index} if stage == "rlvr" else {}))
+        return Dataset.from_list(rows)
+
+    more = {"reward_funcs": prepared.reward} if stage == "rlvr" else {}
+    total = len(prepared.examples)
+    if prepared.tokenizer.padding_side != "left" and stage == "rlvr":
+        prepared.tokenizer.padding_side = "left"
+    try:
+        return TRAINERS[stage](
+            model=str(prepared.model),
+            args=prepared.arguments,
+            train_dataset=dataset(0, prepared.train),
+            eval_dataset=dataset(prepared.train, total) if total > prepared.train else None,
+            processing_class=prepared.tokenizer,
+            **more,
+        )
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        logger.info("TRL refused the run", exc_info=True)
+        raise UserError("trl", first_line(error), "arguments and data that TRL takes together") from error
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """Refuses to go on with what is another run."""
+    for name, value in now.items():
+        if name == "trl":
+            continue
+        if before.get(name) != value:
+            found, expected = _short(value), _short(before.get(name))
+            raise UserError(name, found, f"{expected}, as the run in {run_dir} has it, or another run_dir")
+    old, new = before["trl"], now["trl"]
+    for name in sorted(old.keys() | new.keys()):
+        if name not in _FREE and old.get(name) != new.get(name):
+            found, expected = show(new.get(name)), show(old.get(name))
+            raise UserError(f"trl.{name}", found, f"{expected}, as the run in {run_dir} has it, or another run_dir")
+
+
+def _short(value: Any) -> str:
+    return f"digest {value[:12]}…" if isinstance(value, str) and len(value) == 64 else show(value)
+
+
+def _digest(text: Any) -> str:
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _ranks() -> Iterator[parallel.RankEnvironment]:
+    """Joins the job where there is one; accelerate, which keeps what it finds in globals, forgets it at the end."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    environment = parallel.rank_environment()
+    started = environment.world_size > 1 and not dist.is_initialized()
+    if started:
+        parallel.initialize(environment)
+    state = (torch.get_rng_state(), torch.is_grad_enabled())
+    try:
+        yield environment
+    finally:
+        torch.set_rng_state(state[0])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+        if started and dist.is_initialized():
+            dist.destroy_process_group()
