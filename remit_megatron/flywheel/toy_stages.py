@@ -36,7 +36,12 @@ MEGATRON = (
     "megatron.training.argument_utils",
     "transformers.models.llama.modeling_llama",
 )
-TRL = ("datasets", "trl.trainer.grpo_trainer")
+TRL = (
+    "datasets",
+    "trl.trainer.grpo_trainer",
+    "remit_megatron.posttrain.command",
+    "remit_megatron.posttrain.trl_engine",
+)
 
 
 @dataclass(frozen=True)
