@@ -170,7 +170,7 @@ class Report:
 
     def sentences(self) -> list[str]:
         """What was seen, where it holds and where it does not."""
-        reference = "From `remit check reference`, before mid-training: " + self.results[0].verdict
+        reference = f"`remit check reference` had said, before mid-training: {self.results[0].verdict}"
         return [reference, *self._effect(), *self._rivals(), self._again(), *_WINDOW]
 
     def _effect(self) -> list[str]:

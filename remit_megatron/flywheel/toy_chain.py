@@ -113,14 +113,14 @@ class Chain:
         """All of them, the ones that others wait for first."""
         references = sorted({arm.reference for arm in self.arms.values() if arm.reference and arm.reference != "base"})
         stages = [self._text(), self._data(), self._base(), self._export("base"), self._rl()]
-        stages += [self._reference(name) for name in references if name != "second"]
+        for name in references:
+            stages += [] if name == "second" else [self._reference(name), self._check(name)]
         for name, arm in self.arms.items():
             stages += [self._midtrain(name, arm), self._export(name)]
             if name in self.again:
                 stages.append(self._rl_again(name))
         if "second" in references:
             stages.append(self._reference("second"))
-        stages += [self._check(name) for name in references if name != "second"]
         stages.append(self._score("reference", self.directory / "rlvr" / "model", "rlvr"))
         return _in_order(stages)
 
@@ -206,7 +206,10 @@ class Chain:
         )
         about = "Is the reference worth following? remit check reference." if name == "reference" else ""
         needs, outputs = (name, "base-score"), (self.check(name),)
-        return self._stage(f"check-{name}", about, steps, needs=needs, loads=MEGATRON, outputs=outputs, seconds=4)
+        tells = self.check(name) if about else None
+        return self._stage(
+            f"check-{name}", about, steps, needs=needs, loads=MEGATRON, outputs=outputs, tells=tells, seconds=4
+        )
 
     def _midtrain(self, name: str, arm: Arm) -> Stage:
         overrides: dict[str, Any] = {
@@ -217,6 +220,8 @@ class Chain:
             **({} if arm.reference is None else self._guided(arm.reference)),
         }
         needs = ("base-score",) if arm.reference in (None, "base") else ("base-score", arm.reference)
+        if arm.reference == "reference":
+            needs = (*needs, "check-reference")  # it is measured before it is followed
         about = f"Mid-training of the base with {name}, {self.lengths.mid} steps."
         if arm.reference == "base":
             about = f"Mid-training with {name}: remit with the base itself as reference, {self.lengths.mid} steps."

@@ -93,6 +93,7 @@ class Stage:
         loads: modules that its commands import.
         outputs: removed before it begins anew.
         resumes: whether its command goes on from what a stopped one left in ``outputs``.
+        tells: a JSON file of its own whose ``verdict`` the terminal says when it is done.
         seconds: that it takes on a quiet machine, for the time that is said to be left.
     """
 
@@ -103,6 +104,7 @@ class Stage:
     loads: tuple[str, ...] = ()
     outputs: tuple[Path, ...] = ()
     resumes: bool = False
+    tells: Path | None = None
     seconds: float = 5.0
 
 
@@ -161,6 +163,8 @@ class Stages:
                 write_atomic(
                     self._place(stage), json.dumps({"key": self._keys[name], "seconds": round(child.seconds or 0, 1)})
                 )
+                if stage.tells is not None:
+                    self.write(f"      {json.loads(stage.tells.read_text())['verdict']}")
                 self._ran += stage.seconds
                 self._done.add(name)
             ready = self._ready()
