@@ -36,6 +36,7 @@ MODULES = (
     "distributed_optimizer_resume",
     "mla_rope_key_gradient",
     "mla_query_norm_gradient",
+    "packed_rope",
 )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Batch:
         reference_loss: [b, s] float32, or None where nothing has scored the tokens.
         reference_hidden: the reference's final hidden states as its last stage had them, [s, b, h], or None.
         selected: [b, s] bool, the tokens that an objective chose among those of the global batch, or None.
+        packed: the documents as packed sequences of Megatron, where attention takes them so; else None.
     """
 
     tokens: Tensor
@@ -33,6 +37,7 @@ class Batch:
     reference_loss: Tensor | None = None
     reference_hidden: Tensor | None = None
     selected: Tensor | None = None
+    packed: PackedSeqParams | None = None
 
     def order(self, cp_size: int, *, first_sample: int = 0) -> Tensor:
         """[b, s] int64: where each token stands in the whole sequences laid end to end, under every layout the same.
@@ -75,12 +80,20 @@ def document_ids_of(tokens: Tensor, eod_id: int) -> Tensor:
 
 
 def to_batch(
-    item: dict[str, Any], *, device: torch.device, eod_id: int, cp_group: dist.ProcessGroup | None = None
+    item: dict[str, Any],
+    *,
+    device: torch.device,
+    eod_id: int,
+    cp_group: dist.ProcessGroup | None = None,
+    packed: bool = False,
 ) -> Batch:
     """Moves an item of the data loader (whole sequences) to ``device`` and takes this rank's part of each sequence.
 
     Documents end where the item's ``document_ids`` [b, s] change, else at end-of-document tokens. What the schedule has
     attached to the item (``reference_loss`` and the like) is this rank's part already.
+
+    With ``packed`` the documents are also described as packed sequences, from the item as the loader gave it: where
+    they end is found on the host, so that nothing waits for a GPU. Not for sequences that ranks share.
     """
     tokens = item["tokens"].to(device, non_blocking=True)
     labels = item["labels"].to(device, non_blocking=True)
@@ -92,4 +105,10 @@ def to_batch(
     whole = (tokens, labels, loss_mask, position_ids, documents)
     tokens, labels, loss_mask, position_ids, documents = (sequence_slice(t, rank, size) for t in whole)
     attached = {name: item.get(name) for name in ("reference_loss", "reference_hidden", "selected")}
+    if packed:
+        from remit_megatron.models.packing import packed_sequences
+
+        assert size == 1, "packed sequences are whole"
+        on_host = document_ids_of(item["tokens"], eod_id) if given is None else given
+        attached["packed"] = packed_sequences(on_host, device)
     return Batch(tokens, labels, loss_mask, position_ids, documents, **attached)

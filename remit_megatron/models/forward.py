@@ -43,7 +43,8 @@ class ModelForward:
 
     def batch(self, item: Item) -> Batch:
         """This rank's part of an item, on its device."""
-        return to_batch(item, device=device(), eod_id=self.eod_id, cp_group=self.groups.cp)
+        packed = self.document_mask and self.packed_attention
+        return to_batch(item, device=device(), eod_id=self.eod_id, cp_group=self.groups.cp, packed=packed)
 
     def next(self, data_iterator: Iterator[Item]) -> Batch:
         """The next item as a batch."""
@@ -51,11 +52,8 @@ class ModelForward:
 
     def inputs(self, batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
         """What a model is called with: tokens, positions and attention mask in their order, and what has a name."""
-        tokens, positions, mask, packed = batch.tokens, batch.position_ids, None, None
-        if self.document_mask and self.packed_attention:
-            from remit_megatron.models.packing import packed_sequences
-
-            packed = packed_sequences(batch.document_ids)
+        tokens, positions, mask, packed = batch.tokens, batch.position_ids, None, batch.packed
+        if packed is not None:
             tokens, positions = tokens.view(1, -1), positions.reshape(1, -1)
         elif self.document_mask:
             mask = document_attention_mask(batch.document_ids, cp_group=self.groups.cp)

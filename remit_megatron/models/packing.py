@@ -27,22 +27,28 @@ def document_boundaries(document_ids: Tensor) -> Tensor:
     return torch.cat((starts, starts.new_tensor([document_ids.numel()]))).to(torch.int32)
 
 
-def packed_sequences(document_ids: Tensor) -> PackedSeqParams:
+def packed_sequences(document_ids: Tensor, device: torch.device | None = None) -> PackedSeqParams:
     """Megatron's description of a microbatch whose sequences have been laid end to end ([1, b * s] tokens).
 
-    The longest piece is read on the host, as Transformer Engine wants it: one wait for the device per microbatch.
+    The longest piece is a number of the host, as Transformer Engine wants it. From ids on the CPU, as a data loader has
+    them, nothing waits for a GPU.
 
     Args:
         document_ids: see :func:`document_boundaries`.
+        device: of the model; default: where the ids are.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
     boundaries = document_boundaries(document_ids)
     longest = int((boundaries[1:] - boundaries[:-1]).max())
+    if device is not None and device != boundaries.device:
+        pinned = boundaries.pin_memory() if device.type == "cuda" else boundaries
+        boundaries = pinned.to(device, non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        pad_between_seqs=False,  # else Transformer Engine may compare boundaries to find out
     )
