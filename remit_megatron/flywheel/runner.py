@@ -64,6 +64,7 @@ class Runner:
             lock.release()
 
     def _run(self) -> int:
+        self.plan.check_inputs(self.plan.standing())
         self.check_results()
         failed: dict[str, int] = {}
         stages = list(self.plan.planned.values())
