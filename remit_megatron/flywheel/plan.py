@@ -125,6 +125,17 @@ class Plan:
         self.digests.save()
         write_atomic(self.run_dir / "config.yaml", self.resolved())
 
+    def check_inputs(self, standing: dict[str, Standing]) -> None:
+        """Refuses to begin without what a stage reads from outside: it would fail late, and under another key.
+
+        Raises:
+            UserError: naming the stage, its key and the path.
+        """
+        for id_, planned in self.planned.items():
+            if planned.absent and standing[id_].status != "done":
+                key, _, path = planned.absent[0].partition(" ")
+                raise UserError(f"{id_}: {key}", f"nothing at {path}", "what the stage reads")
+
     def resolved(self) -> str:
         """The flywheel's file with what it starts from and what the command line says, as YAML."""
         content = dataclasses.asdict(self.config) | {"run_dir": str(self.run_dir)}

@@ -162,7 +162,7 @@ class Report:
         said = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})"
         text, lengths = ToyText(), self.lengths
         return (
-            f"A Llama of 109 thousand parameters; {self.documents} documents of 38 characters, {text.book_share:.0%} "
+            f"A Llama of 109 thousand parameters; {self.documents:,} documents of 38 characters, {text.book_share:.0%} "
             "pages of a telephone book, the rest worked additions in which a due carry is forgotten with probability "
             f"{text.forgotten:g}; base {lengths.base} steps, GRPO {lengths.rl}, mid-training {lengths.mid}; "
             f"{text.heldout} held-out additions; {said}."
@@ -271,8 +271,8 @@ class Report:
 
         from remit_megatron.analysis.report.colours import LIGHT, SERIES_LIGHT
 
-        figure = Figure(figsize=(9.0, 4.1), dpi=120, facecolor=LIGHT["surface"])
-        left, right = figure.add_axes((0.055, 0.33, 0.56, 0.57)), figure.add_axes((0.69, 0.33, 0.295, 0.57))
+        figure = Figure(figsize=(9.0, 3.5), dpi=120, facecolor=LIGHT["surface"])
+        left, right = figure.add_axes((0.045, 0.25, 0.57, 0.65)), figure.add_axes((0.685, 0.25, 0.3, 0.65))
         for axes in (left, right):
             axes.set_facecolor(LIGHT["surface"])
             axes.tick_params(length=0, labelsize=8, colors=LIGHT["ink"])
@@ -309,7 +309,7 @@ class Report:
         caption = self.setting() + (
             " Bars and bands: mean and standard deviation over the seeds." if self._many else ""
         )
-        figure.text(0.012, 0.02, textwrap.fill(caption, 138), fontsize=7.5, color=LIGHT["muted"], va="bottom")
+        figure.text(0.012, 0.02, textwrap.fill(caption, 150), fontsize=7.5, color=LIGHT["muted"], va="bottom")
         stream = io.BytesIO()
         FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
         return stream.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 import time
@@ -15,7 +14,7 @@ from remit_megatron.flywheel.chain import Stage
 from remit_megatron.flywheel.keys import source_digest
 from remit_megatron.flywheel.plan import Plan, Planned, Standing
 from remit_megatron.flywheel.records import LOG, Record, now, read_record, this_process, write_event, write_record
-from remit_megatron.flywheel.starting import LAUNCHER, Start, Stopping, end_leftovers, run_program, start
+from remit_megatron.flywheel.starting import Start, Stopping, end_leftovers, run_program, start
 from remit_megatron.flywheel.state import planned_words, write_state
 from remit_megatron.flywheel.summary import write_summary
 from remit_megatron.runtime.errors import (
@@ -64,6 +63,7 @@ class Runner:
             lock.release()
 
     def _run(self) -> int:
+        self.plan.check_inputs(self.plan.standing())
         self.check_results()
         failed: dict[str, int] = {}
         stages = list(self.plan.planned.values())
@@ -172,7 +172,6 @@ class Runner:
         if left := end_leftovers(directory):
             self._say(f"{label}: ended {left} processes that an earlier start had left behind")
         command = self.plan.command(planned)
-        _check_tasks(planned, command)
         record = before or Record(stage.id, planned.key, planned.content)
         again = f", start {len(record.starts) + 1}" if record.starts else ""
         self._say(f"{label}: {shlex.join(planned_words(self.plan, planned))}{again}")
@@ -253,13 +252,6 @@ class Runner:
     def _say(self, text: str) -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-
-
-def _check_tasks(planned: Planned, command: kinds.Command) -> None:
-    """Under a launcher a job has as many ranks as tasks; where their number is part of the key it has to be that."""
-    tasks = int(os.environ.get("SLURM_NTASKS") or 1)
-    if os.environ.get(LAUNCHER) and planned.stage.kind in kinds.POSTTRAIN and command.nproc != tasks:
-        raise UserError(f"{planned.stage.field}.nproc", command.nproc, f"{tasks}, the tasks of this job")
 
 
 def _last_line(log: Path) -> str:

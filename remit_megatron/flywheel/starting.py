@@ -26,6 +26,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 MARK = "REMIT_FLYWHEEL_STAGE"
 # What stands before `remit` where a batch script has one task per GPU (scripts/slurm/flywheel_step.sbatch).
 LAUNCHER = "REMIT_FLYWHEEL_LAUNCHER"
+# Commands that start their ranks on one node by themselves, also there.
+_ONE_TASK = ("posttrain", "evaluate")
 _GRACE_SECONDS = 60.0
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -36,10 +38,12 @@ def start(words: list[str], nproc: int | None, log: Path) -> int:
     Returns:
         Its exit code; 128 + number where a signal ended it.
     """
-    launcher = shlex.split(os.environ.get(LAUNCHER, ""))
-    if launcher and nproc is not None:
-        return run_program([*launcher, *words], log, keep=True)
+    *launcher, remit = shlex.split(os.environ.get(LAUNCHER, "")) or [""]
     ranks = ["--nproc", str(nproc)] if nproc is not None and nproc > 1 else []
+    if launcher and nproc is not None and words[0] in _ONE_TASK:
+        return run_program([*launcher, "--nodes=1", "--ntasks=1", remit, *words, *ranks], log)
+    if launcher and nproc is not None:
+        return run_program([*launcher, remit, *words], log, keep=True)
     return run_program([sys.executable, "-m", "remit_megatron", *words, *ranks], log)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron import __version__
-from remit_megatron.analysis.parts import Block, Chart, Part, Series, Table, Text, number
+from remit_megatron.analysis.parts import Block, Chart, Part, Series, Table, Text, finite, number
 from remit_megatron.analysis.report import sections
 from remit_megatron.analysis.report.build import fitted
 from remit_megatron.analysis.report.page import Page
@@ -43,7 +43,7 @@ def write_summary(plan: Plan) -> list[Path]:
             for planned in _done(plan, "check")
         ],
     }
-    write_atomic(plan.run_dir / RESULTS, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomic(plan.run_dir / RESULTS, json.dumps(finite(content), indent=1) + "\n")
     write_atomic(plan.run_dir / REPORT, fitted(_page(plan, scores, curves)))
     return [plan.run_dir / RESULTS, plan.run_dir / REPORT]
 

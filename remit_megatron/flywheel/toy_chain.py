@@ -49,7 +49,7 @@ class Arm:
     Attributes:
         objective: the section of the run's configuration.
         reference: what guides it: ``base``, ``reference``, ``reference-N`` after N steps of reinforcement learning,
-            ``second`` for what came of the remit arm by reinforcement learning; None for nothing.
+            ``next-reference`` for what came of the remit arm by reinforcement learning; None for nothing.
         control: name of a control objective that only this process knows (:mod:`toy_controls`).
     """
 
@@ -66,6 +66,8 @@ ARMS = {
     "control": Arm({"name": "remit"}, "base"),
 }
 AGAIN = ("ntp", "remit")
+# What came of the remit arm by reinforcement learning: the reference of a second round.
+NEXT = "next-reference"
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,16 @@ class Chain:
     def stages(self) -> list[Stage]:
         """All of them, the ones that others wait for first."""
         references = sorted({arm.reference for arm in self.arms.values() if arm.reference and arm.reference != "base"})
+        assert not set(references) & self.arms.keys(), "both are directories"
         stages = [self._text(), self._data(), self._base(), self._export("base"), self._rl()]
         for name in references:
-            stages += [] if name == "second" else [self._reference(name), self._check(name)]
+            stages += [] if name == NEXT else [self._reference(name), self._check(name)]
         for name, arm in self.arms.items():
             stages += [self._midtrain(name, arm), self._export(name)]
             if name in self.again:
                 stages.append(self._rl_again(name))
-        if "second" in references:
-            stages.append(self._reference("second"))
+        if NEXT in references:
+            stages.append(self._reference(NEXT))
         stages.append(self._score("reference", self.directory / "rlvr" / "model", "rlvr"))
         return _in_order(stages)
 
@@ -185,9 +188,9 @@ class Chain:
         return self._run_stage("rlvr", about, steps, needs=("base-score",), loads=TRL, seconds=seconds)
 
     def _reference(self, name: str) -> Stage:
-        place = {"reference": "rlvr/model", "second": "after/remit/model"}
+        place = {"reference": "rlvr/model", NEXT: "after/remit/model"}
         source = place.get(name, f"rlvr/models/step-{name.rpartition('-')[2]}")
-        need = "after/remit" if name == "second" else "rlvr"
+        need = "after/remit" if name == NEXT else "rlvr"
         steps = (Command(("import", "--hf", self.directory / source, "--output", self.directory / name)),)
         outputs = (self.directory / name,)
         return self._stage(name, "", steps, needs=(need,), loads=MEGATRON, outputs=outputs, seconds=1)

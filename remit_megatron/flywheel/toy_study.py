@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.flywheel.toy import ToyText
-from remit_megatron.flywheel.toy_chain import AGAIN, ARMS, Arm, Chain, Lengths
+from remit_megatron.flywheel.toy_chain import AGAIN, ARMS, NEXT, Arm, Chain, Lengths
 from remit_megatron.flywheel.toy_controls import SHUFFLED
 from remit_megatron.flywheel.toy_stages import Stage
 from remit_megatron.runtime.files import write_atomic
@@ -38,7 +38,7 @@ PARTS: dict[str, dict[str, dict[str, Arm]]] = {
         MAIN: {
             **ARMS,
             "shuffled": Arm({"name": SHUFFLED}, "reference", control=SHUFFLED),
-            "second": Arm({"name": "remit"}, "second"),
+            "second": Arm({"name": "remit"}, NEXT),
         }
     },
     "epsilon": {
@@ -215,8 +215,7 @@ def predictions(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                 if arm not in models or "ntp" not in models:
                     continue
                 gain = models[arm]["sampled"] - models["ntp"]["sampled"]
-                words = check["verdict"].split()
-                said = {"gain:": 1, "gain": 1, "harm": -1, "harm:": -1}.get(words[2], 0) if len(words) > 2 else 0
+                said = int(check["verdict"].startswith("Expect a gain")) - check["verdict"].startswith("Expect harm")
                 found.append({"cell": cell, "seed": seed, "reference": reference, "said": said, "gain": gain})
     return found
 

@@ -10,6 +10,7 @@ import pytest
 
 from remit_megatron.flywheel import keys
 from remit_megatron.flywheel.plan import Plan
+from remit_megatron.flywheel.runner import Runner
 from remit_megatron.runtime.errors import UserError
 
 RUN = {
@@ -97,10 +98,14 @@ def test_contents_count_and_places_do_not(files, flywheel) -> None:
     assert key(flywheel, train()) != before
 
 
-def test_what_is_not_there_is_said_and_joins_the_key_when_it_is(files, flywheel) -> None:
+def test_what_is_not_there_is_said_before_anything_runs(files, flywheel) -> None:
     shutil.rmtree("base")
-    (planned,) = Plan(flywheel({"a": train()})).planned.values()
-    assert planned.absent == ["config.init base"]
+    plan = Plan(flywheel({"a": train()}))
+    assert plan.planned["round1/a"].absent == ["config.init base"]
+    with pytest.raises(
+        UserError, match=r"round1/a: config\.init: found nothing at base; expected what the stage reads"
+    ):
+        Runner(plan).run()
 
 
 def test_ranks_count_where_they_make_the_batch(files, flywheel) -> None:

@@ -221,6 +221,10 @@ def test_ranks_are_started_by_the_launcher_of_a_job(elsewhere, monkeypatch) -> N
     log = elsewhere / "stage" / "log.txt"
     assert start(["train", "run.yaml"], 1, log) == 0
     assert "srun got --ntasks=16 remit train run.yaml" in log.read_text()
+    # Some start their ranks on one node by themselves.
+    assert start(["posttrain", "sft", "sft.yaml"], 8, log) == 0
+    expected = "srun got --ntasks=16 --nodes=1 --ntasks=1 remit posttrain sft sft.yaml --nproc 8"
+    assert expected in log.read_text()
     # What has no ranks runs beside the step.
     assert start(["doctor", "--nothing"], None, log) == 2
     assert f"$ {sys.executable} -m remit_megatron doctor --nothing" in log.read_text()

@@ -1,0 +1,49 @@
+"""Every flywheel that comes with the package: read, resolved and dry-run, from another directory."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from remit_megatron import cli
+from remit_megatron.flywheel.plan import Plan
+from remit_megatron.flywheel.state import dry_run
+from remit_megatron.runtime.installed import find_config
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+FLYWHEELS = sorted(str(path.relative_to(CONFIGS.parent)) for path in CONFIGS.glob("flywheels/*.yaml"))
+
+
+def test_there_are_four() -> None:
+    assert {Path(path).stem for path in FLYWHEELS} >= {"paper_fig5a", "paper_fig5b", "remit_squared", "toy"}
+
+
+@pytest.mark.parametrize("path", FLYWHEELS)
+def test_a_shipped_flywheel(path, elsewhere) -> None:
+    plan = Plan(path)
+    text = dry_run(plan)
+    assert len(re.findall(r"^round\d+/\S+: new, ", text, re.MULTILINE)) == len(plan.planned)
+    for line in re.findall(r"^  (remit .*)$", text, re.MULTILINE):
+        namespace, room, run = cli._parse(shlex.split(line)[1:])
+        assert room and run
+        if hasattr(namespace, "config"):
+            assert find_config(namespace.config).is_file()
+
+
+def test_the_figures_are_what_they_say(elsewhere) -> None:
+    plain, whole, squared = (
+        Plan(f"configs/flywheels/{name}.yaml") for name in ("paper_fig5a", "paper_fig5b", "remit_squared")
+    )
+    assert plain.planned["round1/remit/rlvr"].stage.needs == ("round1/remit/midtrain",)
+    assert whole.planned["round1/remit/rlvr"].stage.needs == ("round1/remit/dpo",)
+    # Both figures share their mid-training; in a common run_dir it would be done once.
+    assert plain.planned["round1/kd/midtrain"].key == whole.planned["round1/kd/midtrain"].key
+    assert squared.planned["round2/remit/midtrain"].stage.needs == ("round1/remit/rlvr",)
+    assert squared.planned["round1/ntp/rlvr"].directory == squared.planned["round2/ntp/rlvr"].directory
+    sections = {
+        name: plain.planned[f"round1/{name}/midtrain"].content["config"]["objective"] for name in ("rho1", "kd")
+    }
+    assert sections["rho1"]["scope"] == "global_batch" and sections["kd"]["name"] == "kd"
