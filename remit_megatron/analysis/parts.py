@@ -148,6 +148,9 @@ def read_part(path: Path) -> Part:
             kind = _KINDS[block.pop("kind")]
             if kind is Chart:
                 block["series"] = [Series(**series) for series in block["series"]]
+            if kind is Bars:  # an interval over one text is NaN, which a file holds as null
+                for name in ("values", "low", "high"):
+                    block[name] = [math.nan if value is None else value for value in block[name]]
             blocks.append(kind(**block))
         return Part(content["name"], content["title"], content["summary"], blocks)
     except (ValueError, KeyError, TypeError) as error:

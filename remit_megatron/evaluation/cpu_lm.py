@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import torch
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from lm_eval.models.utils_hf import stop_sequences_criteria
 
 from remit_megatron.evaluation.greedy import Prefix, cache_bytes, can_decode, decode
@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 _SHARE = 0.25
 # More sequences make a batch uneven, and a core is busy with fewer.
 _LARGEST_BATCH = 32
+_Parent: Any = huggingface.HFLM  # whose registration hides its type
 
 
-class CpuLM(HFLM):
+class CpuLM(_Parent):
     """As its parent, answer for answer but for rounding; only the order of the work differs.
 
     ``find_batch`` (batch size `auto`): the batch is what fits of the requests at hand, of likelihoods and of generated

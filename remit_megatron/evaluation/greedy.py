@@ -8,7 +8,6 @@ lm-eval ends it only when one stop string has come up in every row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +103,7 @@ class Prefix:
     layers: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _common(rows: Sequence[Sequence[int]]) -> int:
+def _common(rows: list[list[int]]) -> int:
     low, high = min(rows), max(rows)
     length = min(len(low), len(high))
     return next((i for i in range(length) if low[i] != high[i]), length)
@@ -159,8 +158,8 @@ def decode(
     layers = [_Roomy(common + width + tokens) for _ in DynamicCache(config=model.config).layers]
     cache = Cache(layers=layers)  # type: ignore[arg-type]
     for number, (keys, values) in enumerate(prefix.layers):
-        expanded = [states.expand(len(prompts), -1, -1, -1) for states in (keys, values)]
-        cache.update(*expanded, number)
+        shape = (len(prompts), -1, -1, -1)
+        cache.update(keys.expand(shape), values.expand(shape), number)
     # A row is: common beginning, padding, the rest of its prompt, its answer.
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.ones(len(prompts), common + width + tokens, dtype=torch.long)

@@ -25,6 +25,8 @@ TASKS = {
     "arc_easy": ("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", ("train", "test")),
     "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag", ("validation",)),
     "commonsense_qa": ("commonsense_qa/default.yaml", "commonsense_qa", ("train", "validation")),
+    "mmlu_pro_math": ("mmlu_pro/mmlu_pro_math.yaml", "mmlu_pro", ("test", "validation")),
+    "ifeval": ("ifeval/ifeval.yaml", "ifeval", ("train",)),
 }
 
 
@@ -62,14 +64,13 @@ def run_plain(
             },
             "num_fewshot": number,
         }
+        original = lm_eval.tasks._yaml_loader.load_yaml(built_in / file, resolve_func=False)
         for key in ("training_split", "validation_split", "test_split"):
             split = key.removesuffix("_split").replace("training", "train")
-            if split not in splits:
+            if split not in splits and original.get(key) not in splits:
                 content[key] = None
-        if max_gen_toks:
-            original = lm_eval.tasks._yaml_loader.load_yaml(built_in / file, resolve_func=False)
-            if original.get("generation_kwargs"):
-                content["generation_kwargs"] = {**original["generation_kwargs"], "max_gen_toks": max_gen_toks}
+        if max_gen_toks and original.get("generation_kwargs"):
+            content["generation_kwargs"] = {**original["generation_kwargs"], "max_gen_toks": max_gen_toks}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     found = lm_eval.simple_evaluate(
         model="hf",

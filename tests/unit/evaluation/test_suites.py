@@ -18,11 +18,11 @@ def suite_of(tmp_path, *tasks, **more):
 
 
 @pytest.mark.parametrize(
-    "name", ["pretrain10", "posttrain10", "easy", pytest.param("extended", marks=pytest.mark.slow)]
+    "name", ["pretrain10", "posttrain10", "easy", "smollm2", pytest.param("extended", marks=pytest.mark.slow)]
 )
 def test_every_suite_of_the_repository_can_be_run(name):
     """Every task is one of lm-eval's, and metric, filter and shots exist for it."""
-    assert set(known_suites()) == {"pretrain10", "posttrain10", "easy", "extended"}
+    assert set(known_suites()) == {"pretrain10", "posttrain10", "easy", "extended", "smollm2"}
     suite = load_suite(name)
     planned = plan_suite(suite, data=None)
     assert [item.shots for item in planned] == [entry.shots for entry in suite.entries]
