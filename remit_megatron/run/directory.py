@@ -11,11 +11,12 @@ import logging
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
 from remit_megatron.runtime import checkpoints
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import StartAgain, UserError
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.parallel import broadcast_object, gather_objects, same_fate
 from remit_megatron.runtime.progress import format_count
@@ -31,6 +32,16 @@ _MADE_AT_START = (
 )
 
 
+# How long a start waits for an earlier one of the same Slurm job to let go of the directory.
+_OWN_JOB_SECONDS = 120.0
+
+
+def _job() -> str:
+    """``, Slurm job 7`` under Slurm; a job that is requeued keeps its number."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return "" if number is None else f", Slurm job {number}"
+
+
 class RunLock:
     """Holds ``run_dir`` for one run; released when the process ends, however it ends."""
 
@@ -41,14 +52,7 @@ class RunLock:
         self._before = frozenset(os.listdir(run_dir))
         self._file: IO[str] = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held as long as the run
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            self._file.close()
-            raise UserError(
-                "run_dir", f"{run_dir}, in use by {owner}", "a directory that no other run is using"
-            ) from None
+            self._take(run_dir)
         except OSError as error:
             # Some network file systems have no locks; a run there is on its own.
             logger.warning("run_dir %s cannot be locked (%s): do not start two runs in it", run_dir, error.strerror)
@@ -56,8 +60,32 @@ class RunLock:
         # must not hold it.
         os.register_at_fork(after_in_child=self._file.close)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}{_job()}")
         self._file.flush()
+
+    def _take(self, run_dir: Path) -> None:
+        """Takes the lock, or says who has it. Where that is an earlier start of this very job, whose node is about to
+        notice that it is gone, it is waited for."""
+        deadline = time.monotonic() + _OWN_JOB_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._file.seek(0)
+                owner = self._file.read().strip() or "another process"
+                ours = bool(_job()) and owner.endswith(_job())
+                if ours and time.monotonic() < deadline:
+                    time.sleep(1.0)
+                    continue
+                self._file.close()
+                if ours:
+                    raise StartAgain(
+                        f"run_dir {run_dir} is still held by an earlier start of this job ({owner}); start it again"
+                    ) from None
+                raise UserError(
+                    "run_dir", f"{run_dir}, in use by {owner}", "a directory that no other run is using"
+                ) from None
 
     def release(self) -> None:
         """Gives the directory free; closing the file also does."""
