@@ -68,12 +68,16 @@ def test_a_rank_that_hangs_says_where(run):
     program = """
         from remit_megatron.runtime.stop import write_stacks_when_asked
         write_stacks_when_asked()
+        here = os.path.dirname(__file__) + "/stuck"
         def stuck():
+            open(here, "w").close()
             os.kill(os.getpid(), 19)  # SIGSTOP
             time.sleep(60)
         if rank == '1':
             stuck()
-        time.sleep(2)
+        while not os.path.exists(here):
+            time.sleep(0.1)
+        time.sleep(1)
         sys.exit(1)
     """
     result, _ = run(program, grace=1.0)
