@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import StartAgain, UserError
 from remit_megatron.runtime.stop import write_stacks_when_asked
 
 
@@ -189,14 +189,18 @@ def same_fate(what: str) -> Iterator[None]:
     except Exception as caught:
         error = caught
     # Errors cross the process boundary as text: not every exception can be pickled.
-    described = None
+    described: tuple | dict | str | None = None
     if error is not None:
         described = (error.field, str(error.found), error.expected) if isinstance(error, UserError) else repr(error)
+        if isinstance(error, StartAgain):
+            described = {"start again": str(error)}
     everybody = gather_objects(described)
     if error is not None:
         raise error
     for rank, failure in enumerate(everybody):
         if isinstance(failure, tuple):
             raise UserError(*failure)
+        if isinstance(failure, dict):
+            raise StartAgain(failure["start again"])
         if failure is not None:
             raise RuntimeError(f"{what} failed on rank {rank}: {failure}")

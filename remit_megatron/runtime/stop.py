@@ -21,6 +21,7 @@ from remit_megatron.runtime.errors import EXIT_START_ME_AGAIN
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 _LEAVE_SECONDS = 20.0
 _in_set_up: StopInSetUp | None = None
+_leave = os._exit
 
 
 def take_over() -> None:
@@ -86,10 +87,14 @@ class StopInSetUp:
         os.close(write)  # which ends the thread; it closes its own end
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             name = signal.Signals(number).name
             sys.stderr.write(f"stopped by {name} before the first step, nothing is lost; start it again to go on\n")
-        raise SystemExit(EXIT_START_ME_AGAIN)  # no Exception: nothing on the way may take it for a fault
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        # No exception: libraries that are being imported swallow those, and are half there afterwards.
+        _leave(EXIT_START_ME_AGAIN)
 
     def _watch(self, read: int) -> None:
         watched = {int(number) for number in STOP_SIGNALS}

@@ -8,8 +8,18 @@ fail() {
 }
 
 # job_field NAME, node_field NODE NAME: one value of what scontrol shows; empty where it does not.
-job_field() { scontrol --oneliner show job "$SLURM_JOB_ID" 2> /dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
-node_field() { scontrol --oneliner show node "$1" 2> /dev/null | tr ' ' '\n' | sed -n "s/^$2=//p" | head -n 1; }
+job_field() { shown_field "$1" job "$SLURM_JOB_ID"; }
+node_field() { shown_field "$2" node "$1"; }
+shown_field() {
+  local words word
+  read -r -d '' -a words < <(scontrol --oneliner show "$2" "$3" 2> /dev/null) || true
+  for word in "${words[@]}"; do
+    if [[ "$word" == "$1="* ]]; then
+      printf '%s\n' "${word#*=}"
+      return 0
+    fi
+  done
+}
 
 # enter_submission: to the directory of submission, which has what the job needs. Paths are relative to it.
 enter_submission() {

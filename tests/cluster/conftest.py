@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,15 +27,25 @@ STEPS = 120
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two nodes, up."""
-    # Not pytest's own folder: the path of a socket has at most 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="remit-slurm-"))
+    # Not pytest's own folder: the path of a socket has at most 107 characters. test_cluster.sh names one, and ends
+    # its daemons where pytest was killed.
+    folder = Path(os.environ.get("REMIT_CLUSTER_FOLDER") or tempfile.mkdtemp(prefix="remit-slurm-"))
     cluster = Cluster(folder)
+    # Also for a pytest that is told to end: daemons must not stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left(cluster: Cluster) -> Iterator[None]:
+    """A test that failed must not hold the nodes."""
+    yield
+    cluster.clear()
 
 
 @pytest.fixture(scope="session")

@@ -141,10 +141,11 @@ class Job:
             except OSError:
                 continue
             values = dict(pair.split(b"=", 1) for pair in environment if b"=" in pair)
-            if values.get(b"SLURM_JOB_ID") != self.id.encode() or b"SLURM_PROCID" not in values:
+            # Not the batch script, nor srun.
+            if values.get(b"SLURM_JOB_ID") != self.id.encode() or values.get(b"SLURM_STEP_ID") != b"0":
                 continue
-            # Not the batch script, nor what a rank has forked (data workers).
-            if any(word.endswith(b"/remit") for word in command) and values[b"SLURM_STEP_ID"] == b"0":
+            # Nor what a rank has forked (data workers).
+            if any(word.endswith(b"/remit") for word in command):
                 name = (Path("/proc") / str(parent) / "comm").read_text().strip()
                 if name.startswith("slurmstepd"):
                     found[int(values[b"SLURM_PROCID"])] = int(entry.name)
@@ -171,6 +172,7 @@ class Cluster:
     def start(self) -> None:
         """Brings the daemons up and waits until both nodes are idle."""
         folder = self.folder
+        folder.mkdir(exist_ok=True)
         # munged and slurmctld refuse what others could have written.
         folder.chmod(0o755)
         (folder / "state").mkdir(mode=0o700)
@@ -211,8 +213,7 @@ class Cluster:
     def stop(self) -> None:
         """Ends every job and every daemon, by the numbers in their own files."""
         if (self.folder / "slurmctld.pid").exists():
-            self.call("scancel", "--full", "--signal=KILL", "--user", getpass.getuser(), check=False)
-            time.sleep(1)
+            self.clear()
         for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged"):
             file = self.folder / f"{name}.pid"
             if not file.exists():
@@ -224,6 +225,15 @@ class Cluster:
                 time.sleep(0.2)
                 if time.monotonic() > deadline:
                     number = signal.SIGKILL
+
+    def clear(self) -> None:
+        """Ends every job, and waits until the nodes are free."""
+        user = ("--user", getpass.getuser())
+        self.call("scancel", "--full", "--signal=KILL", *user, check=False)
+        self.call("scancel", *user, check=False)
+        deadline = time.monotonic() + 60
+        while self.call("squeue", "--noheader", *user, check=False) and time.monotonic() < deadline:
+            time.sleep(0.3)
 
     def logs(self) -> str:
         """The ends of the daemons' logs."""
@@ -265,4 +275,12 @@ class Cluster:
     def node(self, name: str, *, down: bool) -> None:
         """Sets a node down, as an operator or a health check does, or up again."""
         words = ("state=down", "reason=test") if down else ("state=resume",)
-        self.call("scontrol", "update", f"nodename={name}", *words)
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                self.call("scontrol", "update", f"nodename={name}", *words)
+                return
+            except RuntimeError:  # a node that is still ending a job
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)

@@ -51,7 +51,7 @@ def test_a_stage_that_fails_stops_what_waits_for_it(cluster: Cluster, config_for
     )
     cluster.call("scontrol", "release", first.id)
     assert first.end() == ("FAILED", 2)
-    refused = [line for line in first.said().splitlines() if "error: data.train" in line]
+    refused = [line for line in first.said().splitlines() if line.startswith("0: error: ") and "nothing" in line]
     assert len(refused) == 1 and "exit code 2: starting again would end the same way" in first.said()
     for job in (second, third):
         assert job.end()[0] == "CANCELLED"

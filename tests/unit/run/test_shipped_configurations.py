@@ -11,7 +11,9 @@ from remit_megatron.run.configuration import load_config, load_model_description
 from remit_megatron.runtime.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-RUNS = sorted(path.relative_to(CONFIGS.parent) for path in CONFIGS.glob("runs/*.yaml"))
+RUNS = sorted(
+    path.relative_to(CONFIGS.parent) for folder in ("runs", "cluster") for path in CONFIGS.glob(f"{folder}/*.yaml")
+)
 
 
 @pytest.fixture(autouse=True)

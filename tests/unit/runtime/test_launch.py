@@ -18,13 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 def run(tmp_path):
     """Launches ``nproc`` ranks of a small program through remit_megatron.runtime.launch."""
 
-    def launch(program: str, nproc: int = 2) -> tuple[subprocess.CompletedProcess, float]:
+    def launch(program: str, nproc: int = 2, *, grace: float = 20.0) -> tuple[subprocess.CompletedProcess, float]:
         (tmp_path / "program.py").write_text(
             "import os, sys, time\nrank = os.environ['RANK']\n" + textwrap.dedent(program)
         )
         starter = (
-            "import sys; from remit_megatron.runtime.launch import launch; "
-            f"sys.exit(launch({nproc}, [], module='program'))"
+            "import sys; from remit_megatron.runtime import launch; "
+            f"launch._GRACE_SECONDS = {grace}; "
+            f"sys.exit(launch.launch({nproc}, [], module='program'))"
         )
         environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
         environment.pop("RANK", None)
@@ -61,6 +62,27 @@ def test_a_mistake_of_another_rank_is_shown(run):
 def test_a_killed_rank_ends_the_others(run):
     result, _ = run("if rank == '1':\n    os.kill(os.getpid(), 9)\ntime.sleep(60)")
     assert result.returncode == 128 + 9
+
+
+def test_a_rank_that_hangs_says_where(run):
+    program = """
+        from remit_megatron.runtime.stop import write_stacks_when_asked
+        write_stacks_when_asked()
+        here = os.path.dirname(__file__) + "/stuck"
+        def stuck():
+            open(here, "w").close()
+            os.kill(os.getpid(), 19)  # SIGSTOP
+            time.sleep(60)
+        if rank == '1':
+            stuck()
+        while not os.path.exists(here):
+            time.sleep(0.1)
+        time.sleep(1)
+        sys.exit(1)
+    """
+    result, _ = run(program, grace=1.0)
+    assert result.returncode == 1
+    assert "[rank 1]" in result.stderr and "in stuck" in result.stderr, result.stderr
 
 
 def test_codes_pass_through(run):
