@@ -27,7 +27,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sha
 from torch import Tensor
 
 from remit_megatron.models.attention import ScaledDotProductAttention
-from remit_megatron.models.norm import ShardedRMSNorm, norm_class
+from remit_megatron.models.norm import ShardedRMSNorm, norm_class, sharded_rms_norms
 from remit_megatron.models.spec import TE
 from remit_megatron.runtime.errors import UserError
 
@@ -71,9 +71,10 @@ class BranchNormAttention(SelfAttention):
         """[s, b, n, d], [s, b, g, d], [s, b, g, d] of this rank's heads, queries and keys normalized."""
         projected: Any = super().get_query_key_value_tensors(*args, **kwargs)
         query, key, value = projected  # of three kinds of answer the one that is left without gate and fused rope
-        query = self.q_norm(query.flatten(2)).view_as(query)
-        key = self.k_norm(key.flatten(2)).view_as(key)
-        return query, key, value
+        normalized = sharded_rms_norms(
+            (query.flatten(2), key.flatten(2)), (self.q_norm, self.k_norm), self.pg_collection.tp
+        )
+        return normalized[0].view_as(query), normalized[1].view_as(key), value
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the base class; [s, b, h], or [s / tp, b, h] with sequence parallelism."""

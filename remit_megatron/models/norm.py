@@ -101,7 +101,7 @@ class ShardedRMSNorm(torch.nn.Module):
         """[..., hidden_size / tp] -> the same, in the dtype of ``x``; statistics and product in float32 at least."""
         if self._tp_group.size() == 1:
             return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return _ShardedRMSNormFunction.apply(x, self.weight, self.hidden_size, self.eps, self._tp_group)  # pyright: ignore[reportReturnType]
+        return sharded_rms_norms((x,), (self,), self._tp_group)[0]
 
     def sharded_state_dict(
         self,
@@ -120,32 +120,69 @@ class ShardedRMSNorm(torch.nn.Module):
         )
 
 
+def sharded_rms_norms(
+    vectors: tuple[Tensor, ...], norms: tuple[ShardedRMSNorm, ...], tp_group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """Several :class:`ShardedRMSNorm` of the same tokens with one reduction over the ranks, forward and backward each.
+
+    Args:
+        vectors: [..., hidden_size / tp] of each norm; the leading axes are equal.
+        norms: as many.
+        tp_group: theirs.
+
+    Returns:
+        What each norm gives, in its vector's dtype.
+    """
+    if tp_group.size() == 1:
+        return tuple(norm(x) for norm, x in zip(norms, vectors, strict=True))
+    weights = [norm.weight for norm in norms]
+    sizes = tuple((norm.hidden_size, norm.eps) for norm in norms)
+    return _ShardedRMSNormFunction.apply(sizes, tp_group, *vectors, *weights)  # pyright: ignore[reportReturnType]
+
+
 class _ShardedRMSNormFunction(torch.autograd.Function):
-    """y_i = r w_i x_i with r = (sum_j x_j^2 / h + eps)^(-1/2), j over all ranks, i over this one's.
+    """y_i = r w_i x_i with r = (sum_j x_j^2 / h + eps)^(-1/2), j over all ranks, i over this one's; of n vectors.
 
     dL/dx_i = r (g_i - r^2 x_i / h * sum_j g_j x_j) with g_i = w_i dL/dy_i: one more sum over the ranks on the way back.
     Written out, it keeps only x and one number per vector for the backward pass; composed of Megatron's mappings it
-    keeps several float32 copies of x.
+    keeps several float32 copies of x. The sums of all vectors travel together.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, hidden_size: int, eps: float, group: dist.ProcessGroup) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = wide.square().sum(-1, keepdim=True)
-        dist.all_reduce(mean_square, group=group)
-        scale = torch.rsqrt(mean_square / hidden_size + eps)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.hidden_size, ctx.group = hidden_size, group
-        return (wide * scale * weight).to(x.dtype)
+    def forward(
+        ctx: Any, sizes: tuple[tuple[int, float], ...], group: dist.ProcessGroup, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        vectors, weights = tensors[: len(sizes)], tensors[len(sizes) :]
+        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in vectors]
+        squares = torch.stack([x.square().sum(-1) for x in wide])
+        dist.all_reduce(squares, group=group)
+        scales = [
+            torch.rsqrt(square / hidden_size + eps).unsqueeze(-1)
+            for square, (hidden_size, eps) in zip(squares, sizes, strict=True)
+        ]
+        ctx.save_for_backward(*tensors, *scales)
+        ctx.sizes, ctx.group = sizes, group
+        parts = zip(vectors, wide, scales, weights, strict=True)
+        return tuple((x_wide * scale * weight).to(x.dtype) for x, x_wide, scale, weight in parts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        unit = x.to(scale.dtype) * scale
-        gradient = gradients[0].to(scale.dtype)
-        of_weight = (gradient * unit).flatten(0, -2).sum(0)
-        weighted = gradient * weight
-        inner = (weighted * unit).sum(-1, keepdim=True)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.sizes)
+        saved = ctx.saved_tensors
+        vectors, weights, scales = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        units = [x.to(scale.dtype) * scale for x, scale in zip(vectors, scales, strict=True)]
+        incoming = [gradient.to(scale.dtype) for gradient, scale in zip(gradients, scales, strict=True)]
+        of_weights = [
+            (gradient * unit).flatten(0, -2).sum(0).to(weight.dtype)
+            for gradient, unit, weight in zip(incoming, units, weights, strict=True)
+        ]
+        weighted = [gradient * weight for gradient, weight in zip(incoming, weights, strict=True)]
+        inner = torch.stack([(one * unit).sum(-1) for one, unit in zip(weighted, units, strict=True)])
         dist.all_reduce(inner, group=ctx.group)
-        of_x = scale * (weighted - unit * (inner / ctx.hidden_size))
-        return of_x.to(x.dtype), of_weight.to(weight.dtype), None, None, None
+        of_vectors = [
+            (scale * (one - unit * (product.unsqueeze(-1) / hidden_size))).to(x.dtype)
+            for x, scale, one, unit, product, (hidden_size, _) in zip(
+                vectors, scales, weighted, units, inner, ctx.sizes, strict=True
+            )
+        ]
+        return None, None, *of_vectors, *of_weights

@@ -19,7 +19,7 @@ HONORED = _names(
     "sequence_parallel tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs",
     "tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs overlap_p2p_comm overlap_p2p_comm_warmup_flush",
     "use_ring_exchange_p2p account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
-    "use_tp_pp_dp_mapping use_gloo_process_groups use_sharp overlap_grad_reduce overlap_param_gather align_grad_reduce",
+    "use_tp_pp_dp_mapping use_gloo_process_groups use_sharp overlap_param_gather align_grad_reduce",
     "align_param_gather overlap_param_gather_with_optimizer_step ddp_pad_buckets_for_high_nccl_busbw",
     "ddp_reduce_scatter_with_fp32_accumulation ddp_average_in_collective use_layer_wise_param_layout nccl_ub",
     "disable_symmetric_registration create_all_gather_group gradient_reduce_div_fusion use_torch_fsdp2",
@@ -50,7 +50,7 @@ HONORED = _names(
     "run_workload_inspector_server test_mode",
     # checkpoints
     "ckpt_fully_parallel_save ckpt_fully_parallel_load ckpt_assume_constant_structure verify_integrity",
-    "ckpt_load_validate_sharding_integrity distrib_optim_fully_reshardable_mem_efficient dist_ckpt_save_pre_mcore_014",
+    "ckpt_load_validate_sharding_integrity dist_ckpt_save_pre_mcore_014",
 )
 
 # Reason -> flags that nothing reads in a run of these models. One that is set is refused, with the reason.

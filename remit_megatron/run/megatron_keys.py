@@ -95,13 +95,27 @@ DEFAULTS: dict[str, Default] = {
     "bias_swiglu_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),
     "bias_dropout_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),
     "masked_softmax_fusion": _default(False, "its kernels are apex's, and no attention used here calls them"),
-    "apply_rope_fusion": _default(False, "needs Transformer Engine, and rounds otherwise than the Hugging Face models"),
+    "apply_rope_fusion": _default(
+        lambda s: s.transformer_engine_layers,
+        "one kernel for each of queries and keys, also of packed documents; not for multi-latent attention",
+        "true with Transformer Engine",
+    ),
+    "overlap_grad_reduce": _default(
+        lambda s: s.gpu and not s.chosen.get("use_torch_fsdp2", False),
+        "gradients are reduced while the backward pass goes on",
+        "true on a GPU",
+    ),
     "no_persist_layer_norm": _default(
         lambda s: not s.transformer_engine_layers, "the persistent kernel is apex's", "true without Transformer Engine"
     ),
     "ckpt_format": _default("torch_dist", "the format that loads under any parallel layout"),
     "dist_ckpt_optim_fully_reshardable": _default(
         True, "optimizer state loads under another tensor- or pipeline-parallel size too"
+    ),
+    "distrib_optim_fully_reshardable_mem_efficient": _default(
+        lambda s: s.chosen.get("use_gloo_process_groups", True),
+        "one rank of a replica group collects the state to save, 12 bytes a parameter, not every rank",
+        "true with Gloo process groups",
     ),
     "save_interval": _default(500, "steps between two checkpoints; the last step is always saved"),
     "eval_interval": _default(500, "steps between two evaluations; no effect without data.valid"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional
 
 WIDTH, EPS = 24, 1e-3
@@ -34,7 +36,6 @@ def truth(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def on_a_rank(dtype: torch.dtype, twice: bool) -> dict[str, Any]:
     """This rank's part of the output and of both gradients; ``twice`` calls the norm on one x, summing gradients."""
-    import os
 
     import patches
 
@@ -80,3 +81,56 @@ def test_equals_the_norm_of_the_whole_vector(pool, ranks, dtype, tolerance):
     for rank, result in enumerate(found):
         assert result["attributes"] == [True, 0]
         assert result["sharded"] == ((WIDTH,), (rank * WIDTH // ranks,))
+
+
+def pair_on_a_rank() -> dict[str, Any]:
+    """Queries of 24 and keys of 12 channels, normed together and each for itself; how often ranks wait for others."""
+    from collections import Counter
+
+    import patches
+
+    patches.apply()
+    from remit_megatron.conversion.processes import process_groups
+    from remit_megatron.models.build import default_arguments, model_config
+    from remit_megatron.models.norm import ShardedRMSNorm, sharded_rms_norms
+    from tests.families import hf_values
+
+    config = model_config(hf_values("olmo2-mha_untied"), default_arguments()).transformer
+    reduce, counted = dist.all_reduce, Counter()
+
+    def count(*arguments: Any, **settings: Any) -> Any:
+        counted["reductions"] += 1
+        return reduce(*arguments, **settings)
+
+    with process_groups(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"])) as groups:
+        ranks, results, waits = groups.tp.size(), [], []
+        norms = tuple(ShardedRMSNorm(config, width, EPS, tp_group=groups.tp) for width in (24, 12))
+        generator = torch.Generator().manual_seed(groups.tp.rank())
+        shapes = [(5, 2, width // ranks) for width in (24, 12)]
+        values = [torch.randn(shape, generator=generator) for shape in shapes]
+        incoming = [torch.randn(shape, generator=generator) for shape in shapes]
+        for norm in norms:
+            norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+        dist.all_reduce = count
+        try:
+            for together in (True, False):
+                counted.clear()
+                vectors = tuple(value.clone().requires_grad_() for value in values)
+                if together:
+                    outputs = sharded_rms_norms(vectors, norms, groups.tp)
+                else:
+                    outputs = tuple(norm(vector) for norm, vector in zip(norms, vectors, strict=True))
+                gradients = torch.autograd.grad(outputs, (*vectors, *(norm.weight for norm in norms)), incoming)
+                results.append([tensor.detach().tolist() for tensor in (*outputs, *gradients)])
+                waits.append(counted["reductions"])
+        finally:
+            dist.all_reduce = reduce
+    return {"results": results, "waits": waits}
+
+
+def test_two_norms_with_one_reduction(pool):
+    """OLMo 2's queries and keys: forward and backward wait for the other ranks once each, not twice."""
+    for rank in pool.run(pair_on_a_rank, world_size=2):
+        together, apart = rank["results"]
+        assert together == apart, "a sum of two ranks is the same bits, whatever travels beside it"
+        assert rank["waits"] == [2, 4]

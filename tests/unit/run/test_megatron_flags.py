@@ -80,6 +80,8 @@ def test_what_would_be_accepted_and_not_done_is_refused(key, value, expected):
 def test_float32_on_a_gpu_is_no_tf32(monkeypatch):
     """Transformer Engine multiplies float32 in TF32, whatever torch is told."""
     monkeypatch.setattr("remit_megatron.models.spec.transformer_engine_usable", lambda: True)
+    for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+        monkeypatch.setattr(f"megatron.core.models.common.embeddings.rope_utils.{name}", lambda *_: None)
 
     def built(**megatron: Any) -> argparse.Namespace:
         config = run_config(**megatron)
@@ -88,6 +90,7 @@ def test_float32_on_a_gpu_is_no_tf32(monkeypatch):
 
     args = built(bf16=False)
     assert (args.transformer_impl, args.no_persist_layer_norm) == ("local", True)
+    assert not args.apply_rope_fusion and built().apply_rope_fusion
     assert built(bf16=False, fp16=True).transformer_impl == built().transformer_impl == "transformer_engine"
     with pytest.raises(UserError, match="found transformer_engine without bf16 and fp16; expected local: "):
         built(bf16=False, transformer_impl="transformer_engine")

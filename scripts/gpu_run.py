@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""A run on this machine's devices from end to end: memory against `remit plan`, save and resume, the parts of a step.
+
+    python scripts/gpu_run.py [--nproc N] [--small] [--record DIR]
+
+Trains a random model on random text with `remit` and a live reference: a few steps, saved and stopped (exit code 75),
+started again and trained to its end, where the losses of a run that was not stopped must be found to 1e-5. Then the
+peak memory of every rank beside the plan's, and the time of a step by kinds of kernels (torch.profiler; on a CPU, by
+operations). Exit code 1 where a part fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+STEPS, STOP = 6, 3
+# Kind of a kernel -> what its name holds; the first that fits. On a CPU the names are those of operations.
+KINDS = {
+    "loss over the vocabulary": r"_statistics_kernel|_gradient_kernel|_divergence",
+    "communication": r"nccl|gloo|c10d",
+    "attention": r"flash|fmha|attention|sdpa|softmax",
+    "matrix products": r"gemm|cutlass|nvjet|aten::(mm|bmm|addmm)|wgmma|cublas",
+    "norms and rotary": r"norm|rope|rotary",
+    "optimizer": r"adam|multi_tensor|foreach",
+    "copies": r"memcpy|memset|copy_|fill_|zero_",
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nproc", type=int, default=1, help="ranks, one for each GPU (default: 1)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="write a dated record there")
+    parser.add_argument("--rank-of", nargs=2, metavar=("CONFIG", "OUT"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def rank(config: str, out: str) -> int:
+    """One rank of the run, profiled; leaves its peak memory and the time of each kind in OUT.RANK.json."""
+    import patches
+
+    patches.apply()
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from remit_megatron.run.configuration import load_config
+    from remit_megatron.training.command import train
+
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        code = train(load_config(config))
+    seconds: dict[str, float] = {}
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+        if not gpu or event.device_type == torch.autograd.DeviceType.CUDA:
+            kind = next((kind for kind, words in KINDS.items() if re.search(words, event.key, re.I)), "everything else")
+            seconds[kind] = seconds.get(kind, 0.0) + spent / 1e6
+    peak = torch.cuda.max_memory_allocated() if gpu else None
+    Path(f"{out}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps({"peak": peak, "seconds": seconds}))
+    return code
+
+
+def material(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A tokenizer, random text, and the configuration of the run."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["<eos>", "<unk>", *(f"w{n}" for n in range(126))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    draw = random.Random(1)
+    lines = (" ".join(draw.choices(list(words)[2:], k=draw.randint(20, 400))) for _ in range(2000))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    small = args.small
+    size = {"hidden_size": 64, "intermediate_size": 128} if small else {"hidden_size": 2048, "intermediate_size": 8192}
+    model = {
+        "model_type": "llama",
+        "vocab_size": 131 if small else 100352,
+        **size,
+        "num_hidden_layers": 4 if small else 16,
+        "num_attention_heads": 4 if small else 16,
+        "num_key_value_heads": 4 if small else 16,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+    (folder / "reference").mkdir()
+    megatron = {
+        "seq_length": 64 if small else 4096,
+        "micro_batch_size": 1,
+        "global_batch_size": 4 * args.nproc,
+        "train_iters": STEPS,
+        "lr": 1e-3,
+        "save_interval": 1000,
+        "ckpt_format": "torch_dist",
+    }
+    return {
+        "model": model,
+        "objective": {"name": "remit", "epsilon": 0.2},
+        "reference": {"checkpoint": str(folder / "reference_model")},
+        "data": {
+            "train": [[1.0, str(folder / "corpus")]],
+            "tokenizer": str(folder / "tokenizer"),
+            "document_mask": True,
+            "num_workers": 0,
+        },
+        "megatron": megatron,
+        "logging": {"tensorboard": False},
+    }
+
+
+def remit(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "remit_megatron", *words], cwd=ROOT, check=True)
+
+
+def run(folder: Path, name: str, config: dict[str, Any], nproc: int, *, profiled: bool = False, **changes: Any) -> int:
+    """One start of a run; returns its exit code."""
+    from remit_megatron.runtime.launch import launch
+
+    own = config | {"run_dir": str(folder / config.get("run", name)), "megatron": config["megatron"] | changes}
+    own.pop("run", None)
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(own))  # JSON is YAML
+    if not profiled:
+        return launch(nproc, ["train", str(path)])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
+    return launch(nproc, ["--rank-of", str(path), str(folder / "profile")], module="gpu_run")
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["lm_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def measure(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any], bool]:
+    """Text of the record, its figures, and whether everything held."""
+    import torch
+
+    import patches
+
+    patches.apply()
+    from random_model import write_random_model
+
+    config = material(folder, args)
+    write_random_model(folder / "reference_model", config["model"], dtype=torch.float32, seed=2)
+    for file in (folder / "tokenizer").iterdir():
+        (folder / "reference_model" / file.name).write_bytes(file.read_bytes())
+    words = ["--input", str(folder / "text.jsonl"), "--tokenizer", str(folder / "tokenizer")]
+    remit("data", "build", *words, "--output", str(folder / "corpus"))
+    codes = [
+        run(folder, "straight", config, args.nproc, profiled=True),
+        run(folder, "first", config | {"run": "resumed"}, args.nproc, exit_interval=STOP),
+        run(folder, "second", config | {"run": "resumed"}, args.nproc),
+    ]
+    straight, resumed = losses(folder / "straight"), losses(folder / "resumed")
+    apart = max(abs(one - other) for one, other in zip(straight, resumed, strict=True))
+    ranks = [json.loads((folder / f"profile.{number}.json").read_text()) for number in range(args.nproc)]
+    plan = folder / "plan.json"
+    remit(
+        "plan", str(folder / "straight.yaml"), "--nodes", "1", "--gpus-per-node", str(args.nproc), "--json", str(plan)
+    )
+    planned = json.loads(plan.read_text())["stages"][0]["total"]
+    spent = ranks[-1]["seconds"]
+    good = codes == [0, 75, 0] and len(straight) == STEPS and apart <= 1e-5
+    lines = [
+        f"Exit codes of straight, stopped and resumed run: {codes}. Largest difference of a loss: {apart:.1e}.",
+        f"Memory of a GPU by the plan: {planned / 2**30:.2f} GiB; peak of the ranks: "
+        + ", ".join("no GPU" if one["peak"] is None else f"{one['peak'] / 2**30:.2f} GiB" for one in ranks)
+        + ".",
+        "",
+        f"| kind | share of {sum(spent.values()):.2f} s, {STEPS} steps and what is around them |",
+        "|---|---|",
+        *(
+            f"| {kind} | {value / sum(spent.values()):.1%} |"
+            for kind, value in sorted(spent.items(), key=lambda x: -x[1])
+        ),
+    ]
+    return "\n".join(lines), {"codes": codes, "apart": apart, "planned": planned, "ranks": ranks}, good
+
+
+def main() -> int:
+    args = parse()
+    if args.rank_of:
+        return rank(*args.rank_of)
+    from benchmarking import heading, record, versions
+
+    with tempfile.TemporaryDirectory() as folder:
+        text, figures, good = measure(args, Path(folder))
+    sys.stdout.write(text + "\n")
+    if args.record:
+        head = f"{heading('a run from end to end')}\n{versions('torch', 'megatron-core')}\n\n"
+        record(args.record, "gpu_run", title="A run from end to end", text=head + text, raw=figures)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
