@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a run on a real model is worth, on CPU: after scripts/smollm2_gsm8k.sh,
 #
-#   100 GSM8K items with eight worked examples, and BIG-Bench-Hard's boolean expressions, of the original and of the run
+#   100 GSM8K items with eight worked examples, and as many boolean expressions of BIG-Bench-Hard, of the original and of the run
 #   -> paired comparison -> token heatmap of the reference against the original -> one page
 #
 # Usage: scripts/smollm2_evaluation.sh DATA [RUNS] [ITEMS]
@@ -32,10 +32,10 @@ say() { printf '\n== %s (after %d s)\n' "$*" "$SECONDS"; }
 
 say "Items: the last ones of the file, which a short run does not train on"
 items_folder=$runs/items
-mkdir -p "$items_folder/gsm8k" "$items_folder/bbh/boolean_expressions"
+mkdir -p "$items_folder/gsm8k" "$items_folder/boolean"
 tail -n "$items" "$data/gsm8k_train.jsonl" >"$items_folder/gsm8k/test.jsonl"
 python -c 'import json, sys; [print(json.dumps(item)) for item in json.load(sys.stdin)["examples"]]' \
-    <"$data/bbh/boolean_expressions.json" >"$items_folder/bbh/boolean_expressions/test.jsonl"
+    <"$data/bbh/boolean_expressions.json" >"$items_folder/boolean/test.jsonl"
 tail -n 8 "$data/gsm8k_train.jsonl" |
     python -c 'import json, sys
 for line in sys.stdin:
@@ -43,7 +43,7 @@ for line in sys.stdin:
     print(json.dumps({"text": "Question: {question}\nAnswer: {answer}".format(**item)}))' >"$items_folder/texts.jsonl"
 
 say "Evaluation"
-remit evaluate "original=$runs/hf" "remit=$runs/remit" --suite configs/suites/smollm2.yaml \
+remit evaluate "original=$runs/hf" "remit=$runs/remit" --suite smollm2 \
     --data "$items_folder" --limit "$items" --output "$runs/evaluation"
 remit evaluate compare "$runs/evaluation"
 

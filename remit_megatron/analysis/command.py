@@ -17,6 +17,7 @@ def add_heatmap_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", required=True, metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--reference", required=True, metavar="MODEL", help="the same, of the model that guides")
     _add_input(parser)
+    _add_layout(parser)
     _add_epsilon(parser)
 
 
@@ -26,7 +27,12 @@ def run_heatmap(args: argparse.Namespace) -> int:
     from remit_megatron.analysis.heatmap import heatmap
 
     summary = heatmap(
-        student=args.student, reference=args.reference, output=output, epsilon=args.epsilon, **_reading(args)
+        student=args.student,
+        reference=args.reference,
+        output=output,
+        epsilon=args.epsilon,
+        layout=_layout(args),
+        **_reading(args),
     )
     return _done(
         f"{summary['tokens']} tokens, mean difference {summary['delta_mean']:+.4f} nats, "
@@ -59,6 +65,7 @@ def add_kl_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", nargs="+", required=True, metavar="MODEL", help=f"one or more; {_MODEL_HELP}")
     parser.add_argument("--reference", required=True, metavar="MODEL", help="the model that guides")
     _add_input(parser)
+    _add_layout(parser)
 
 
 def run_kl(args: argparse.Namespace) -> int:
@@ -66,7 +73,7 @@ def run_kl(args: argparse.Namespace) -> int:
     output = _begin(args)
     from remit_megatron.analysis.shift import kl
 
-    data = kl(models=args.student, reference=args.reference, output=output, **_reading(args))
+    data = kl(models=args.student, reference=args.reference, output=output, layout=_layout(args), **_reading(args))
     for model in data["models"]:
         mean = model["kl_reference_model"]
         print(
@@ -245,6 +252,26 @@ def _add_epsilon(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="clip of the weights; none for no clip (default: 0.2)",
     )
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel size (default: 1)")
+    parser.add_argument("--pp", type=int, default=1, metavar="P", help="pipeline-parallel size (default: 1)")
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="local ranks that the models are spread over (default: TP x PP)"
+    )
+
+
+def _layout(args: argparse.Namespace) -> Any:
+    from remit_megatron.analysis.sharded import Layout
+
+    for name in ("tp", "pp", "nproc"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}", value, "at least 1")
+    if (args.nproc or 0) % (args.tp * args.pp):
+        raise UserError("--nproc", args.nproc, f"a multiple of TP x PP = {args.tp * args.pp}")
+    return Layout(args.tp, args.pp, args.nproc)
 
 
 def _epsilon(text: str) -> float | None:

@@ -4,20 +4,25 @@ and 11 of the paper)."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from remit_megatron.analysis.models import TextModel, bits_per_byte, name_of, open_sources, tokenized
 from remit_megatron.analysis.parts import PART_SUFFIX, Heatmap, Part, Table, Text, finite, number, to_json
+from remit_megatron.analysis.sharded import Layout, pair_scores
 from remit_megatron.analysis.texts import TokenizedText
 from remit_megatron.objectives import token_weights
+from remit_megatron.runtime.exported import HuggingFaceModel
 from remit_megatron.runtime.files import temporary_sibling, write_atomic
 from remit_megatron.runtime.progress import Progress
 
 # Tokens in the part for a report, which has room for so many; heatmap.html and heatmap.jsonl hold all.
 PART_TOKENS = 2500
+_ALONE = Layout()
 
 
 def heatmap(
@@ -31,8 +36,12 @@ def heatmap(
     max_tokens: int | None = None,
     dtype: str = "fp32",
     epsilon: float | None = 0.2,
+    layout: Layout = _ALONE,
 ) -> dict[str, Any]:
     """Writes heatmap.jsonl, heatmap.html, heatmap.png, heatmap.json (a summary) and heatmap.part.json.
+
+    Args:
+        layout: ranks that the models are spread over, through Megatron.
 
     Returns:
         the summary.
@@ -45,12 +54,12 @@ def heatmap(
 
     sources = open_sources([("--student", student), ("--reference", reference)])
     texts = tokenized(sources, input_path, text_key=text_key, max_texts=max_texts, max_tokens=max_tokens)
-    models = [TextModel(s, field=f, dtype=dtype) for s, f in zip(sources, ("--student", "--reference"), strict=True)]
+    scores = _scores(sources, texts, layout, dtype)
     progress = Progress("heatmap", total=sum(len(text.ids) for text in texts), unit="tokens")
     records, done = [], 0
     with temporary_sibling(output / "heatmap.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        for text in texts:
-            records.append(_record(text, models, epsilon))
+        for text, (student_logprob, reference_logprob) in zip(texts, scores, strict=True):
+            records.append(_record(student_logprob, reference_logprob, epsilon))
             stream.write(json.dumps(_line(text, records[-1]), ensure_ascii=False) + "\n")
             done += len(text.ids)
             progress.update(done)
@@ -65,9 +74,22 @@ def heatmap(
     return summary
 
 
-def _record(text: TokenizedText, models: list[TextModel], epsilon: float | None) -> dict[str, list[float | None]]:
+def _scores(
+    sources: list[HuggingFaceModel], texts: list[TokenizedText], layout: Layout, dtype: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """[s - 1] log-probabilities of student and reference, text by text."""
+    if not layout.alone:
+        yield from (
+            (pair.logprob, pair.reference_logprob) for pair in pair_scores(*sources, texts, layout, dtype=dtype)
+        )
+        return
+    models = [TextModel(s, field=f, dtype=dtype) for s, f in zip(sources, ("--student", "--reference"), strict=True)]
+    for text in texts:
+        yield models[0].logprobs(text.ids), models[1].logprobs(text.ids)
+
+
+def _record(student: Tensor, reference: Tensor, epsilon: float | None) -> dict[str, list[float | None]]:
     """Per token: log-probabilities, their difference, and the weight that the objective would give it."""
-    student, reference = (model.logprobs(text.ids) for model in models)
     delta = reference - student
     mask = torch.ones(1, len(delta))
     weight = token_weights(-student.unsqueeze(0), -reference.unsqueeze(0), mask, epsilon=epsilon).squeeze(0)

@@ -7,9 +7,9 @@ et al., arXiv 2312.01552): first (unshifted), second or third (marginal), lower 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,12 +23,23 @@ from remit_megatron.analysis.models import (
     tokenized,
 )
 from remit_megatron.analysis.parts import Block, Chart, Part, Series, Table, Text, number, write_analysis
+from remit_megatron.analysis.sharded import Layout, pair_scores
 from remit_megatron.analysis.texts import CLASSES, TokenizedText
 from remit_megatron.runtime.exported import HuggingFaceModel
 from remit_megatron.runtime.progress import Progress
 
+
+class ShardedComparison(NamedTuple):
+    """What of a :class:`Comparison` is known of models that are spread over ranks."""
+
+    first_logprob: Tensor
+    second_logprob: Tensor
+    kl_first: Tensor
+    kl_second: Tensor
+
+
 # name -> what a comparison of (model, other) gives per token.
-MEASURES: dict[str, Callable[[Comparison], Tensor]] = {
+MEASURES: dict[str, Callable[[Any], Tensor]] = {
     "unshifted": lambda c: c.rank == 1,
     "marginal": lambda c: (c.rank == 2) | (c.rank == 3),
     "shifted": lambda c: c.rank > 3,
@@ -39,25 +50,30 @@ MEASURES: dict[str, Callable[[Comparison], Tensor]] = {
 }
 
 
+_ALONE = Layout()
+# Of these, what two models that are spread over ranks say of each other.
+SHARDED_MEASURES = ("kl_from_model", "kl_to_model", "logprob_distance")
+
+
 class PairSums:
     """Sums of the measures of one pair of models, by text and by token class."""
 
-    def __init__(self) -> None:
-        self._by_text: dict[str, list[float]] = {name: [] for name in MEASURES}
+    def __init__(self, measures: Iterable[str] = tuple(MEASURES)) -> None:
+        self._by_text: dict[str, list[float]] = {name: [] for name in measures}
         self._by_class: dict[str, list[dict[str, float]]] = {name: [] for name in ("kl_from_model", "kl_to_model")}
         self._counts: list[int] = []
         self._class_counts: list[dict[str, int]] = []
         self.logprobs = [0.0, 0.0]
 
-    def add(self, text: TokenizedText, comparison: Comparison) -> None:
+    def add(self, text: TokenizedText, comparison: Comparison | ShardedComparison) -> None:
         """Takes one text's comparison in."""
         self._counts.append(len(text.ids) - 1)
         self.logprobs[0] += float(comparison.first_logprob.double().sum())
         self.logprobs[1] += float(comparison.second_logprob.double().sum())
         classes = text.classes[1:]
         self._class_counts.append({name: classes.count(name) for name in CLASSES})
-        for name, measure in MEASURES.items():
-            values = measure(comparison).double()
+        for name in self._by_text:
+            values = MEASURES[name](comparison).double()
             self._by_text[name].append(float(values.sum()))
             if name in self._by_class:
                 sums = dict.fromkeys(CLASSES, 0.0)
@@ -77,7 +93,7 @@ class PairSums:
 
     def data(self) -> dict[str, Any]:
         """All means, and the two divergences by text and by class."""
-        means = {name: self.mean(name)._asdict() for name in MEASURES}
+        means = {name: self.mean(name)._asdict() for name in self._by_text}
         by_text = {name: self._by_text[name] for name in self._by_class}
         by_class = {
             name: {
@@ -109,14 +125,28 @@ def shift(*, models: list[str], reference: str | None, input_path: str, output: 
     return data
 
 
-def kl(*, models: list[str], reference: str, input_path: str, output: Path, **options: Any) -> dict[str, Any]:
+def kl(
+    *,
+    models: list[str],
+    reference: str,
+    input_path: str,
+    output: Path,
+    layout: Layout = _ALONE,
+    **options: Any,
+) -> dict[str, Any]:
     """KL divergence of each model to the reference over the full vocabulary; writes kl.json, kl.png, kl.part.json.
+
+    Args:
+        layout: ranks that the models are spread over, through Megatron.
 
     Raises:
         UserError: a model or the input cannot be used, or vocabularies differ.
     """
     sources, texts = _inputs("--student", models, reference, input_path, options)
-    found = _compare_all(sources, texts, has_reference=True, steps=False, label="kl", **_of(options))
+    if layout.alone:
+        found = _compare_all(sources, texts, has_reference=True, steps=False, label="kl", **_of(options))
+    else:
+        found = _compare_sharded(sources, texts, layout, **_of(options))
     names = [name_of(source) for source in sources]
     data = {
         "reference": names[-1],
@@ -192,6 +222,21 @@ def _compare_all(
             progress.update(done)
         before = model if steps else None
     progress.finish()
+    return found
+
+
+def _compare_sharded(
+    sources: list[HuggingFaceModel], texts: list[TokenizedText], layout: Layout, *, dtype: str
+) -> dict[tuple[int, int], PairSums]:
+    """Sums of (model, reference) pairs; each pair is scored in both directions."""
+    found = {}
+    last = len(sources) - 1
+    for position in range(last):
+        sums = found[position, last] = PairSums(SHARDED_MEASURES)
+        there = pair_scores(sources[position], sources[last], texts, layout, dtype=dtype)
+        back = pair_scores(sources[last], sources[position], texts, layout, dtype=dtype)
+        for text, one, other in zip(texts, there, back, strict=True):
+            sums.add(text, ShardedComparison(one.logprob, one.reference_logprob, other.kl, one.kl))
     return found
 
 

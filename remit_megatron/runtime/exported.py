@@ -176,11 +176,20 @@ def run_export(checkpoint: Path, output: Path) -> tuple[int, list[str]]:
     Returns:
         Its exit code, and the lines of its standard error; ``no message`` where there is none.
     """
-    words = [sys.executable, "-m", "remit_megatron", "export", "--checkpoint", str(checkpoint), "--output", str(output)]
+    return run_remit(["export", "--checkpoint", str(checkpoint), "--output", str(output)])
+
+
+def run_remit(words: list[str]) -> tuple[int, list[str]]:
+    """A command of ``remit`` in a process of its own, as if nothing had started this one.
+
+    Returns:
+        As :func:`run_export`.
+    """
+    command = [sys.executable, "-m", "remit_megatron", *words]
     # Started by a launcher, the child would take itself for one of several ranks.
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
     done = subprocess.run(
-        words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     return done.returncode, [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
 

@@ -256,6 +256,12 @@ def add_logprobs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face directory")
     parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="a second model (checkpoint, run, or Hugging Face directory): its log-probabilities, and "
+        "KL(reference || model) over the vocabulary, beside the first one's",
+    )
+    parser.add_argument(
         "--input", required=True, metavar="F.jsonl", help='one {"text": ...} per line; also .gz and .zst'
     )
     parser.add_argument("--output", required=True, metavar="F.jsonl", help="one line per input line, in order")
@@ -280,6 +286,9 @@ def run_logprobs(args: argparse.Namespace) -> int:
     if not Path(args.output).absolute().parent.is_dir():
         raise UserError("--output", f"no directory {Path(args.output).absolute().parent}", "a place that exists")
     source = _model(args)
+    reference = resolve(args.reference, field="--reference") if args.reference else None
+    if reference is not None and reference.tokenizer is None:
+        raise UserError("--reference", f"no tokenizer in {reference.hf_files}", "tokenizer.json beside config.json")
     if ranks > 1 and not launch.under_launcher():
         return launch.launch(ranks, _logprobs_command(args))
     import patches
@@ -288,7 +297,14 @@ def run_logprobs(args: argparse.Namespace) -> int:
     from remit_megatron.scoring.logprobs import score_file
 
     score_file(
-        source, args.input, args.output, tp=args.tp, pp=args.pp, dtype=args.dtype, batch_tokens=args.batch_tokens
+        source,
+        args.input,
+        args.output,
+        reference=reference,
+        tp=args.tp,
+        pp=args.pp,
+        dtype=args.dtype,
+        batch_tokens=args.batch_tokens,
     )
     return EXIT_DONE
 
@@ -312,4 +328,5 @@ def _logprobs_command(args: argparse.Namespace) -> list[str]:
     model = ["--hf", args.hf] if args.hf else ["--checkpoint", args.checkpoint]
     options = {"input": args.input, "output": args.output, "tp": args.tp, "pp": args.pp, "dtype": args.dtype}
     options["batch-tokens"] = args.batch_tokens
+    options |= {"reference": args.reference} if args.reference else {}
     return ["logprobs", *model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
     from remit_megatron.data.tokenizer import Tokenizer
 
+type Head = Callable[[Tensor, Any, Tensor, Tensor, Any], Tensor]
+
 _WINDOW_LINES = 2048
-_IGNORED = -100
+IGNORED = -100  # label of a position that is not scored
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def microbatches(texts: Sequence[Sequence[int]], *, batch_tokens: int) -> list[M
         taken = max(1, batch_tokens // length)
         lines, order = order[:taken], order[taken:]
         tokens = torch.zeros(len(lines), length, dtype=torch.int64)
-        labels = torch.full((len(lines), length), _IGNORED, dtype=torch.int64)
+        labels = torch.full((len(lines), length), IGNORED, dtype=torch.int64)
         for row, line in enumerate(lines):
             ids = torch.tensor(texts[line], dtype=torch.int64)
             tokens[row, : len(ids) - 1] = ids[:-1]
@@ -75,54 +77,66 @@ def score_file(
     input_path: str | Path,
     output_path: str | Path,
     *,
+    reference: ModelSource | None = None,
     tp: int = 1,
     pp: int = 1,
     dtype: str = "fp32",
     batch_tokens: int = 8192,
 ) -> None:
     """Writes ``token_ids``, ``tokens`` and ``logprobs`` (natural log; the first is null) for each line; whole or not at
-    all.
+    all. With a reference also ``reference_logprobs`` and ``kl``, KL(reference || model) over the whole vocabulary.
 
     Runs on every rank of the layout; rank 0 writes.
 
     Raises:
-        UserError: a line that is not ``{"text": ...}``, a text longer than the model, a layout that does not fit, or a
-            model that gives log-probabilities that are not finite.
+        UserError: a line that is not ``{"text": ...}``, a text longer than the model, a layout that does not fit, a
+            reference of other tokens, or a model that gives log-probabilities that are not finite.
     """
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.data.tokenizer import load_tokenizer
     from remit_megatron.runtime.parallel import gather_objects, rank_environment
+    from remit_megatron.scoring.pairs import PairScorer
 
-    assert source.tokenizer is not None
-    tokenizer = load_tokenizer(source.tokenizer)
-    _refuse_unknown_ids(tokenizer, Path(input_path), int(source.hf_config["vocab_size"]))
-    longest = int(source.hf_config["max_position_embeddings"])
+    sources = [source] if reference is None else [source, reference]
+    assert all(one.tokenizer is not None for one in sources)
+    tokenizer, *others = [load_tokenizer(one.tokenizer) for one in sources if one.tokenizer is not None]
+    vocab_sizes = [int(one.hf_config["vocab_size"]) for one in sources]
+    if len(set(vocab_sizes)) > 1:
+        raise UserError("--reference", f"a vocabulary of {vocab_sizes[1]}", f"{vocab_sizes[0]}, as {source.path} has")
+    _refuse_unknown_ids(tokenizer, Path(input_path), vocab_sizes[0])
+    longest = min(int(one.hf_config["max_position_embeddings"]) for one in sources)
     writer = rank_environment().rank == 0
     with process_groups(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp) as groups:
-        scorer = Scorer(source, groups, tp=tp, pp=pp, dtype=dtype)
+        scorers = [Scorer(one, groups, tp=tp, pp=pp, dtype=dtype) for one in sources]
+        scorer: Any = scorers[0] if reference is None else PairScorer(*scorers)
         progress = Progress("logprobs", total=Path(input_path).stat().st_size, unit="B")
         target = temporary_sibling(output_path) if writer else nullcontext("/dev/null")
         with target as temporary, open(temporary, "w", encoding="utf-8") as stream:
             for window, done in _windows(Path(input_path)):
                 texts = tokenizer.encode_batch([text for _, text in window])
+                for other in others:
+                    _refuse_other_tokens(window, texts, other, input_path)
                 _refuse_long(window, texts, longest, input_path)
                 scored = scorer.score(microbatches(texts, batch_tokens=batch_tokens))
-                parts: dict[int, list[float]] = {}
+                parts: dict[int, list[list[float]]] = {}
                 for part in gather_objects(scored):
-                    parts |= part
-                _refuse_not_finite(window, parts, input_path, source)
+                    parts |= {line: values if reference is not None else [values] for line, values in part.items()}
+                for number, one in enumerate(sources):
+                    _refuse_not_finite(window, {line: v[number] for line, v in parts.items()}, input_path, one)
                 if writer:
                     for line, ids in enumerate(texts):
-                        stream.write(_record(ids, tokenizer, parts.get(line, [])) + "\n")
+                        columns = parts.get(line, [[] for _ in range(2 * len(sources) - 1)])
+                        stream.write(_record(ids, tokenizer, columns) + "\n")
                     progress.update(done)
         if writer:
             progress.finish()
 
 
-def _record(ids: Sequence[int], tokenizer: Tokenizer, logprobs: Sequence[float]) -> str:
-    assert len(logprobs) == max(0, len(ids) - 1)
-    values = [None, *logprobs] if ids else []
-    record = {"token_ids": list(ids), "tokens": [tokenizer.token(i) for i in ids], "logprobs": values}
+def _record(ids: Sequence[int], tokenizer: Tokenizer, columns: Sequence[Sequence[float]]) -> str:
+    record: dict[str, Any] = {"token_ids": list(ids), "tokens": [tokenizer.token(i) for i in ids]}
+    for name, values in zip(("logprobs", "reference_logprobs", "kl"), columns, strict=False):
+        assert len(values) == max(0, len(ids) - 1)
+        record[name] = [None, *values] if ids else []
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
@@ -165,6 +179,15 @@ def _refuse_long(
             raise UserError(f"{path}:{number}", f"{len(ids)} tokens", f"at most {longest}, the model's positions")
 
 
+def _refuse_other_tokens(
+    window: Sequence[tuple[int, str]], texts: Sequence[Sequence[int]], tokenizer: Tokenizer, path: str | Path
+) -> None:
+    others = tokenizer.encode_batch([text for _, text in window])
+    for (number, _), ids, other in zip(window, texts, others, strict=True):
+        if list(ids) != list(other):
+            raise UserError("--reference", f"other tokens of {path}:{number} than the model's", "the same tokens")
+
+
 def _refuse_not_finite(
     window: Sequence[tuple[int, str]], logprobs: dict[int, list[float]], path: str | Path, source: ModelSource
 ) -> None:
@@ -205,8 +228,8 @@ class Scorer:
         )
         config = model_config(source.hf_config, arguments)
         config.transformer.variable_seq_lengths = True  # microbatches of a window have different shapes
-        self._groups, self._device = groups, device()
-        self._vocab_size: int = source.hf_config["vocab_size"]
+        self.groups, self._device = groups, device()
+        self.vocab_size: int = source.hf_config["vocab_size"]
         self._chunks: list[torch.nn.Module] = list(build_chunks(config, groups))
         load_weights(self._chunks, source)
 
@@ -216,57 +239,67 @@ class Scorer:
 
         Collective over the ranks of a replica.
         """
+        share = list(batches[self.groups.dp.rank() :: self.groups.dp.size()])
+        if not share:
+            return {}
+        results = self.run(share, [None] * len(share), self._logprobs)
+        if self.groups.tp.rank() != 0:
+            return {}  # the same numbers as rank 0
+        scored: dict[int, list[float]] = {}
+        for batch, logprob in zip(share, results, strict=False):  # no results except on the last stage
+            for row, line in enumerate(batch.lines):
+                counted = int((batch.labels[row] != IGNORED).sum())
+                scored[line] = logprob[row, :counted].tolist()
+        return scored
+
+    def run(self, batches: Sequence[Microbatch], beside: Sequence[Any], head: Head) -> list[Tensor]:
+        """Microbatches through the pipeline; collective over the ranks of a replica.
+
+        Args:
+            batches: the same on every rank of it; at least one.
+            beside: what ``head`` gets with each of them.
+            head: on the last stage, takes hidden states [s, b, h], the output layer, its weight of this rank, labels
+                [b, s] and the entry of ``beside``.
+
+        Returns:
+            What ``head`` gave of each, float32 on the CPU; nothing before the last stage.
+        """
         import torch
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        share = list(batches[self._groups.dp.rank() :: self._groups.dp.size()])
-        if not share:
-            return {}
         with torch.no_grad():
-            results: Any = get_forward_backward_func()(
-                forward_step_func=self._forward,
-                data_iterator=iter(share),
+            return get_forward_backward_func()(
+                forward_step_func=partial(self._forward, head),
+                data_iterator=iter(zip(batches, beside, strict=True)),
                 model=self._chunks[0],
-                num_microbatches=len(share),
+                num_microbatches=len(batches),
                 seq_length=1,  # the schedules exchange the true shapes
                 micro_batch_size=1,
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        if self._groups.tp.rank() != 0:
-            return {}  # the same numbers as rank 0
-        scored: dict[int, list[float]] = {}
-        for batch, logprob in zip(share, results, strict=False):  # no results except on the last stage
-            for row, line in enumerate(batch.lines):
-                counted = int((batch.labels[row] != _IGNORED).sum())
-                scored[line] = logprob[row, :counted].tolist()
-        return scored
 
-    def _forward(self, batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
-        """What the schedule calls: [b, s] log-probabilities on the last stage, hidden states before it."""
+    def _forward(self, head: Head, batches: Iterator[tuple[Microbatch, Any]], model: Any) -> tuple[Tensor, Any]:
+        """What the schedule calls: the head's result on the last stage, hidden states before it."""
         import torch
 
-        batch = next(batches)
+        batch, beside = next(batches)
         tokens, labels = batch.tokens.to(self._device), batch.labels.to(self._device)
         positions = torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)
-        output = model(tokens, positions, None, output_processor=self._logprobs, output_processor_context=labels)
+
+        def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+            weight = output_layer.weight if output_weight is None else output_weight
+            return head(hidden_states, output_layer, weight, labels, beside)
+
+        output = model(tokens, positions, None, output_processor=processor)
         return output, partial(_keep, output)
 
-    def _logprobs(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Tensor, **_: Any
-    ):
+    def _logprobs(self, hidden: Tensor, output_layer: Any, weight: Tensor, labels: Tensor, _: Any) -> Tensor:
+        """[b, s] float32."""
         from remit_megatron.kernels import token_logprob
 
-        weight = output_layer.weight if output_weight is None else output_weight
-        logprob = token_logprob(
-            hidden_states,
-            weight,
-            context.t(),
-            tp_group=self._groups.tp,
-            vocab_size=self._vocab_size,
-            ignore_index=_IGNORED,
-        )
-        return logprob.t()
+        shared = dict(tp_group=self.groups.tp, vocab_size=self.vocab_size, ignore_index=IGNORED)
+        return token_logprob(hidden, weight, labels.t(), **shared).t()
 
 
 def _keep(output: Tensor, *_: Any, **__: Any) -> Tensor:

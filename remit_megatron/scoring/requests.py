@@ -22,7 +22,7 @@ from remit_megatron.models.forward import Item, ModelForward
 from remit_megatron.reference.cached import whole_scores
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.runtime import parallel
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import DoNotRestart, UserError
 from remit_megatron.scoring.batches import round_size, score_samples
 
 
@@ -154,7 +154,7 @@ class RequestScorer:
             chunks: the model's chunks on this rank, in evaluation mode.
 
         Raises:
-            UserError: one of them is not finite.
+            DoNotRestart: one of them is not finite; on all ranks.
         """
         groups = self._groups()
         model = LiveReference(chunks, vocab_size=self._vocab_size, forward=self._forward)
@@ -175,8 +175,10 @@ class RequestScorer:
         values = [together[number] for number in range(len(self.encoded.requests))]
         if not all(map(math.isfinite, values)):
             bad = sum(not math.isfinite(value) for value in values)
-            text = f"{bad} of {len(values)} log-probabilities that are not finite"
-            raise UserError("evaluation", text, "finite ones from a model that trains")
+            raise DoNotRestart(
+                f"evaluation: {bad} of {len(values)} log-probabilities are not finite; the model's weights, or what it "
+                "computes with them, are broken, and the same start would find the same"
+            )
         return values
 
     def questions(self, logprobs: Sequence[float]) -> dict[str, list[dict[str, float]]]:
