@@ -125,7 +125,7 @@ def main(path: str, kills: int, seed: int, output: str) -> None:
     for stage in plan.planned:
         share = kills // len(plan.planned) + (list(plan.planned).index(stage) < kills % len(plan.planned))
         for _ in range(share):
-            after = generator.uniform(0, 0.9 * seconds[stage])
+            after = generator.uniform(0, 0.7 * seconds[stage])
             if kill_in(path, killed, stage, after):
                 done.append([stage, round(after, 3)])
     code = os.waitstatus_to_exitcode(os.waitpid(flywheel(path, killed), 0)[1])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.posttrain_runs import lines_of, write_lines
 from tests.tiny import make_llama
 from tests.unit.flywheel.conftest import WORKER, events
 
-KILLS = int(os.environ.get("REMIT_FLYWHEEL_KILLS", "20"))
+KILLS = 30
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 
 
@@ -51,7 +52,7 @@ def turn(material, config_for, tmp_path_factory) -> Path:
         "result": {"kind": "export", "model": "${stage:midtrain}"},
         "count": {
             "kind": "command",
-            "words": [sys.executable, "worker.py", "{output}", 8, 0.05, "${stage:result}/config.json"],
+            "words": [sys.executable, "worker.py", "{output}", 20, 0.05, "${stage:result}/config.json"],
         },
     }
     write(root / "flywheel.yaml", {"run_dir": "unused", "seed": 7, "stages": stages})
@@ -79,7 +80,7 @@ def results(root: Path, name: str, monkeypatch) -> dict[str, object]:
                 found[place] = sha256_file(path)
             elif path.name == "metrics.jsonl":
                 lines = [json.loads(line) for line in path.read_text().splitlines()]
-                timed = ("step_seconds", "tokens_per_second", "reference_seconds")
+                timed = ("step_seconds", "tokens_per_second", "reference_seconds", "tflops", "mfu")
                 found[place] = [{key: line[key] for key in line if key not in timed} for line in lines]
             elif path.name == "output":
                 found[place] = path.read_text()
@@ -89,9 +90,10 @@ def results(root: Path, name: str, monkeypatch) -> dict[str, object]:
 def test_killed_in_every_stage_it_ends_with_the_same(turn, monkeypatch) -> None:
     outcome = json.loads((turn / "outcome.json").read_text())
     assert outcome["code"] == 0
-    assert {stage for stage, _ in outcome["kills"]} == set(outcome["seconds"])
-    # A stage may have ended in the moment before it was to be killed; not more than a few do.
-    assert len(outcome["kills"]) >= 0.7 * KILLS
+    # A stage may have ended before it was to be killed: not more than a few do.
+    assert len(outcome["kills"]) >= 20
+    starts = Counter(stage for event, stage in events(turn / "killed") if event == "started")
+    assert set(starts) == set(outcome["seconds"]) and min(starts.values()) > 1
     expected, found = results(turn, "straight", monkeypatch), results(turn, "killed", monkeypatch)
     assert len(expected) >= 8 and found == expected
 
