@@ -34,6 +34,7 @@ MODULES = (
     "evaluation_log",
     "optimizer_overrides",
     "distributed_optimizer_resume",
+    "optimizer_load_memory",
     "mla_rope_key_gradient",
     "mla_query_norm_gradient",
     "packed_rope",

@@ -11,6 +11,7 @@ from remit_megatron.cluster.hardware import GIB
 from remit_megatron.cluster.planner import Planner, StageMemory
 from remit_megatron.cluster.search import CAUSES, Candidate, Layout, Search, reason, tie
 from remit_megatron.cluster.simulate import SimulatedRank, describe_difference
+from remit_megatron.cluster.state import save_host_bytes
 from remit_megatron.cluster.timing import DataTime, StepTime
 from remit_megatron.models.spec import LOCAL, TE
 from remit_megatron.run.derived import PlanNumbers
@@ -165,7 +166,16 @@ def _memory(report: Report) -> str:
     fits = "fits" if max(stage.total for stage in stages) <= report.limit else "DOES NOT FIT"
     memory = report.planner.machine.gpu.memory
     end = f"  {fits}: {_gib(report.limit)} GiB of {_gib(memory)} may be used ({report.headroom:.0%} left alone)\n"
-    return "memory of one GPU in GiB (arithmetic)\n" + table(rows) + end
+    return "memory of one GPU in GiB (arithmetic)\n" + table(rows) + end + _host_of_save(report)
+
+
+def _host_of_save(report: Report) -> str:
+    parameters = max(stage.state.parameters for stage in report.stages)
+    held, ranks = save_host_bytes(report.args, parameters=parameters, per_node=report.planner.machine.per_node)
+    if not held:
+        return ""
+    who = "one rank" if ranks == 1 else f"{ranks} ranks"
+    return f"  host memory of a save: {_gib(held)} GiB on the node that collects most ({who}, 12 bytes a parameter)\n"
 
 
 def _time(report: Report) -> str:

@@ -115,6 +115,28 @@ def shards_of(args: argparse.Namespace) -> int:
     return args.data_parallel_size * args.context_parallel_size
 
 
+def save_host_bytes(args: argparse.Namespace, *, parameters: int, per_node: int) -> tuple[int, int]:
+    """Host memory in which Megatron puts the optimizer's state together before it writes a checkpoint.
+
+    Args:
+        args: Megatron's, of the layout.
+        parameters: of a rank, of the stage that has most.
+        per_node: ranks of a node.
+
+    Returns:
+        Bytes on the node that needs most, and how many of its ranks collect: those of the first replica with
+        ``distrib_optim_fully_reshardable_mem_efficient``, else all. Both 0 where each rank saves its own.
+    """
+    if not args.use_distributed_optimizer or not args.dist_ckpt_optim_fully_reshardable:
+        return 0, 0
+    ranks = min(per_node, args.world_size)
+    if args.distrib_optim_fully_reshardable_mem_efficient:
+        # Ranks of one stage stand together, those of the first replica before the others.
+        stages = max(1, ranks * args.pipeline_model_parallel_size // args.world_size)
+        ranks = min(ranks, args.tensor_model_parallel_size * stages)
+    return 12 * parameters * ranks, ranks
+
+
 def place_of(args: argparse.Namespace, rank: int) -> Place:
     """Place of a global rank in Megatron's order: tensor, context, data, pipeline, the first one varying fastest."""
     pipeline = args.pipeline_model_parallel_size

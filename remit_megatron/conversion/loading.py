@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
+from torch import distributed as dist
 
 from remit_megatron.conversion.checkpoint_files import CheckpointFiles
+from remit_megatron.conversion.shared_reading import Read, read_in_turns
 from remit_megatron.conversion.source import ModelSource
 from remit_megatron.conversion.tensor_files import DTYPES, LazyTensor, TensorFiles
 from remit_megatron.models.build import shape_of, unwrap
@@ -32,14 +35,14 @@ def load_weights(
 ) -> None:
     """Fills every parameter of this rank's model chunks from ``source``, in place, in the parameters' own dtype.
 
-    Collective over all ranks where the source is a checkpoint. Only weights are read, no optimizer. Rows that pad the
-    vocabulary are set to zero. From safetensors, memory beyond the model is about one tensor.
+    Collective over all ranks: each parameter is read by one of the replicas that hold it. Only weights are read, no
+    optimizer. Rows that pad the vocabulary are set to zero. Memory beyond the model is about two tensors.
 
     Args:
         chunks: of :func:`remit_megatron.models.build.build_chunks`, or of a training run (wrapped or not).
         source: what :func:`remit_megatron.conversion.source.resolve` found; the chunks must have been built from its
             ``hf_config``.
-        on_bytes: called with the bytes filled so far, after each parameter read from safetensors.
+        on_bytes: called with the bytes filled so far, after each parameter.
 
     Raises:
         UserError: a weight is missing or unknown, or has another shape than the model.
@@ -189,14 +192,18 @@ def _load_huggingface(
     filled: set[tuple[int | None, str]] = set()
     for model in models:
         rank = TensorRank(model.pg_collection.tp.rank(), model.pg_collection.tp.size())
+        parts: list[tuple[torch.nn.Parameter, Read]] = []
         for _, layer, weight, parameter in weights_of(model, names):
             place = place_of(weight, rank, model.config.transformer_impl)
-            assign(parameter, weights.read(layer, weight, parameter.shape, place))
+            weights.tensors(layer, weight, parameter.shape, place)  # what is missing is missing on every rank
+            parts.append((parameter, partial(weights.read, layer, weight, parameter.shape, place)))
             # The embedding of a tied model fills two parameters where pipelining keeps a copy on the last stage.
             assert (layer, weight.local) not in filled or weight is names.embedding, (
                 f"filled twice: {weight.local} of {layer}"
             )
             filled.add((layer, weight.local))
+        for parameter, value in read_in_turns(parts, _replicas(model)):
+            assign(parameter, value)
             done += parameter.nbytes
             on_bytes(done)
 
@@ -214,12 +221,20 @@ def _load_checkpoint(
     done = 0
     for model in models:
         sharded = sharded_weights(model, files.content_metadata)
-        for name, _, weight, parameter in weights_of(model, names):
-            assign(parameter, files.read(sharded[name]))
-            if isinstance(weight, Vocabulary):
+        found = list(weights_of(model, names))
+        vocabularies = {id(parameter) for _, _, weight, parameter in found if isinstance(weight, Vocabulary)}
+        parts = [(parameter, partial(files.read, sharded[name])) for name, _, _, parameter in found]
+        for parameter, value in read_in_turns(parts, _replicas(model)):
+            assign(parameter, value)
+            if id(parameter) in vocabularies:
                 _zero_padding(parameter, model.pg_collection.tp.rank(), shape.vocab_size)
             done += parameter.nbytes
             on_bytes(done)
+
+
+def _replicas(model: GPTModel) -> dist.ProcessGroup | None:
+    """The ranks that hold the same parameters: those of the same place in the tensor and pipeline groups."""
+    return getattr(model.pg_collection, "dp_cp", None)
 
 
 def _zero_padding(parameter: Tensor, rank: int, vocab_size: int) -> None:

@@ -53,6 +53,25 @@ def test_place_of_a_rank(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("world_size", "layout", "changes", "ranks"),
+    [
+        (8, {}, {}, 1),
+        (8, {}, {"distrib_optim_fully_reshardable_mem_efficient": False}, 8),
+        (8, {TP: 2, PP: 2}, {}, 4),  # both stages on the node, two ranks of each
+        (32, {TP: 2, PP: 2}, {}, 2),  # the second stage begins at rank 16, on another node
+        (8, {}, {"dist_ckpt_optim_fully_reshardable": False}, 0),
+        (8, {}, {"use_distributed_optimizer": False}, 0),
+    ],
+)
+def test_host_memory_of_a_save(tmp_path, world_size, layout, changes, ranks):
+    """12 bytes a parameter: 142 GB for eight ranks of OLMo-2-1B, as Megatron has it, and an eighth by default here."""
+    args = arguments(tmp_path, world_size, **layout)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    assert state.save_host_bytes(args, parameters=1_484_916_736, per_node=8) == (12 * 1_484_916_736 * ranks, ranks)
+
+
+@pytest.mark.parametrize(
     ("setting", "value"), [("optimizer", "muon"), ("num_distributed_optimizer_instances", 2), ("use_torch_fsdp2", True)]
 )
 def test_settings_without_a_formula_are_refused(tmp_path, setting, value):

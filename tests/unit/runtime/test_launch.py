@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from remit_megatron.runtime.launch import openmp_wait_policy
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -87,3 +89,9 @@ def test_a_rank_that_hangs_says_where(run):
 
 def test_codes_pass_through(run):
     assert run("sys.exit(75)")[0].returncode == 75
+
+
+def test_threads_sleep_where_others_compute():
+    """One busy process beside two cores is enough; a machine that only runs this is not."""
+    assert openmp_wait_policy(1.0, 2) == openmp_wait_policy(7.0, 16) == "passive"
+    assert openmp_wait_policy(0.3, 2) is None and openmp_wait_policy(1.0, 16) is None
