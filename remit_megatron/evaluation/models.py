@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import EXIT_BAD_INPUT, UserError
-from remit_megatron.runtime.exported import checkpoint_digest, run_export
-from remit_megatron.runtime.files import sha256_file
+from remit_megatron.runtime.exported import checkpoint_digest, model_digest, run_export
 
 logger = logging.getLogger(__name__)
 
 _EXPECTED = "[NAME=]DIR, a Hugging Face directory (config.json), a checkpoint (manifest.json) or a run (checkpoints/)"
-# Files of a Hugging Face directory that decide what the model says.
-_ENDINGS = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
 
 
 @dataclass(frozen=True)
@@ -77,20 +71,11 @@ def _find(path: Path, name: str | None) -> Model:
         except checkpoints.DamagedCheckpoint as damage:
             raise UserError("MODEL", str(damage), "a whole checkpoint") from None
     else:
-        digest = _digest(path)
+        digest = model_digest(path)
     name = name or default
     if "/" in name or name.startswith(".") or not name.strip():
         raise UserError("MODEL", f"{name}={path}", "a NAME that can be a folder")
     return Model(name, path, checkpoint, digest)
-
-
-def _digest(directory: Path) -> str:
-    """SHA-256 over names and contents of a Hugging Face directory's files, weights, tokenizer and settings."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _ENDINGS)
-    with ThreadPoolExecutor(max_workers=4) as threads:
-        digests = list(threads.map(sha256_file, files))
-    names = [path.name for path in files]
-    return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()
 
 
 def hugging_face_directory(model: Model, exported: Path) -> Path:

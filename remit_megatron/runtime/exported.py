@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "REMIT_CACHE_DIR"
 _MODEL = "model"
 # What makes a Hugging Face model that model: weights, architecture, text to ids and back, chat format.
-_PARTS_OF_A_MODEL = ("*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja")
+_PARTS_OF_A_MODEL = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
@@ -132,7 +133,9 @@ def model_digest(directory: str | os.PathLike, *, field: str = "MODEL") -> str:
     if not directory.is_dir():
         raise UserError(field, f"no directory {directory}", "a Hugging Face directory")
     files = sorted({file for pattern in _PARTS_OF_A_MODEL for file in directory.glob(pattern) if file.is_file()})
-    return _digest((file.name, sha256_file(file)) for file in files)
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        digests = threads.map(sha256_file, files)
+        return _digest(zip((file.name for file in files), digests, strict=True))
 
 
 def _digest(parts: Iterable[tuple[str, str]]) -> str:
