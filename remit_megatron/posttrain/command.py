@@ -50,14 +50,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(stage: str, args: argparse.Namespace) -> int:
     settings = load_settings(args.config, args.overrides, stage=stage)
+    if args.nproc < 1 or (args.nproc > 1 and settings.engine != "trl"):
+        raise UserError("--nproc", args.nproc, "at least 1" if args.nproc < 1 else "1: the engine starts its own ranks")
+    if settings.engine == "command":
+        from remit_megatron.posttrain import command_engine
+
+        return command_engine.run(settings, dry_run=args.dry_run)
+    if settings.engine == "nemo_rl":
+        from remit_megatron.posttrain import nemo_rl
+
+        return nemo_rl.run(settings, dry_run=args.dry_run)
     return _run_trl(settings, args)
 
 
 def _run_trl(settings: PosttrainSettings, args: argparse.Namespace) -> int:
     from remit_megatron.posttrain import trl_engine
 
-    if args.nproc < 1:
-        raise UserError("--nproc", args.nproc, "at least 1")
     if args.nproc > 1 and not launch.under_launcher():
         words = ["posttrain", settings.stage, args.config, *args.overrides, *(["--dry-run"] if args.dry_run else [])]
         return launch.launch(args.nproc, words)

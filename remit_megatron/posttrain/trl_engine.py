@@ -25,26 +25,17 @@ from remit_megatron.posttrain.checkpoints import newest_whole
 from remit_megatron.posttrain.configuration import NO_TEMPLATE, PosttrainSettings, dump
 from remit_megatron.posttrain.examples import Example, as_text, digest_of, for_template, read_examples
 from remit_megatron.posttrain.quiet import logs_in
-from remit_megatron.posttrain.results import write_model
+from remit_megatron.posttrain.results import COMPLETE, compare_identity, write_model
 from remit_megatron.posttrain.rewards import VerifiedReward
 from remit_megatron.posttrain.trl_arguments import build_arguments, resolved_arguments
 from remit_megatron.runtime import parallel
-from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError, show
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
 from remit_megatron.runtime.exported import huggingface_model
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.settings_files import first_line
 
 logger = logging.getLogger(__name__)
-
-COMPLETE = "complete.json"
-# Arguments of TRL that a run may change when it goes on: they do not change what is learnt.
-_FREE = {
-    *("output_dir", "save_steps", "save_strategy", "save_total_limit", "save_on_each_node", "eval_steps"),
-    *("eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps", "log_completions", "ddp_timeout"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
-    *("dataloader_prefetch_factor", "dataset_num_proc", "torch_empty_cache_steps", "debug"),
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +145,7 @@ def _run_in(run_dir: Path, prepared: Prepared, rank: int) -> int:
         complete = run_dir / COMPLETE
         if complete.exists():
             record = json.loads(complete.read_text())
-            _compare(record["identity"], prepared.identity, run_dir)
+            compare_identity(record["identity"], prepared.identity, run_dir)
             if rank == 0:
                 sys.stdout.write(f"nothing to do: {run_dir / 'model'} is written, after step {record['step']}\n")
             return EXIT_DONE
@@ -162,7 +153,7 @@ def _run_in(run_dir: Path, prepared: Prepared, rank: int) -> int:
     with parallel.same_fate("looking for a checkpoint"):
         found = newest_whole(run_dir / "checkpoints", remove=True) if rank == 0 else None
         if found is not None:
-            _compare(found[1].properties, prepared.identity, run_dir)
+            compare_identity(found[1].properties, prepared.identity, run_dir)
             checkpoint, step = str(found[0]), int(found[1].properties["iteration"])
     checkpoint, step = parallel.broadcast_object((checkpoint, step))
     with parallel.same_fate("writing the configuration"):
@@ -246,25 +237,6 @@ def _trainer(prepared: Prepared) -> Any:
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         logger.info("TRL refused the run", exc_info=True)
         raise UserError("trl", first_line(error), "arguments and data that TRL takes together") from error
-
-
-def _compare(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    """Refuses to go on with what is another run."""
-    for name, value in now.items():
-        if name == "trl":
-            continue
-        if before.get(name) != value:
-            found, expected = _short(value), _short(before.get(name))
-            raise UserError(name, found, f"{expected}, as the run in {run_dir} has it, or another run_dir")
-    old, new = before["trl"], now["trl"]
-    for name in sorted(old.keys() | new.keys()):
-        if name not in _FREE and old.get(name) != new.get(name):
-            found, expected = show(new.get(name)), show(old.get(name))
-            raise UserError(f"trl.{name}", found, f"{expected}, as the run in {run_dir} has it, or another run_dir")
-
-
-def _short(value: Any) -> str:
-    return f"digest {value[:12]}…" if isinstance(value, str) and len(value) == 64 else show(value)
 
 
 def _digest(text: Any) -> str:

@@ -1,0 +1,96 @@
+"""What the engines that run elsewhere have in common: what they are given, and what is taken from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remit_megatron.posttrain.configuration import PosttrainSettings, dump
+from remit_megatron.posttrain.examples import Example, digest_of, read_examples
+from remit_megatron.posttrain.results import COMPLETE, compare_identity
+from remit_megatron.runtime.errors import DoNotRestart
+from remit_megatron.runtime.exported import HuggingFaceModel, huggingface_model
+from remit_megatron.runtime.files import write_atomic
+
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an engine works from.
+
+    Attributes:
+        source: the model.
+        train, valid: the lines.
+        identity: what a run that goes on must have in common with the one that was begun.
+    """
+
+    source: HuggingFaceModel
+    train: list[Example]
+    valid: list[Example]
+    identity: dict[str, Any]
+
+
+def prepare(settings: PosttrainSettings) -> Given:
+    """Reads model and data.
+
+    Raises:
+        UserError: they are not there, or wrong.
+    """
+    train = read_examples(settings.data.train, stage=settings.stage, field="data.train")
+    valid: list[Example] = []
+    if settings.data.valid:
+        valid = read_examples(settings.data.valid, stage=settings.stage, field="data.valid")
+    source = huggingface_model(settings.model, field="model")
+    plain = settings.to_plain()
+    identity = {name: plain[name] for name in ("stage", "engine", "chat_template", "verifier", "seed", "trl")}
+    identity |= {"model": source.digest, "data": digest_of(train)}
+    identity[settings.engine] = plain[settings.engine]
+    return Given(source, train, valid, identity)
+
+
+def already_done(run_dir: Path, identity: dict[str, Any]) -> bool:
+    """Whether the run is complete, which is said.
+
+    Raises:
+        UserError: it is, of another configuration.
+    """
+    if not (run_dir / COMPLETE).exists():
+        return False
+    compare_identity(json.loads((run_dir / COMPLETE).read_text())["identity"], identity, run_dir)
+    sys.stdout.write(f"nothing to do: {run_dir / 'model'} is written\n")
+    return True
+
+
+def write_settings(run_dir: Path, settings: PosttrainSettings) -> None:
+    """config.yaml of the run directory."""
+    plain = settings.to_plain()
+    write_atomic(run_dir / "config.yaml", dump({"stage": plain.pop("stage"), **plain}))
+
+
+def is_model(directory: Path) -> bool:
+    """Whether there is a Hugging Face model."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
+def take_model(output: Path, run_dir: Path, given: Given) -> None:
+    """Makes what an engine has written the result of the run; the tokenizer comes from the source where it has none.
+
+    Raises:
+        DoNotRestart: it has written no model.
+    """
+    if not is_model(output):
+        raise DoNotRestart(f"{output}: found no config.json and *.safetensors; expected a Hugging Face directory")
+    if not any((output / name).exists() for name in _TOKENIZER):
+        for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja"):
+            for file in given.source.path.glob(pattern):
+                shutil.copyfile(file, output / file.name)
+    if (run_dir / "model").exists():
+        shutil.rmtree(run_dir / "model")
+    output.rename(run_dir / "model")
+    write_atomic(run_dir / COMPLETE, json.dumps({"step": None, "identity": given.identity}) + "\n")
+    sys.stdout.write(f"{run_dir / 'model'}: the model\n")
