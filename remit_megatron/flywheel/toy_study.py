@@ -173,7 +173,7 @@ class Comparison:
     def cells(self) -> list[str]:
         """Of a table: mean, interval, seeds ahead, p."""
         p = "–" if self.p is None else f"{self.p:.1g}"
-        interval = f"[{self.low:+.3f}, {self.high:+.3f}]"
+        interval = "–" if math.isnan(self.low) else f"[{self.low:+.3f}, {self.high:+.3f}]"
         return [f"{self.mean:+.3f}", interval, f"{self.ahead} of {len(self.differences)}", p]
 
 
