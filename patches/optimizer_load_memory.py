@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections import ChainMap
+from typing import Any
 
 from patches import Patch
 
@@ -32,7 +33,7 @@ def _install() -> None:
     def get_parameter_state_dp_zero(self, use_gloo_comm=True, empty_data=False, return_on_all_ranks=False):
         if not (empty_data and return_on_all_ranks):
             return whole(self, use_gloo_comm, empty_data, return_on_all_ranks)
-        state = {"buckets_coalesced": True}
+        state: dict[Any, Any] = {"buckets_coalesced": True}
         for index, ranges in enumerate(self.gbuf_ranges):
             (dtype,) = ranges
             numel = self.buffers[index].numel_unpadded
@@ -48,7 +49,7 @@ def _install() -> None:
     @functools.wraps(original)
     def sharded_param_state_fully_reshardable(self, model_sharded_state_dict, is_loading=False, metadata=None):
         state = original(self, model_sharded_state_dict, is_loading, metadata)
-        if not is_loading or state is None or metadata["dp_cp_group"].rank() == 0:
+        if not is_loading or state is None or metadata is None or metadata["dp_cp_group"].rank() == 0:
             return state
         kept, number = {}, -1
         for index, ranges in enumerate(self.gbuf_ranges):

@@ -64,7 +64,7 @@ def _install() -> None:
                 rotary_interleaved,
                 mla_rotary_interleaved,
                 mscale,
-                cp_group,
+                cp_group,  # pyright: ignore[reportArgumentType]
                 multi_latent_attention,
             )
         if freqs.size(0) != t.size(0):  # as many rows as tokens: those of the whole, or of a single document
