@@ -283,7 +283,9 @@ class Cluster:
             try:
                 self.call("scontrol", "update", f"nodename={name}", *words)
                 return
-            except RuntimeError:  # a node that is still ending a job
+            except RuntimeError:  # a node that is still ending a job, or has come up by itself
+                if not down and self.call("sinfo", "--noheader", f"--nodes={name}", "--format=%T") == "idle":
+                    return
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
