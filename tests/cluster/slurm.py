@@ -94,13 +94,16 @@ class Job:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def until(self, what: Callable[[], Any], *, seconds: float, name: str, every: float = 0.5) -> Any:
-        """Waits until ``what`` gives something true, which it returns; a requeued job does not wait to be eligible."""
-        deadline = time.monotonic() + seconds
+        """Waits until ``what`` gives something true, which it returns; a requeued job waits for seconds in place of two
+        minutes. Not less: a node refuses the credential of a job that it has ended in the same moment."""
+        deadline, pending = time.monotonic() + seconds, 0
         while True:
             if found := what():
                 return found
             fields = self.fields()
-            if fields["JobState"] == "PENDING" and fields.get("Reason") == "BeginTime":
+            waits = fields["JobState"] == "PENDING" and fields.get("Reason") == "BeginTime"
+            pending = pending + 1 if waits else 0
+            if pending * every > 4:
                 self.cluster.call("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
             if time.monotonic() > deadline:
                 self.cluster.call("scancel", "--full", "--signal=KILL", self.id, check=False)
@@ -280,7 +283,9 @@ class Cluster:
             try:
                 self.call("scontrol", "update", f"nodename={name}", *words)
                 return
-            except RuntimeError:  # a node that is still ending a job
+            except RuntimeError:  # a node that is still ending a job, or has come up by itself
+                if not down and self.call("sinfo", "--noheader", f"--nodes={name}", "--format=%T") == "idle":
+                    return
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
