@@ -79,9 +79,8 @@ def _scores(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """[s - 1] log-probabilities of student and reference, text by text."""
     if not layout.alone:
-        yield from (
-            (pair.logprob, pair.reference_logprob) for pair in pair_scores(*sources, texts, layout, dtype=dtype)
-        )
+        pairs = pair_scores(sources[0], sources[1], texts, layout, dtype=dtype)
+        yield from ((pair.logprob, pair.reference_logprob) for pair in pairs)
         return
     models = [TextModel(s, field=f, dtype=dtype) for s, f in zip(sources, ("--student", "--reference"), strict=True)]
     for text in texts:
