@@ -145,8 +145,8 @@ def test_cancelled_is_not_started_again(start) -> None:
 
 def test_time_limit(start) -> None:
     """A signal before the end of ``--time``, as sbatch was told; the run goes on where it stopped."""
-    job, run_dir = start(options=("--time=2", "--signal=TERM@60"), train_iters=100_000, save_interval=100_000)
-    job.wait_for("start 2:", seconds=240)
+    job, run_dir = start(options=("--time=3", "--signal=TERM@60"), train_iters=100_000, save_interval=100_000)
+    job.wait_for("start 2:", seconds=360)
     saved = json.loads((run_dir / "checkpoints" / "latest").read_text())["iteration"]
     assert f"stopped at step {saved} of 100000, which is saved" in job.said()
     job.wait_for(f"resuming at step {saved}")
