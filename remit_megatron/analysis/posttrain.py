@@ -1,4 +1,5 @@
-"""Curves of post-training (Figures 13, 14): from TRL's trainer_state.json or JSON lines, the seeds of an arm as one."""
+"""Curves of post-training (Figures 13, 14): from runs of ``remit posttrain``, TRL's trainer_state.json or JSON lines,
+the seeds of an arm as one."""
 
 from __future__ import annotations
 
@@ -14,9 +15,12 @@ from remit_megatron.analysis.runs import read_records, smoothed
 from remit_megatron.runtime.errors import UserError
 
 # Looked for in this order where no metric is named.
-_METRICS = ("reward", "eval_accuracy", "accuracy", "rewards/accuracies", "eval_loss", "loss")
+_METRICS = ("reward_mean", "reward", "eval_accuracy", "accuracy", "rewards/accuracies", "eval_loss", "loss")
 _STEP_KEYS = ("step", "iteration", "global_step")
-_EXPECTED = "NAME=PATH[,PATH…]; a path is a trainer_state.json, a folder of a TRL run, or JSON lines with step"
+_EXPECTED = (
+    "NAME=PATH[,PATH…]; a path is a run of remit posttrain, a trainer_state.json, a folder of a TRL run, or JSON lines "
+    "with step"
+)
 
 
 def posttrain(*, arms: list[str], metric: str | None, window: int, output: Path) -> dict[str, Any]:
@@ -63,7 +67,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         UserError: there are none.
     """
     file = path
-    if path.is_dir():
+    if (path / "metrics.jsonl").is_file():
+        file = path / "metrics.jsonl"
+    elif path.is_dir():
         states = [*path.glob("trainer_state.json"), *path.glob("checkpoint-*/trainer_state.json")]
         if not states:
             raise UserError("ARM", f"{path} without a trainer_state.json", _EXPECTED)

@@ -91,9 +91,11 @@ class Encoder:
             if settings.stop_at_bad:
                 break
         documents = []
-        for number, ids in zip(numbers, self._tokenizer.encode_batch(texts), strict=True):
+        for number, ids in zip(numbers, self._tokenizer.encode_each(texts), strict=True):
             if ids:
                 documents.append((number, ids))
+            elif ids is None:
+                bad.append((number, BadRecord("text that the tokenizer has no ids for", "text that it encodes")))
             else:  # a normalizer may leave nothing of a text of spaces
                 bad.append((number, BadRecord("text that gives no token", "text that gives at least one")))
         bad.sort(key=lambda item: item[0])

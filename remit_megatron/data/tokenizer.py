@@ -11,7 +11,7 @@ from typing import Any
 
 from remit_megatron.data.tokenizer_files import CONFIG, SPECIAL_TOKENS, largest_id, open_directory, open_file
 from remit_megatron.data.tokenizer_identity import digest_of, former_digest
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import HF_SUBFOLDER
 
 # Looked for, in this order, where no configuration file names an end-of-text token.
@@ -134,8 +134,27 @@ class Tokenizer:
         return number
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, no special tokens added."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Token ids of each text, no special tokens added.
+
+        Raises:
+            UserError: the tokenizer has no ids for one of them; the first is shown.
+        """
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception:
+            if len(texts) != 1:
+                return [self.encode_batch([text])[0] for text in texts]
+            raise UserError(str(self.path), f"no ids for {show(texts[0])}", "a tokenizer that encodes it") from None
+
+    def encode_each(self, texts: Sequence[str]) -> list[list[int] | None]:
+        """As :meth:`encode_batch`; None for a text that the tokenizer has no ids for: a vocabulary of words may have no
+        token for others."""
+        try:
+            return list(self.encode_batch(texts))
+        except UserError:
+            if len(texts) == 1:
+                return [None]
+            return [self.encode_each([text])[0] for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens spelled out."""

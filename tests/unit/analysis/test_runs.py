@@ -183,6 +183,17 @@ def test_posttrain_takes_seeds_as_one_arm(tmp_path):
     assert analyze("posttrain", "remit", "--output", tmp_path / "out") == 2
 
 
+def test_posttrain_takes_runs_of_remit_posttrain(tmp_path):
+    """Their directories; the loss of GRPO, which is about 0 and says nothing, is not what is drawn."""
+    run = tmp_path / "rlvr"
+    run.mkdir()
+    lines = [{"iteration": s, "loss": 0.0, "reward_mean": 0.1 * s, "reward_std": 0.2} for s in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert analyze("posttrain", f"ntp={run}", "--output", tmp_path / "out") == 0
+    data = json.loads((tmp_path / "out" / "posttrain.json").read_text())
+    assert data["metric"] == "reward_mean" and data["arms"][0]["mean"] == pytest.approx([0.1, 0.2, 0.3])
+
+
 # Where the time went.
 
 

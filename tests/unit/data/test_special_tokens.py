@@ -15,6 +15,7 @@ from remit_megatron.data.indexed import IndexedTokens
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.mix import mix
 from remit_megatron.data.recipe import load_recipe
+from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.runtime.errors import UserError
 
 TEXTS = ["a", " leading and trailing ", "two\nlines", "<s> spelled out</s>", "wörter 日本", "x" * 3000]
@@ -150,3 +151,23 @@ def test_a_mix_is_of_one_kind(tmp_path, caplog):
     mix(recipe, **options, add_special_tokens=True)
     with pytest.raises(UserError, match=r"texts with \(\(256,\), \(\)\) around them"):
         mix(recipe, **options)
+
+
+def test_a_vocabulary_of_words_without_a_token_for_others(tmp_path):
+    """The library raises a bare Exception: the record is bad, and a sample text of our own is passed over."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"x": 0, "y": 1, "<end>": 2}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["<end>"])
+    (tmp_path / "t").mkdir()
+    tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    opened = load_tokenizer(tmp_path / "t")
+    assert opened.encode_each(["xyx", "yay", "y"]) == [[0, 1, 0], None, [1]]
+    with pytest.raises(UserError, match=r"no ids for 'yay'; expected a tokenizer that encodes it"):
+        opened.encode_batch(["xyx", "yay"])
+    (tmp_path / "a.jsonl").write_text('{"text": "xyx"}\n{"text": "yay"}\n{"text": "y"}\n')
+    build = {"tokenizer": str(tmp_path / "t"), "output": str(tmp_path / "a")}
+    with pytest.raises(UserError, match=r"a.jsonl:2: found text that the tokenizer has no ids for"):
+        build_dataset([str(tmp_path / "a.jsonl")], **build)
+    build_dataset([str(tmp_path / "a.jsonl")], **build, on_error="skip")
+    assert documents(tmp_path / "a") == [[0, 1, 0, 2], [1, 2]]
