@@ -111,7 +111,7 @@ def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
         "disable_tqdm": True,
         "push_to_hub": False,
         "dataloader_pin_memory": not cpu,
-        "ddp_find_unused_parameters": False,  # these models use all of theirs, and looking for others warns on every rank
+        "ddp_find_unused_parameters": False,  # all are used; looking for others warns on every rank
     }
     if cpu:
         values |= {"use_cpu": True, "bf16": False}
