@@ -115,7 +115,8 @@ def _indexed(index: Path) -> dict[str, Path]:
         except OSError:  # a name that is too long, or a folder that may not be entered
             there = False
         if not there:
-            raise UserError(str(index), f"{show(file.name)}, which is not there", "every file that the index names")
+            name = file.name if len(file.name) <= 80 else show(file.name)
+            raise UserError(str(index), f"{name}, which is not there", "every file that the index names")
     held = _held(files)
     for name, file in sorted(wanted.items()):
         if name not in held:

@@ -20,7 +20,7 @@ from remit_megatron.flywheel.toy_stages import MEGATRON, TRL, Call, Command, Sta
 from remit_megatron.runtime.installed import find_config
 
 RUN_CONFIG = "configs/common/quickstart.yaml"
-RL_CONFIG = "configs/common/quickstart_rlvr.yaml"
+RL_CONFIG = "configs/posttrain/quickstart_rlvr.yaml"
 CHECK_SAMPLES = 64  # sequences of four held-out solutions
 # On a quiet machine, one thread.
 _STEP_SECONDS, _RL_STEP_SECONDS, _REFERENCE_SHARE = 0.055, 0.55, 0.25
