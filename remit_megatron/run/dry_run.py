@@ -8,6 +8,7 @@ from pathlib import Path
 from remit_megatron.data.blend_file import is_blend_file
 from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import manifest_path
+from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.prepare import examine
 from remit_megatron.run.samples import check_document_ends
@@ -29,6 +30,7 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     absent: list[str] = []
     ranks = _fewest_ranks(config) if world_size is None else world_size
     found = examine(config, world_size=ranks, absent=absent)
+    check_rounds(found.arguments)
     from remit_megatron.models.family import family_of
     from remit_megatron.run.derived import describe
 

@@ -114,7 +114,6 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
         )
     arguments = build_arguments(config, architecture, world_size=world_size, rank=rank)
     checks.check_supported(config, arguments)
-    checks.check_rounds(arguments)
     checks.check_document_mask(config, arguments)
     if absent is None or (config.evaluation is not None and Path(config.evaluation.data or ".").exists()):
         checks.check_evaluation(config, arguments)

@@ -24,7 +24,7 @@ import yaml
 
 from remit_megatron.run import directory as run_directory
 from remit_megatron.run import resume
-from remit_megatron.run.checks import check_resumed_schedule
+from remit_megatron.run.checks import check_resumed_schedule, check_rounds
 from remit_megatron.run.configuration import RunConfig, load_config
 from remit_megatron.run.events import RunEvents
 from remit_megatron.run.prepare import Prepared, prepare, total_steps
@@ -75,7 +75,8 @@ def run_train(args: argparse.Namespace) -> int:
         sys.stdout.write(dry_run(config, world_size=args.nproc))
         return EXIT_DONE
     if (args.nproc or 1) > 1 and not launch.under_launcher():
-        prepare(config, world_size=args.nproc)  # a mistake is found once, before ranks are started
+        # A mistake is found once, before ranks are started.
+        check_rounds(prepare(config, world_size=args.nproc).arguments)
         return launch.launch(args.nproc, ["train", args.config, *args.overrides])
     return train(config)
 
@@ -90,6 +91,7 @@ def train(config: RunConfig) -> int:
     environment = parallel.rank_environment()
     prepared = prepare(config, world_size=environment.world_size, rank=environment.rank)
     arguments = prepared.arguments
+    check_rounds(arguments)
     run_dir = Path(config.run_dir or "")
     parallel.initialize(
         environment,
