@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that must pass: ./scripts/test.sh [pytest arguments]
 #
-# Environment, shellcheck, hadolint, ruff, pyright, pytest; stops at the first check that fails. Tests of one process run two at
-# a time, then those of several ranks one at a time, since they share a pool of warm processes. With arguments that choose
-# tests there is one pytest, and the other checks still run: they take seconds.
+# Environment, shellcheck, hadolint, ruff, pyright, pytest; stops at the first check that fails. Tests of one process and of
+# whole commands run two at a time, those of several ranks one at a time, since they share a pool of warm processes. With
+# arguments that choose tests there is one pytest, and the other checks still run: they take seconds.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
@@ -41,7 +41,8 @@ if (($#)); then
   tests "$@"
 else
   tests -n 2 --dist loadfile tests/unit tests/fuzz tests/golden
-  tests tests/distributed tests/integration
+  tests tests/distributed
+  tests -n 2 --dist loadfile tests/integration
   tests tests/gpu # by themselves they see the GPUs of the machine
 fi
 exit "$code"
