@@ -19,6 +19,8 @@ from tests.posttrain_runs import lines_of, write_lines
 from tests.tiny import make_llama
 from tests.unit.flywheel.conftest import WORKER, events
 
+pytestmark = pytest.mark.timeout(1200)  # a whole chain of stages
+
 KILLS = 30
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("doctor", "tests", "kernels", "steps", "parity", "run")
 
@@ -16,6 +18,7 @@ def day(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.timeout(1800)  # six parts, two of them with processes of their own
 def test_every_part_runs_and_leaves_its_record(tmp_path):
     done = day("--small", "--out", str(tmp_path))
     logs = {name: (tmp_path / f"{name}.log").read_text()[-2000:] for name in PARTS}
