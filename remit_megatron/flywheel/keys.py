@@ -20,15 +20,13 @@ from remit_megatron.data.inputs import expand_inputs
 from remit_megatron.run.configuration import RunConfig, load_model_description
 from remit_megatron.runtime.checkpoints import read_manifest
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.exported import checkpoint_digest, checkpoint_of
+from remit_megatron.runtime.exported import checkpoint_digest, checkpoint_of, model_files
 from remit_megatron.runtime.files import sha256_file, write_atomic
 from remit_megatron.runtime.installed import PACKAGE
 
 # In place of the result of another stage.
 STAGE = "stage "
 ABSENT = "nothing at "
-# What makes a Hugging Face model that model (runtime/exported.py).
-_MODEL_FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja")
 # Of a run's configuration: sections and keys without which the same comes out.
 _RUN_WITHOUT = (
     *("run_dir", "logging", "checkpoint", "data.cache_dir", "data.num_workers", "evaluation.every"),
@@ -115,7 +113,7 @@ class Digests:
             return self._of_files(place, [file for file in place.rglob("*") if file.is_file()])
         if checkpoint is not None:
             return checkpoint_digest(read_manifest(checkpoint))
-        return self._of_files(place, [file for pattern in _MODEL_FILES for file in place.glob(pattern)])
+        return self._of_files(place, model_files(place))
 
     def of_data(self, prefix: str) -> str:
         """A tokenized data set, by its own manifest."""

@@ -123,6 +123,11 @@ def checkpoint_of(path: Path, *, field: str = "MODEL") -> Path | None:
     raise UserError(field, f"none of these in {path}", expected)
 
 
+def model_files(directory: Path) -> list[Path]:
+    """The files that make a Hugging Face model, sorted: whoever digests one takes these."""
+    return sorted({file for pattern in _PARTS_OF_A_MODEL for file in directory.glob(pattern) if file.is_file()})
+
+
 def model_digest(directory: str | os.PathLike, *, field: str = "MODEL") -> str:
     """Hex SHA-256 over the names and contents of the files that make a Hugging Face model.
 
@@ -132,7 +137,7 @@ def model_digest(directory: str | os.PathLike, *, field: str = "MODEL") -> str:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(field, f"no directory {directory}", "a Hugging Face directory")
-    files = sorted({file for pattern in _PARTS_OF_A_MODEL for file in directory.glob(pattern) if file.is_file()})
+    files = model_files(directory)
     with ThreadPoolExecutor(max_workers=4) as threads:
         digests = threads.map(sha256_file, files)
         return _digest(zip((file.name for file in files), digests, strict=True))
