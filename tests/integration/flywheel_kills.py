@@ -3,7 +3,7 @@
 Importing Megatron and TRL takes longer than the tiny stages themselves, so this process imports them once, and every
 flywheel and every stage is a fork of it, through the seam that ``Runner`` has for that. CONFIG runs undisturbed into
 ``straight``, and again into ``killed``: in each of its stages in turn the whole flywheel gets SIGKILL at a random
-moment, as often as asked, and is started again.
+moment and is started again, as often as asked; what one stage was too quick for, the next one gets.
 """
 
 from __future__ import annotations
@@ -121,13 +121,16 @@ def main(path: str, kills: int, seed: int, output: str) -> None:
     records = {id_: read_record(planned.directory) for id_, planned in plan.planned.items()}
     seconds = {id_: record.seconds for id_, record in records.items() if record is not None}
     generator = random.Random(seed)
-    done = []
-    for stage in plan.planned:
-        share = kills // len(plan.planned) + (list(plan.planned).index(stage) < kills % len(plan.planned))
-        for _ in range(share):
-            after = generator.uniform(0, 0.7 * seconds[stage])
-            if kill_in(path, killed, stage, after):
-                done.append([stage, round(after, 3)])
+    done, missed = [], 0
+    for position, stage in enumerate(plan.planned):
+        share = kills // len(plan.planned) + (position < kills % len(plan.planned)) + missed
+        # Early ones first: a stage that goes on where it was has less left every time, and ends sooner than it did.
+        moments = sorted(generator.uniform(0, 0.5 * seconds[stage]) for _ in range(share))
+        killed_here = 0
+        while killed_here < share and kill_in(path, killed, stage, moments[killed_here]):
+            done.append([stage, round(moments[killed_here], 3)])
+            killed_here += 1
+        missed = share - killed_here
     code = os.waitstatus_to_exitcode(os.waitpid(flywheel(path, killed), 0)[1])
     result = {"kills": done, "code": code, "undisturbed_seconds": round(undisturbed, 1), "seconds": seconds}
     Path(output).write_text(json.dumps(result, indent=1) + "\n")

@@ -21,7 +21,7 @@ from tests.unit.flywheel.conftest import WORKER, events
 
 pytestmark = pytest.mark.timeout(1200)  # a whole chain of stages
 
-KILLS = 30
+KILLS = 36
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 
 
@@ -92,7 +92,7 @@ def results(root: Path, name: str, monkeypatch) -> dict[str, object]:
 def test_killed_in_every_stage_it_ends_with_the_same(turn, monkeypatch) -> None:
     outcome = json.loads((turn / "outcome.json").read_text())
     assert outcome["code"] == 0
-    # A stage may have ended before it was to be killed: not more than a few do.
+    # Of 36: the last stages may have ended before they were to be killed.
     assert len(outcome["kills"]) >= 20
     starts = Counter(stage for event, stage in events(turn / "killed") if event == "started")
     assert set(starts) == set(outcome["seconds"]) and min(starts.values()) > 1

@@ -6,14 +6,17 @@ import gzip
 import json
 import math
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import safetensors.torch
 
 from tests.distributed.training.test_training import LAYOUTS, configuration, material
+from tests.tiny import CHARACTERS
 
 __all__ = ["material"]
 
@@ -118,6 +121,15 @@ def exported(run_dir: str) -> None:
     export_model(run_dir, Path(run_dir) / "hf")
 
 
+def stopped(directory: str, config: dict[str, Any]) -> str:
+    """The same of a run that must not be started again; what it said."""
+    from remit_megatron.runtime.errors import DoNotRestart
+
+    with pytest.raises(DoNotRestart) as failure:
+        trained(directory, config)
+    return str(failure.value)
+
+
 def trained_alone(directory: str, config: dict[str, Any]) -> dict[str, Any]:
     """The same with one request in each row."""
     import patches
@@ -199,3 +211,19 @@ def test_one_request_in_a_row(pool, material, toy, alone, tmp_path):
     config = evaluated(material, tmp_path / "run", toy, train_iters=1)
     found = pool.run(trained_alone, world_size=2, directory=str(tmp_path), config=config)[0]["evaluation"]
     same(found[0]["tasks"], alone["before"])
+
+
+def test_a_student_that_gives_no_numbers(pool, material, toy, tmp_path):
+    """One NaN, in the embedding of a letter that some requests have: known before the first step, on every rank."""
+    broken = tmp_path / "broken"
+    shutil.copytree(material["student"], broken)
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][2 + CHARACTERS.index("g"), 0] = float("nan")
+    safetensors.torch.save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = evaluated(material, tmp_path / "run", toy, pipeline_model_parallel_size=2) | {"init": str(broken)}
+    lines = pool.run(stopped, world_size=2, directory=str(tmp_path), config=config)
+    assert len(set(lines)) == 1 and lines[0].startswith("evaluation: "), lines
+    assert "log-probabilities are not finite" in lines[0]
+    assert not (tmp_path / "run" / "evaluation.jsonl").exists() and not list((tmp_path / "run").glob("*/iter_*"))
+    (*_, ended) = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+    assert ended["code"] == 70
