@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from remit_megatron.analysis.parts import Block, Chart, Part, Series, Table, Text, number
@@ -150,15 +150,12 @@ def benchmarks(scores: list[Score]) -> Part | None:
         details = ", ".join(
             text for text in (some.metric, some.filter, f"{some.shots} shots" if some.shots else "") if text
         )
-        cells, best = [], None
-        for column, model in enumerate(models):
+        cells, signed = [], []
+        for model in models:
             score = table.get((task, model))
             cells.append("–" if score is None else _interval(score))
-            value = None if score is None else score.score if score.higher_is_better else -score.score
-            if value is not None and (best is None or value > best[0]):
-                best = (value, column + 3)
-        if best is not None and len(models) > 1:
-            bold.append([len(rows), best[1]])
+            signed.append(None if score is None else score.score if score.higher_is_better else -score.score)
+        bold += _best_cells(signed, row=len(rows))
         rows.append([task, details, "–" if some.items is None else str(some.items), *cells])
     # Shares only: bits per byte and accuracy have no mean.
     complete = [
@@ -168,8 +165,7 @@ def benchmarks(scores: list[Score]) -> Part | None:
     ]
     if len(complete) > 1:
         means = [sum(table[task, model].score for task in complete) / len(complete) for model in models]
-        if len(models) > 1:
-            bold.append([len(rows), 3 + max(range(len(means)), key=means.__getitem__)])
+        bold += _best_cells(means, row=len(rows))
         rows.append([f"mean of {len(complete)}", "", "", *(f"{mean:.4f}" for mean in means)])
     note = "± is half of the 95% interval (1.96 standard errors). Best in bold; whether a difference is more than "
     note += "chance says remit evaluate compare."
@@ -177,12 +173,16 @@ def benchmarks(scores: list[Score]) -> Part | None:
         "benchmarks",
         "Benchmarks",
         f"{len(tasks)} tasks, {len(models)} models.",
-        [
-            Table(
-                ["task", "metric", "items", *models], rows, bold=bold, note=note + "chance says remit evaluate compare."
-            )
-        ],
+        [Table(["task", "metric", "items", *models], rows, bold=bold, note=note)],
     )
+
+
+def _best_cells(values: Sequence[float | None], *, row: int) -> list[list[int]]:
+    """Cells of the highest of a row's values, all that share it; none where all of them do."""
+    known = {value for value in values if value is not None}
+    if len(known) < 2:
+        return []
+    return [[row, 3 + column] for column, value in enumerate(values) if value == max(known)]
 
 
 def _interval(score: Score) -> str:

@@ -146,6 +146,22 @@ def test_results_as_remit_evaluate_writes_them(tmp_path):
     assert table.bold == [[0, 6]]  # the lowest, of four models  # type: ignore[union-attr]
 
 
+def test_all_that_share_the_best_are_bold(tmp_path):
+    scores = {"a": (0.5, 0.2, 0.1), "b": (0.5, 0.3, 0.1), "c": (0.4, 0.3, 0.1)}
+    content = {"stderr": None, "metric": "acc", "higher_is_better": True}
+    results = {
+        model: {f"task{task}": content | {"score": score} for task, score in enumerate(values)}
+        for model, values in scores.items()
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    part = benchmarks(read_results([str(tmp_path / "results.json")]))
+    assert part is not None
+    (table,) = part.blocks
+    # Of the first task, the second, none of the third, and the mean.
+    assert table.bold == [[0, 3], [0, 4], [1, 4], [1, 5], [3, 4]]  # type: ignore[union-attr]
+    assert table.note.count("remit evaluate compare") == 1  # type: ignore[union-attr]
+
+
 def test_a_model_of_no_run_is_not_placed(tmp_path):
     runs = read_runs([str(make_run(tmp_path / "ntp"))])
     assert placed(str(tmp_path / "ntp"), runs) == (runs[0], 40)
