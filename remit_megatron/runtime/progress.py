@@ -38,15 +38,23 @@ class Progress:
         total: how much there is, or None where that is not known.
         unit: what is counted.
         interval: seconds between two lines.
+        delay: seconds before the first one; work that ends sooner shows none (:meth:`end`).
     """
 
     def __init__(
-        self, label: str, *, total: float | None, unit: str, interval: float = 2.0, stream: TextIO | None = None
+        self,
+        label: str,
+        *,
+        total: float | None,
+        unit: str,
+        interval: float = 2.0,
+        delay: float = 1.0,
+        stream: TextIO | None = None,
     ):
         self._label, self._total, self._unit, self._interval = label, total, unit, interval
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
-        self._next = self._started + min(interval, 1.0)
+        self._next = self._started + min(interval, delay)
         self._done = 0.0
         self._shown = False
 
@@ -60,6 +68,11 @@ class Progress:
     def finish(self, note: str = "") -> None:
         """Writes the last line."""
         self._write(note, end=True)
+
+    def end(self) -> None:
+        """Writes the last line where there was one before."""
+        if self._shown:
+            self._write("", end=True)
 
     def _write(self, note: str, *, end: bool) -> None:
         elapsed = max(time.monotonic() - self._started, 1e-9)

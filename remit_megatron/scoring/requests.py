@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from remit_megatron.data.special_tokens import own_special_tokens
@@ -23,6 +24,7 @@ from remit_megatron.reference.cached import whole_scores
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import DoNotRestart, UserError
+from remit_megatron.runtime.progress import Progress
 from remit_megatron.scoring.batches import round_size, score_samples
 
 
@@ -161,6 +163,8 @@ class RequestScorer:
         share = self._rows[groups.dp.rank() :: groups.dp.size()]
         found: dict[int, float] = {}
         size = round_size(self._arguments)
+        # Most take seconds and show nothing; one of minutes is not silent.
+        progress = Progress("evaluation", total=len(share), unit="rows", interval=10.0, delay=10.0)
         for first in range(0, len(share), size):
             rows = share[first : first + size]
             scores = score_samples(model, [row.item for row in rows], self._arguments, chunks=len(chunks))
@@ -168,6 +172,9 @@ class RequestScorer:
             for row, loss in zip(rows, losses, strict=False):
                 sums = _sums(loss, row)
                 found.update(zip((number for number, _, _ in row.places), sums, strict=True))
+            if dist.get_rank() == 0:  # the other replicas are about as far
+                progress.update(first + len(rows))
+        progress.end()
         leads = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0 and groups.cp.rank() == 0
         together: dict[int, float] = {}
         for part in parallel.gather_objects(found if leads else {}):
