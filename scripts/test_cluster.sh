@@ -53,4 +53,4 @@ stop() {
 }
 trap stop EXIT
 export REMIT_CLUSTER_FOLDER=$folder
-REMIT_CLUSTER=1 "$root/.venv/bin/python" -m pytest --durations=0 "$@"
+REMIT_CLUSTER=1 "$root/.venv/bin/python" -m pytest --timeout=1800 --durations=0 "$@"
