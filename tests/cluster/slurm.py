@@ -229,7 +229,7 @@ class Cluster:
         (folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (folder / "plugstack.conf").write_text("")
         for number in range(2):
-            (folder / f"gpu{number}").touch()
+            (folder / f"gpu{number}").symlink_to("/dev/null")  # a device, or Slurm does not say which GPU a task has
         (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
         port = _free_ports(3)
         text = _SLURM_CONF.format(

@@ -81,6 +81,7 @@ def start(cluster: Cluster, config_for, tmp_path: Path):
 
 def test_two_nodes_give_the_numbers_of_one_machine(start, straight) -> None:
     job, run_dir = start()
+    assert {environment_of(pid)[b"CUDA_VISIBLE_DEVICES"] for pid in until_ranks(job).values()} == {b"0,1"}
     assert job.end() == ("COMPLETED", 0), job.said()
     assert "start 1: 4 ranks on 2 nodes" in job.said() and "done" in job.said()
     assert_equal(run_dir, straight)
@@ -194,7 +195,7 @@ def test_time_limit(start) -> None:
 
 
 def test_one_visible_gpu_per_task(cluster: Cluster, config_for, tmp_path: Path) -> None:
-    """``--gpus-per-task``: each rank sees one GPU, and takes it; with ``--gpus-per-node`` each sees all of the node."""
+    """``--gpus-per-task``: each rank sees one GPU, its own (which it takes: tests/unit/runtime/test_parallel.py)."""
     path = write(tmp_path / "run.yaml", config_for(tmp_path / "run", train_iters=2))
     job = cluster.submit("train", path, log=tmp_path / "job.out", nodes=1, gpus="task")
     ranks = {rank: environment_of(pid) for rank, pid in until_ranks(job, 2).items()}
