@@ -5,7 +5,7 @@
 #
 # Installs Debian's slurm-wlm and munge where they are missing (root, or sudo without a password). The tests (tests/cluster) start
 # munged, slurmctld and two slurmd on loopback, with ports, key and state in a temporary directory, and stop them again. No system
-# service is touched. About ten minutes on two cores.
+# service is touched. Half an hour on two cores that many others want; nobody has timed it on quiet ones.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
