@@ -21,7 +21,8 @@ from tests.tiny import make_llama, make_tokenizer, write_documents
 if not os.environ.get("REMIT_CLUSTER"):
     collect_ignore_glob = ["test_*.py"]
 
-STEPS = 120
+STEPS = 60
+SAVE_INTERVAL = 20
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +90,7 @@ def config_for(material) -> Callable[..., dict[str, Any]]:
                 "train_iters": STEPS,
                 "lr": 1e-3,
                 "min_lr": 1e-5,
-                "save_interval": 40,
+                "save_interval": SAVE_INTERVAL,
                 "eval_iters": 0,
             }
             | megatron,

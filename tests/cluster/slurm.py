@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 # What a job inherits is what sbatch was called with; a rank must not take itself for one of another job.
 _NOT_INHERITED = re.compile(r"(SLURM|SBATCH|SRUN|PMI|REMIT)_?|(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT)$")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
+# Seconds after which something that is waited for will not come any more, also where the machine has other work.
+PATIENCE = 900.0
+# Seconds that a requeued job waits, of Slurm's two minutes. A node refuses whatever is signed in the second in which it
+# has ended the job, and Slurm then takes the job for failed.
+_BEFORE_A_NEW_START = 5.0
 
 _SLURM_CONF = """
 ClusterName=remit
@@ -47,9 +53,14 @@ SlurmdParameters=config_overrides
 SwitchType=switch/none
 MpiDefault=none
 GresTypes=gpu
-ReturnToService=2
+ReturnToService=1
 KillWait=30
 MinJobAge=7200
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=300
+SlurmdTimeout=0
+UnkillableStepTimeout=300
 SchedulerParameters=sched_interval=2,batch_sched_delay=1,sched_min_interval=100000,bf_interval=5
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=2 RealMemory=1000 Gres=gpu:2
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO
@@ -69,6 +80,12 @@ def _free_ports(count: int) -> int:
     raise RuntimeError("no free ports for slurmctld and slurmd")
 
 
+def environment_of(pid: int) -> dict[bytes, bytes]:
+    """What a process was started with; OSError where it is gone."""
+    pairs = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+    return dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
+
+
 class Job:
     """A job that was submitted.
 
@@ -80,6 +97,8 @@ class Job:
 
     def __init__(self, cluster: Cluster, id: str, log: Path):
         self.cluster, self.id, self.log = cluster, id, log
+        self._seen: dict[str, str] = {}
+        self._eligible_after: float | None = None
 
     def fields(self) -> dict[str, str]:
         """What ``scontrol show job`` says."""
@@ -93,39 +112,65 @@ class Job:
         """The log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def until(self, what: Callable[[], Any], *, seconds: float, name: str, every: float = 0.5) -> Any:
-        """Waits until ``what`` gives something true, which it returns; a requeued job waits for seconds in place of two
-        minutes. Not less: a node refuses the credential of a job that it has ended in the same moment."""
-        deadline, pending = time.monotonic() + seconds, 0
-        while True:
-            if found := what():
-                return found
-            fields = self.fields()
-            waits = fields["JobState"] == "PENDING" and fields.get("Reason") == "BeginTime"
-            pending = pending + 1 if waits else 0
-            if pending * every > 4:
-                self.cluster.call("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
-            if time.monotonic() > deadline:
-                self.cluster.call("scancel", "--full", "--signal=KILL", self.id, check=False)
-                raise AssertionError(
-                    f"job {self.id}: no {name} within {seconds:.0f} s, {fields['JobState']}\n{self.said()[-6000:]}"
-                )
-            time.sleep(every)
+    def until(self, what: Callable[[], Any], *, name: str, seconds: float = PATIENCE) -> Any:
+        """Waits until ``what`` gives something true, which it returns. A requeued job starts again in seconds.
 
-    def end(self, *, seconds: float = 240) -> tuple[str, int]:
+        Raises:
+            AssertionError: the job has ended before, or ``seconds`` are over; with its log.
+        """
+        deadline, look = time.monotonic() + seconds, 0.0
+        while not (found := what()):
+            if time.monotonic() >= look:
+                ended = self._seen.get("JobState") in _FINAL
+                self._seen = self.fields()
+                self._start_soon()
+                # Asked once more: what was waited for may be what ended it.
+                if ended or time.monotonic() > deadline:
+                    self.cluster.call("scancel", "--full", "--signal=KILL", self.id, check=False)
+                    text = f"no {name}; {self._seen['JobState']} after {seconds - deadline + time.monotonic():.0f} s"
+                    raise AssertionError(f"job {self.id}: {text}\n{self.said()[-6000:]}\n{self.cluster.logs()}")
+                look = time.monotonic() + 1.0
+            time.sleep(0.1)
+        return found
+
+    def _start_soon(self) -> None:
+        """A requeued job starts after a few of its 120 seconds."""
+        if self._seen["JobState"] != "PENDING" or self._seen.get("Reason") != "BeginTime":
+            self._eligible_after = None
+        elif self._eligible_after is None:
+            self._eligible_after = time.monotonic() + _BEFORE_A_NEW_START
+        elif time.monotonic() >= self._eligible_after:
+            self.cluster.call("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
+
+    def end(self) -> tuple[str, int]:
         """Waits for the end; gives state and exit code (of the script, or 128 + the signal that ended it)."""
+        self._seen = {}
+        self.until(lambda: self._seen.get("JobState") in _FINAL, name="end")
+        code, number = map(int, self._seen["ExitCode"].split(":"))
+        return self._seen["JobState"], 128 + number if number else code
 
-        def final() -> dict[str, str] | None:
-            fields = self.fields()
-            return fields if fields["JobState"] in _FINAL else None
-
-        fields = self.until(final, seconds=seconds, name="end")
-        code, number = map(int, fields["ExitCode"].split(":"))
-        return fields["JobState"], 128 + number if number else code
-
-    def wait_for(self, text: str, *, times: int = 1, seconds: float = 120) -> None:
+    def wait_for(self, text: str, *, times: int = 1) -> None:
         """Until the log has ``text`` so many times."""
-        self.until(lambda: self.said().count(text) >= times, seconds=seconds, name=f"{text!r} in the log")
+        self.until(lambda: self.said().count(text) >= times, name=f"{text!r} in the log")
+
+    def update(self, *words: str) -> None:
+        """Changes a setting of the job, as its owner does."""
+        self.cluster.call("scontrol", "update", f"jobid={self.id}", *words)
+
+    @contextmanager
+    def held(self, *, ranks: int = 4) -> Iterator[dict[int, int]]:
+        """Every rank stands still meanwhile, so that what is done to the job is done at this step, however slow the
+        machine is; gives the process of each."""
+        pids = self.pids()
+        for pid in pids.values():
+            os.kill(pid, signal.SIGSTOP)
+        assert len(pids) == ranks, f"job {self.id}: found ranks {sorted(pids)}\n{self.said()[-6000:]}"
+        try:
+            yield pids
+        finally:
+            for pid in pids.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def signal(self, name: str) -> None:
         """To every rank, as Slurm's ``--signal`` and a preemption do; not to the batch script."""
@@ -133,25 +178,26 @@ class Job:
 
     def pids(self) -> dict[int, int]:
         """Process of each rank, by its number."""
+        wanted = {b"SLURM_JOB_ID": self.id.encode(), b"SLURM_STEP_ID": b"0"}
+        # Another Slurm on this machine has jobs of the same numbers.
+        wanted[b"SLURM_CONF"] = self.cluster.environment["SLURM_CONF"].encode()
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
             try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
+                values = environment_of(int(entry.name))
+                # Not the batch script, nor srun.
+                if any(values.get(name) != value for name, value in wanted.items()):
+                    continue
                 command = (entry / "cmdline").read_bytes().split(b"\0")
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                # Nor what a rank has forked (data workers).
+                name = (Path("/proc") / str(parent) / "comm").read_text().strip()
             except OSError:
                 continue
-            values = dict(pair.split(b"=", 1) for pair in environment if b"=" in pair)
-            # Not the batch script, nor srun.
-            if values.get(b"SLURM_JOB_ID") != self.id.encode() or values.get(b"SLURM_STEP_ID") != b"0":
-                continue
-            # Nor what a rank has forked (data workers).
-            if any(word.endswith(b"/remit") for word in command):
-                name = (Path("/proc") / str(parent) / "comm").read_text().strip()
-                if name.startswith("slurmstepd"):
-                    found[int(values[b"SLURM_PROCID"])] = int(entry.name)
+            if any(word.endswith(b"/remit") for word in command) and name.startswith("slurmstepd"):
+                found[int(values[b"SLURM_PROCID"])] = int(entry.name)
         return found
 
 
@@ -183,7 +229,7 @@ class Cluster:
         (folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (folder / "plugstack.conf").write_text("")
         for number in range(2):
-            (folder / f"gpu{number}").touch()
+            (folder / f"gpu{number}").symlink_to("/dev/null")  # a device, or Slurm does not say which GPU a task has
         (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
         port = _free_ports(3)
         text = _SLURM_CONF.format(
@@ -207,7 +253,7 @@ class Cluster:
         for node in ("n1", "n2"):
             (folder / f"spool-{node}").mkdir()
             self.call("slurmd", "-N", node)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE / 3
         while self.call("sinfo", "--noheader", "--format=%T %D", check=False).split() != ["idle", "2"]:
             if time.monotonic() > deadline:
                 raise RuntimeError("Slurm's nodes do not come up\n" + self.logs())
@@ -234,7 +280,7 @@ class Cluster:
         user = ("--user", getpass.getuser())
         self.call("scancel", "--full", "--signal=KILL", *user, check=False)
         self.call("scancel", *user, check=False)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE / 3
         while self.call("squeue", "--noheader", *user, check=False) and time.monotonic() < deadline:
             time.sleep(0.3)
 
@@ -245,11 +291,10 @@ class Cluster:
             for path in sorted(self.folder.glob("*.log"))
         )
 
-    def call(self, *words: object, check: bool = True) -> str:
-        """Runs one of Slurm's programs; gives what it printed."""
-        done = subprocess.run(
-            [str(word) for word in words], env=self.environment, capture_output=True, text=True, cwd=REPOSITORY
-        )
+    def call(self, *words: object, check: bool = True, variables: dict[str, str] | None = None) -> str:
+        """Runs a program with Slurm's environment and ``variables``; gives what it printed."""
+        command, environment = [str(word) for word in words], self.environment | (variables or {})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(map(str, words))}: exit code {done.returncode}\n{done.stderr}")
         return done.stdout.strip()
@@ -262,30 +307,33 @@ class Cluster:
         options: tuple[str, ...] = (),
         nodes: int = 2,
         tasks: int = 2,
-        **variables: str,
+        gpus: str = "node",
+        variables: dict[str, str] | None = None,
     ) -> Job:
-        """Submits ``scripts/slurm/NAME.sbatch`` from the repository, with ``tasks`` ranks on each of ``nodes``."""
+        """Submits ``scripts/slurm/NAME.sbatch`` from the repository, with ``tasks`` ranks on each of ``nodes``.
+
+        Args:
+            script: its name.
+            words: behind it.
+            gpus: ``node`` asks for the GPUs of a node at once, ``task`` for one for each task alone.
+            variables: of its environment.
+        """
         size = (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}", "--cpus-per-task=1")
+        if gpus == "task":
+            size = (*size, "--gpus-per-task=1")
         command = ["sbatch", "--parsable", f"--output={log}", *size, *options]
-        before = self.environment
-        self.environment = before | variables
-        try:
-            said = self.call(*command, f"scripts/slurm/{script}.sbatch", *words)
-        finally:
-            self.environment = before
+        said = self.call(*command, f"scripts/slurm/{script}.sbatch", *words, variables=variables)
         return Job(self, said.split(";")[0], log)
 
     def node(self, name: str, *, down: bool) -> None:
-        """Sets a node down, as an operator or a health check does, or up again."""
+        """Sets a node down, as an operator or a health check does, or up again once it has let go of its job."""
         words = ("state=down", "reason=test") if down else ("state=resume",)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE / 3
         while True:
             try:
                 self.call("scontrol", "update", f"nodename={name}", *words)
                 return
-            except RuntimeError:  # a node that is still ending a job, or has come up by itself
-                if not down and self.call("sinfo", "--noheader", f"--nodes={name}", "--format=%T") == "idle":
-                    return
+            except RuntimeError:  # a node that is still ending a job
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)

@@ -34,9 +34,11 @@ def test_flags_of_the_container(cluster: Cluster, config_for, pyxis: Path, tmp_p
         log=tmp_path / "job.out",
         nodes=1,
         tasks=1,
-        REMIT_CONTAINER=str(image),
-        REMIT_MOUNTS="/data:/data",
-        REMIT_SPANK_RECORD=str(pyxis),
+        variables={
+            "REMIT_CONTAINER": str(image),
+            "REMIT_MOUNTS": "/data:/data",
+            "REMIT_SPANK_RECORD": str(pyxis),
+        },
     )
     assert job.end() == ("COMPLETED", 0), job.said()
     assert "step 2/2" in job.said()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Cluster, Job
+from tests.cluster.slurm import Cluster, Job, environment_of
 from tests.integration.conftest import write
 from tests.tiny import write_documents
 
@@ -27,15 +28,13 @@ def corpora(material, tmp_path_factory) -> list[list]:
     return [[1.0, str(root / str(number))] for number in range(CORPORA)]
 
 
-def held_by(cache: Path, pid: int) -> str | None:
-    """The piece of work that a process holds."""
+def holders(cache: Path) -> list[int]:
+    """Processes that hold a piece of the work."""
+    found = []
     for lease in (cache / "leases").glob("[!.]*"):
-        try:
-            if json.loads(lease.read_text()).get("process") == pid:
-                return lease.name
-        except (OSError, ValueError):
-            continue
-    return None
+        with suppress(OSError, ValueError):
+            found.append(int(json.loads(lease.read_text()).get("process", 0)))
+    return found
 
 
 def test_four_jobs_fill_one_cache(cluster: Cluster, config_for, corpora, tmp_path) -> None:
@@ -52,25 +51,22 @@ def test_four_jobs_fill_one_cache(cluster: Cluster, config_for, corpora, tmp_pat
         nodes=1,
         tasks=1,
         options=("--array=0-3",),
-        REMIT_CRASHES="0",
+        variables={"REMIT_CRASHES": "0"},
     )
     jobs = [Job(cluster, f"{array.id}_{number}", tmp_path / f"score-{number}.out") for number in range(4)]
-    killed: list[Job] = []
 
-    def kill_one() -> bool:
-        """Whichever holds a piece first."""
-        for job in jobs:
-            own = Job(cluster, job.fields()["JobId"], job.log)
-            for pid in own.pids().values():
-                if held_by(cache, pid):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(job)
-                    return True
-        return False
+    def killed() -> Job | None:
+        """The job whose process holds a piece first, and is killed for it."""
+        for pid in holders(cache):
+            with suppress(OSError):
+                number = int(environment_of(pid)[b"SLURM_ARRAY_TASK_ID"])
+                os.kill(pid, signal.SIGKILL)
+                return jobs[number]
+        return None
 
-    jobs[0].until(kill_one, seconds=180, name="job that holds a piece", every=0.05)
+    victim = jobs[0].until(killed, name="job that holds a piece")
     ends = {job.id: job.end() for job in jobs}
-    assert ends.pop(killed[0].id) == ("FAILED", 137), killed[0].said()
+    assert ends.pop(victim.id) == ("FAILED", 137), victim.said()
     assert set(ends.values()) == {("COMPLETED", 0)}, "\n".join(job.said() for job in jobs)
 
     train = cluster.submit(
