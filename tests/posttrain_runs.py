@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def in_child(function: Callable[[], int]) -> int:
 
     The child has what this process has imported, and takes no time to start.
     """
+    return ended(start_child(function))
+
+
+def start_child(function: Callable[[], int]) -> int:
+    """Starts ``function`` in a fork of this process; returns its process number."""
     import torch
 
     torch.set_num_threads(1)  # a fork has none of the threads of its parent
@@ -87,6 +93,11 @@ def in_child(function: Callable[[], int]) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """Waits for a child; its exit code, or 128 + the number of the signal that ended it."""
     _, status = os.waitpid(child, 0)
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
@@ -102,6 +113,22 @@ def run_content(content: dict[str, Any], stage: str, before: Callable[[], None] 
         return trl_engine.run(settings_of(content, stage=stage))
 
     return in_child(work)
+
+
+def killed_from_outside(content: dict[str, Any], stage: str, *, step: int, seconds: float) -> int:
+    """Starts a run and kills it ``seconds`` after it has written the figures of ``step``; returns how it ended."""
+    from remit_megatron.posttrain import trl_engine
+    from remit_megatron.posttrain.configuration import settings_of
+
+    metrics = Path(content["run_dir"]) / "metrics.jsonl"
+    child = start_child(lambda: trl_engine.run(settings_of(content, stage=stage)))
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or f'"iteration": {step},' not in metrics.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)  # where it has ended it is not waited for yet, and nothing happens
+    return ended(child)
 
 
 def killed_in(step: int, *, where: str, number: int = signal.SIGKILL) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from remit_megatron import __version__
 from remit_megatron.data.inputs import expand_inputs
+from remit_megatron.posttrain.results import FREE
 from remit_megatron.run.configuration import RunConfig, load_model_description
 from remit_megatron.runtime.checkpoints import read_manifest
 from remit_megatron.runtime.errors import UserError
@@ -42,12 +43,8 @@ _MEGATRON_WITHOUT = (
     *("save_interval", "save_retain_interval", "eval_interval", "async_save", "ckpt_", "dist_ckpt_", "use_dist_ckpt"),
     *("log_", "timing_log_", "tensorboard_", "wandb_", "profile", "profile_", "exit_", "distributed_timeout_"),
 )
-# Of a post-training's: TRL's arguments by their own names.
-_POSTTRAIN_WITHOUT = (
-    *("run_dir", "trl.output_dir", "trl.logging_steps", "trl.logging_dir", "trl.report_to", "trl.run_name"),
-    *("trl.disable_tqdm", "trl.save_steps", "trl.save_total_limit", "trl.save_strategy", "trl.dataloader_num_workers"),
-    *("trl.eval_steps", "trl.dataset_num_proc", "trl.log_level"),
-)
+# Of a post-training's.
+_POSTTRAIN_WITHOUT = ("run_dir", *(f"trl.{name}" for name in FREE))
 
 
 def key_of(content: dict[str, Any]) -> str:

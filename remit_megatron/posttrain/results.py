@@ -11,8 +11,8 @@ from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import fsync_directory, fsync_file
 
 COMPLETE = "complete.json"
-# Arguments of TRL that a run may change when it goes on: they do not change what is learnt.
-_FREE = {
+# Arguments of TRL that do not change what is learnt: a run that goes on may change them, and no key has them.
+FREE = {
     *("output_dir", "save_steps", "save_strategy", "save_total_limit", "save_on_each_node", "eval_steps"),
     *("eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps", "log_completions", "ddp_timeout"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
@@ -75,7 +75,7 @@ def compare_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path)
             raise UserError(name, found, f"{expected}, as the run in {run_dir} has it, or another run_dir")
     old, new = before.get("trl", {}), now.get("trl", {})
     for name in sorted(old.keys() | new.keys()):
-        if name not in _FREE and old.get(name) != new.get(name):
+        if name not in FREE and old.get(name) != new.get(name):
             found, expected = show(new.get(name)), show(old.get(name))
             raise UserError(f"trl.{name}", found, f"{expected}, as the run in {run_dir} has it, or another run_dir")
 

@@ -179,6 +179,8 @@ def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None,
         trainer.remit_keep = settings.trl.get("save_total_limit")
         if rank == 0:
             trainer.add_callback(MetricsWriter(run_dir, label=settings.stage, start=step))
+            sys.stdout.write("".join(f"{cut.line()}\n" for cut in trainer.remit_cut))
+            sys.stdout.flush()
 
         def write(model: Any, directory: Path) -> None:
             with parallel.same_fate("writing a model"):

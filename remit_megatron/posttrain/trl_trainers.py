@@ -6,10 +6,13 @@ again with the first), completions that several steps share (it generates others
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import GenerationConfig
@@ -18,9 +21,45 @@ from trl.trainer.utils import RepeatSampler
 
 from remit_megatron.posttrain.checkpoints import retain
 from remit_megatron.runtime.checkpoints import describe_files, write_manifest
+from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.parallel import same_fate
 
 _STATE = "remit_state_{rank}.pt"
+# TRL's name of a data set -> the configuration's.
+_FIELDS = {"train": "data.train", "eval": "data.valid"}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What ``trl.max_length`` takes from a data set; TRL says nothing of it.
+
+    Attributes:
+        field: the configuration's name of the data set.
+        records: before.
+        longer: those with more tokens than ``max_length``, with prompt and template; of a pair, either side.
+        dropped: those of them of which nothing would be left to learn from: TRL leaves them out.
+        max_length: tokens.
+    """
+
+    field: str
+    records: int
+    longer: int
+    dropped: int
+    max_length: int
+
+    def line(self) -> str:
+        """For a person."""
+        left_out = f", {self.dropped} of them left out, with nothing to learn left" if self.dropped else ""
+        longer = f"{self.longer:,} of {self.records:,} records are longer than trl.max_length {self.max_length}"
+        return f"{self.field}: {longer}, and cut there{left_out}"
+
+    def check(self) -> None:
+        """Raises:
+        UserError: no record is left.
+        """
+        if self.dropped == self.records:
+            found = f"{self.records} records, of none of which trl.max_length {self.max_length} leaves what is learnt"
+            raise UserError(self.field, found, "a larger trl.max_length, or shorter prompts")
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -46,10 +85,18 @@ class _Resumable:
     Attributes:
         remit_identity: what the manifest of a checkpoint says of the run.
         remit_keep: newest checkpoints that stay; None keeps all.
+        remit_cut: the data sets that have records longer than ``max_length``.
     """
 
     remit_identity: dict[str, Any]
     remit_keep: int | None = None
+    remit_cut: tuple[Cut, ...] = ()
+
+    def _remit_note(self, name: str, *, records: int, longer: int, dropped: int, max_length: int) -> None:
+        cut = Cut(_FIELDS.get(name, name), records, longer, dropped, max_length)
+        cut.check()
+        if longer:
+            self.remit_cut = (*self.remit_cut, cut)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
@@ -88,9 +135,37 @@ class _Resumable:
 class SFTTrainer(_Resumable, sft_trainer.SFTTrainer):
     """Supervised fine-tuning."""
 
+    def _prepare_dataset(  # type: ignore[override]
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """TRL's preparation in two steps, which it allows: tokens first, then what it does to them."""
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        tokens: Any = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        prepared: Any = super()._prepare_dataset(tokens, processing_class, args, packing, None, dataset_name)
+        # The other strategies of packing split what is too long, and lose nothing.
+        if args.max_length is not None and (not packing or args.packing_strategy == "bfd"):
+            longer = int((_lengths(tokens, "input_ids") > args.max_length).sum())
+            dropped = 0 if packing else len(tokens) - len(prepared)
+            self._remit_note(
+                dataset_name, records=len(tokens), longer=longer, dropped=dropped, max_length=args.max_length
+            )
+        return prepared
+
 
 class DPOTrainer(_Resumable, dpo_trainer.DPOTrainer):
     """Direct preference optimization."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        prepared: Any = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if args.max_length is not None:
+            prompts, *answers = (_lengths(prepared, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+            dropped = len(dataset) - len(prepared)
+            longer = dropped + int((prompts + np.maximum(*answers) > args.max_length).sum())
+            self._remit_note(
+                dataset_name, records=len(dataset), longer=longer, dropped=dropped, max_length=args.max_length
+            )
+        return prepared
 
 
 class GRPOTrainer(_Resumable, grpo_trainer.GRPOTrainer):
@@ -134,6 +209,13 @@ class GRPOTrainer(_Resumable, grpo_trainer.GRPOTrainer):
 
     def _remit_load(self, state: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = state["step"], state["completions"]
+
+
+def _lengths(dataset: Any, column: str) -> np.ndarray:
+    """Length of the list in a column, by record: [records] int64; no list of Python is made."""
+    batches = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    chunks = [chunk for batch in batches for chunk in batch.column(column).chunks]
+    return np.concatenate([np.zeros(0, np.int64), *(np.diff(chunk.offsets.to_numpy()) for chunk in chunks)])
 
 
 TRAINERS: dict[str, Callable[..., Any]] = {"sft": SFTTrainer, "dpo": DPOTrainer, "rlvr": GRPOTrainer}

@@ -116,3 +116,40 @@ def test_it_ends_with_results_and_a_page(turn) -> None:
         assert [one["figure"] for one in found["posttrain"]] == ["reward_mean"]
         page = (turn / name / "report.html").read_text()
         assert "Reward over post-training" in page and "Training loss" in page and "round1/midtrain" in page
+
+
+def test_evaluation_is_a_stage(material, remit, tmp_path) -> None:
+    """lm-eval on a task file and items of our own, in a stage; transformers says what must come out."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    items = [{"input": f"{i}+{i}=", "target": str(2 * i % 10)} for i in range(1, 25)]
+    (tmp_path / "data/last").mkdir(parents=True)
+    write_lines(tmp_path / "data/last/test.jsonl", items)
+    choices = [str(digit) for digit in range(0, 10, 2)]
+    task = {"task": "last_digit", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
+    task |= {"doc_to_text": "{{input}}", "doc_to_choice": choices, "doc_to_target": "{{target}}", "num_fewshot": 0}
+    task |= {"target_delimiter": "", "metadata": {"version": 1.0}}
+    task |= {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+    write(tmp_path / "task.yaml", task)
+    suite = write(tmp_path / "suite.yaml", {"tasks": [{"task": "task.yaml", "name": "last", "shots": 0}]})
+    stage = {"kind": "evaluate", "model": str(material["student"]), "suite": str(suite), "data": str(tmp_path / "data")}
+    file = write(tmp_path / "flywheel.yaml", {"run_dir": str(tmp_path / "out"), "stages": {"evaluate": stage}})
+    done = remit("flywheel", file, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    tokenizer = AutoTokenizer.from_pretrained(material["student"])
+    network = AutoModelForCausalLM.from_pretrained(material["student"]).double()
+    right = 0
+    for item in items:
+        with torch.no_grad():
+            logits = network(torch.tensor([tokenizer(item["input"])["input_ids"]])).logits[0, -1]
+        scores = [logits[tokenizer(choice)["input_ids"][0]].item() for choice in choices]
+        right += choices[scores.index(max(scores))] == item["target"]
+    (found,) = json.loads((tmp_path / "out/results.json").read_text())["benchmarks"]
+    assert (found["task"], found["items"], found["stage"]) == ("last", len(items), "round1/evaluate")
+    assert found["score"] == right / len(items) and 0 < right < len(items)
+    assert "last" in (tmp_path / "out/report.html").read_text()
+    assert events(tmp_path / "out") == [("started", "round1/evaluate"), ("done", "round1/evaluate")]
+    again = remit("flywheel", file, timeout=600)
+    assert again.returncode == 0 and len(events(tmp_path / "out")) == 2

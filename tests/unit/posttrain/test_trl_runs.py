@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from remit_megatron.runtime.files import sha256_file
 from tests.posttrain_runs import (
     content_of,
     in_child,
+    killed_from_outside,
     killed_in,
     lines_of,
     make_tiny,
@@ -105,6 +107,20 @@ def test_killed_anywhere(case: str, content: Callable[..., dict[str, Any]], tmp_
     assert outcome(run_dir) == undisturbed
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rlvr"])
+def test_killed_from_outside(stage: str, content: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """At moments that nobody chose, as a scheduler or the kernel does it."""
+    settings, run_dir = content(stage, save_steps=1, max_steps=12), tmp_path / "run"
+    assert run_content(settings, stage) == 0
+    undisturbed = outcome(run_dir)
+    shutil.rmtree(run_dir)
+    generator = random.Random(stage)
+    codes = [killed_from_outside(settings, stage, step=step, seconds=generator.uniform(0, 0.05)) for step in (2, 4, 7)]
+    assert codes[0] == 128 + signal.SIGKILL and set(codes) <= {0, 128 + signal.SIGKILL}
+    assert run_content(settings, stage) == 0
+    assert outcome(run_dir) == undisturbed
+
+
 def test_a_signal_saves_and_stops(content: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     settings, run_dir = content("rlvr", save_steps=100), tmp_path / "run"
     assert run_content(settings, "rlvr") == 0
@@ -149,6 +165,36 @@ def test_finished_and_changed(content: Callable[..., dict[str, Any]], tmp_path: 
     assert says.startswith("seed: found 6; expected 5, as the run in")
     write_lines(tmp_path / "dpo.jsonl", lines_of("dpo")[:-1])
     assert run_here(settings, "dpo", tmp_path).startswith("data: found digest ")
+
+
+# Prompts of 4 characters and one of 12; answers of 1, 3, 4 and 5; an end behind each, where TRL puts one.
+LONG = [("1+2=", "3"), ("1+2=", "333"), ("1+2=", "3333"), ("1+2=", "33333"), ("1+2+3+4+5+6=", "1")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "trl", "said"),
+    [
+        ("sft", {}, "3 of 5 records are longer than trl.max_length 8, and cut there, 1 of them left out, with nothing"),
+        ("sft", {"max_length": 10}, "1 of 5 records are longer than trl.max_length 10, and cut there, 1 of them left"),
+        ("sft", {"max_length": 14}, ""),
+        ("sft", {"packing": True, "packing_strategy": "bfd"}, "3 of 5 records are longer than trl.max_length 8, and"),
+        ("sft", {"packing": True, "packing_strategy": "wrapped"}, ""),
+        ("dpo", {}, "3 of 5 records are longer than trl.max_length 8, and cut there, 1 of them left out, with nothing"),
+    ],
+)
+def test_what_max_length_cuts_is_said(stage: str, trl: dict[str, Any], said: str, content, tmp_path, capfd) -> None:
+    settings = content(stage, **({"max_length": 8, "max_steps": 1, "per_device_train_batch_size": 1} | trl))
+    answers = {"sft": lambda text: {"completion": text}, "dpo": lambda text: {"chosen": "9", "rejected": text}}[stage]
+    write_lines(tmp_path / f"{stage}.jsonl", [{"prompt": prompt, **answers(text)} for prompt, text in LONG])
+    assert run_content(settings, stage) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("data.train: ")]
+    assert [line.startswith(f"data.train: {said}") for line in lines] == ([True] if said else [])
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_cut_down_to_nothing(stage: str, content: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    says = run_here(content(stage, max_length=3), stage, tmp_path)
+    assert says.startswith("data.train: found 12 records, of none of which trl.max_length 3 leaves what is learnt")
 
 
 # What is computed.
