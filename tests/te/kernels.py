@@ -1,9 +1,10 @@
 """What Transformer Engine's Python asks of its CUDA kernels, in plain torch: enough for its layers to run on a CPU.
 
 Each function takes the place of one of `transformer_engine_torch`, with its arguments in their order. Sums are made in
-float32 at least, as the kernels do; results have the dtype that was asked for. Quantized operands, overlapped
-communication and the GELU epilogue are refused: no family needs them, and what is not computed must not look as if it
-were.
+float32 at least, as the kernels do; results have the dtype that was asked for. Of quantized tensors there are those of
+one scale each (Megatron's recipe ``tensorwise``), whose products are made of the dequantized numbers: what an FP8
+product is but for the order of its sums. Other recipes, overlapped communication and the GELU epilogue are refused: what
+is not computed must not look as if it were.
 
 Legend: t tokens (all leading axes together), h width of a row.
 """
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _wide(tensor: Any) -> Tensor:
+    if _is_float8(tensor):
+        return tensor.dequantize(dtype=torch.float32)
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -33,10 +36,19 @@ def _dtype(te_dtype: Any) -> torch.dtype:
     return next(ours for ours, theirs in TE_DType.items() if theirs == te_dtype)
 
 
-def _plain(**tensors: Any) -> None:
+def _is_float8(tensor: Any) -> bool:
+    """Whether this is one of Transformer Engine's tensors of FP8 numbers and one scale."""
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (  # type: ignore[import-not-found]
+        Float8TensorStorage,
+    )
+
+    return isinstance(tensor, Float8TensorStorage)
+
+
+def _known(**tensors: Any) -> None:
     """Refuses what is neither a tensor nor absent."""
     for name, tensor in tensors.items():
-        if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
+        if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter) and not _is_float8(tensor):
             raise NotImplementedError(f"{name}: found {type(tensor).__name__}; expected a plain tensor")
 
 
@@ -71,18 +83,19 @@ def generic_gemm(
     [..., n] with inputs [..., k] the weight's [n, k] (NT).
     """
     del bias_dtype, workspace, workspace_size, use_split_accumulator, comm_type
-    _plain(A=a, B=b, D=out, bias=bias)
+    _known(A=a, B=b, D=out, bias=bias)
     if quantizer is not None or comm_overlap is not None or extra_output is not None or bulk_overlap or gelu:
         raise NotImplementedError("generic_gemm: found an epilogue; expected a plain product")
-    left, right = _wide(b).reshape(-1, b.shape[-1]), _wide(a).reshape(-1, a.shape[-1])
+    rows, weight = _wide(b), _wide(a)
+    left, right = rows.reshape(-1, rows.shape[-1]), weight.reshape(-1, weight.shape[-1])
     product = alpha * ((left.t() if transpose_b else left) @ (right.t() if transpose_a else right))
     bias_gradient = None
     if bias is not None and grad:
-        bias_gradient = _wide(b).flatten(0, -2).sum(0).to(_dtype(out_dtype) if out_dtype is not None else a.dtype)
+        bias_gradient = rows.flatten(0, -2).sum(0).to(_dtype(out_dtype) if out_dtype is not None else a.dtype)
     elif bias is not None:
         product = product + bias
     if not transpose_b:
-        product = product.reshape(*b.shape[:-1], product.shape[-1])
+        product = product.reshape(*rows.shape[:-1], product.shape[-1])
     if out is None:
         return product.to(_dtype(out_dtype) if out_dtype is not None else a.dtype), bias_gradient, None, None
     if accumulate:
@@ -103,12 +116,18 @@ def rmsnorm_fwd(
 ) -> tuple[Tensor, None, Tensor]:
     """[t, h] -> y [t, h], None, 1 / rms [t] float32."""
     del sm_margin
-    _plain(x=x, weight=weight, out=out)
-    assert quantizer is None
+    _known(x=x, weight=weight, out=out)
     scale = torch.rsqrt(_wide(x).square().mean(-1) + eps)
     y = _wide(x) * scale.unsqueeze(-1) * (_wide(weight) + zero_centered_gamma)
-    y = y.to(_dtype(out_dtype)) if out is None else out.copy_(y)
-    return y, None, scale.flatten()
+    return _as_asked(y, out, quantizer, out_dtype), None, scale.flatten()
+
+
+def _as_asked(y: Tensor, out: Any, quantizer: Any, out_dtype: Any) -> Any:
+    """A norm's output in its dtype, in the buffer that was given, quantized."""
+    y = y.to(_dtype(out_dtype))
+    if quantizer is not None:
+        return quantize(y, quantizer, out)
+    return y if out is None else out.copy_(y)
 
 
 def rmsnorm_bwd(
@@ -144,14 +163,12 @@ def layernorm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[t, h] -> y [t, h], mean [t] and 1 / standard deviation [t], both float32."""
     del sm_margin
-    _plain(x=x, weight=weight, bias=bias, out=out)
-    assert quantizer is None
+    _known(x=x, weight=weight, bias=bias, out=out)
     mean = _wide(x).mean(-1, keepdim=True)
     scale = torch.rsqrt((_wide(x) - mean).square().mean(-1, keepdim=True) + eps)
     y = (_wide(x) - mean) * scale * (_wide(weight) + zero_centered_gamma)
     y = y if bias is None else y + _wide(bias)
-    y = y.to(_dtype(out_dtype)) if out is None else out.copy_(y)
-    return y, mean.flatten(), scale.flatten()
+    return _as_asked(y, out, quantizer, out_dtype), mean.flatten(), scale.flatten()
 
 
 def layernorm_bwd(
@@ -172,6 +189,38 @@ def layernorm_bwd(
     of_x = scale * (weighted - weighted.mean(-1, keepdim=True) - unit * inner)
     of_weight, of_bias = (incoming * unit).flatten(0, -2).sum(0), incoming.flatten(0, -2).sum(0)
     return of_x.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+
+
+def quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
+    """FP8 numbers of ``x`` and their scale, by its own largest value (on all ranks of the quantizer's group, if any).
+
+    The columnwise copy, which a backward pass reads, is made where the quantizer asks for it.
+    """
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch  # type: ignore[import-not-found]
+    from transformer_engine.pytorch.tensor.float8_tensor import (  # type: ignore[import-not-found]
+        Float8CurrentScalingQuantizer,
+    )
+
+    if not isinstance(quantizer, Float8CurrentScalingQuantizer) or noop is not None:
+        raise NotImplementedError(f"quantize: found {type(quantizer).__name__}; expected one scale for a tensor")
+    kind = TE_DType_To_Torch[quantizer.dtype]
+    highest = torch.finfo(kind).max
+    largest = x.detach().abs().max().float()
+    if quantizer.with_amax_reduction:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+    largest = largest.clamp(min=quantizer.amax_epsilon)
+    scale = torch.where(torch.isfinite(largest) & (largest > 0), highest / largest, 1.0)
+    if quantizer.force_pow_2_scales:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    numbers = (_wide(x.detach()) * scale).clamp(-highest, highest).to(kind).view(torch.uint8)
+    columns = numbers.movedim(-1, 0).contiguous() if quantizer.columnwise_usage else None
+    if out is None:
+        out = quantizer.create_tensor_from_data(numbers, fake_dtype=x.dtype, internal=quantizer.internal)
+    elif out._data is not None:
+        out._data.copy_(numbers.view_as(out._data))
+    out._scale_inv.copy_((1 / scale).reshape(1))
+    out._transpose, out._transpose_invalid = columns, columns is None
+    return out
 
 
 def _rows(boundaries: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -271,6 +320,7 @@ KERNELS = {
         rmsnorm_bwd_add,
         layernorm_fwd,
         layernorm_bwd,
+        quantize,
         convert_thd_to_bshd,
         convert_bshd_to_thd,
         fused_rope_forward,
