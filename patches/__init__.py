@@ -39,6 +39,7 @@ MODULES = (
     "mla_query_norm_gradient",
     "packed_rope",
     "head_without_gradient_fusion",
+    "cpu_optimizer",
 )
 
 

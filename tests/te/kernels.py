@@ -2,9 +2,9 @@
 
 Each function takes the place of one of `transformer_engine_torch`, with its arguments in their order. Sums are made in
 float32 at least, as the kernels do; results have the dtype that was asked for. Of quantized tensors there are those of
-one scale each (Megatron's recipe ``tensorwise``), whose products are made of the dequantized numbers: what an FP8
-product is but for the order of its sums. Other recipes, overlapped communication and the GELU epilogue are refused: what
-is not computed must not look as if it were.
+one scale each (Megatron's recipe ``tensorwise``), whose products are made of the dequantized numbers: an FP8 product
+but for the order of its sums. Other recipes, overlapped communication and the GELU epilogue are refused: what is not
+computed must not look as if it were.
 
 Legend: t tokens (all leading axes together), h width of a row.
 """

@@ -82,10 +82,26 @@ def contents(directories: dict[str, str], layout: str, layers: str) -> dict[str,
                     "tensor_model_parallel": bool(getattr(parameter, "tensor_model_parallel", False)),
                     "partition_dim": getattr(parameter, "partition_dim", -1),
                     "allreduce": getattr(parameter, "allreduce", True),
+                    "decays": decays(f"module.module.{name}", parameter),
                 }
                 for name, layer, weight, parameter in weights_of(unwrap(chunk), names)
             }
             found[case]["modules"] = sorted({type(module).__name__ for module in unwrap(chunk).modules()})
+    return found
+
+
+def decays(name: str, parameter: torch.nn.Parameter) -> list[bool]:
+    """Whether weight decay applies to a parameter under each rule that a run can ask for."""
+    from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
+
+    from remit_megatron.training.weight_decay import weight_decay_overrides
+
+    standard = get_standard_config_overrides(OptimizerConfig())
+    found = []
+    for norms, embeddings in ((None, None), (True, None), (False, True), (None, False), (True, False)):
+        overrides = weight_decay_overrides(standard, decay_norms=norms, decay_embeddings=embeddings)
+        without = [key for key, override in overrides.items() if override.get("wd_mult") == 0]
+        found.append(not any(key.matches(parameter, name) for key in without))
     return found
 
 

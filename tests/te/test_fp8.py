@@ -1,4 +1,4 @@
-"""A frozen model with FP8 weights, of Transformer Engine's own tensors: what is quantized, how, and what it computes."""
+"""A frozen model with FP8 weights, Transformer Engine's own tensors: what is quantized, and what it computes."""
 
 from __future__ import annotations
 

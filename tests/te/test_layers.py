@@ -86,3 +86,14 @@ def test_marks_of_tensor_parallelism(models, held, case, layout):
             assert entry["allreduce"] is True, name
             if split:
                 assert entry["partition_dim"] == (1 if getattr(weight, "split", "column") == "row" else 0), name
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp"])
+@pytest.mark.parametrize("case", CASES)
+def test_weight_decay_draws_the_line_where_the_local_layers_have_it(held, case, layout):
+    """Whatever a norm is called that is fused into the linear layer behind it."""
+    for ours, theirs in zip(held(layout, LOCAL)[case], held(layout, TE)[case], strict=True):
+        local = {entry["key"]: entry["decays"] for entry in parameters(ours).values()}
+        fused = {entry["key"]: entry["decays"] for entry in parameters(theirs).values()}
+        assert fused == local
+        assert {decays[0] for decays in fused.values()} == {True, False} and all(d[1] for d in fused.values())
