@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from remit_megatron.models.attention import ScaledDotProductAttention
-from remit_megatron.models.norm import norm_class
+from remit_megatron.models.norm import norm_class, weights_only
 from remit_megatron.models.spec import TE, dense_mlp
 
 
@@ -79,6 +79,7 @@ def latent_attention_layer(config: TransformerConfig) -> ModuleSpec:
         fused = get_gpt_layer_with_transformer_engine_submodules(multi_latent_attention=True, qk_layernorm=True)
         assert isinstance(fused.self_attention, ModuleSpec)
         fused.self_attention.module = LatentSelfAttention
+        fused.input_layernorm = weights_only(fused.input_layernorm)
         return ModuleSpec(module=TransformerLayer, submodules=fused)
     norm = norm_class(config)
     attention = ModuleSpec(

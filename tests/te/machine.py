@@ -19,8 +19,13 @@ def _asks(frame: FrameType, *modules: str) -> bool:
 
 
 def activate() -> None:
-    """Applies the patches, stands in for the device and for its kernels; once for a process."""
+    """Applies the patches, stands in for the device and for its kernels; once for a process.
+
+    What an earlier model has told Transformer Engine about its attention, in the environment, is forgotten.
+    """
     global _done
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
     if _done:
         return
     os.environ |= {"NVTE_MASKED_SOFTMAX_FUSION": "0", "NVTE_TORCH_COMPILE": "0"}
