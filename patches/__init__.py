@@ -38,6 +38,8 @@ MODULES = (
     "mla_rope_key_gradient",
     "mla_query_norm_gradient",
     "packed_rope",
+    "head_without_gradient_fusion",
+    "cpu_optimizer",
 )
 
 

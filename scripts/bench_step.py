@@ -2,10 +2,14 @@
 
     python scripts/bench_step.py --rounds 15 --record docs/benchmarks
 
+    python scripts/bench_step.py --fp8 tensorwise --student-fp8
+
 All arms share one student, one optimizer, one batch shape and Megatron's ``train_step``; they differ in the forward
-step and the schedule. The order of the arms rotates from round to round. Reported: median, p20 and p80 of seconds per
-step, and the median over rounds of the ratio within a round. The arithmetic limit of remit over ntp is 4/3: forward
-and backward of the student cost three forward passes, the reference a fourth.
+step and the schedule. ``--fp8`` adds a reference with FP8 weights; ``--student-fp8`` makes the student's products FP8
+too, in a record of its own; where the machine has no FP8, both are left out and the record says why. The order of the
+arms rotates from round to round. Reported: median, p20 and p80 of seconds per step, and the median over rounds of the
+ratio within a round. The arithmetic limit of remit over ntp is 4/3: forward and backward of the student cost three
+forward passes, the reference a fourth.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from typing import Any
 import yaml
 from benchmarking import heading, interleave, median_ratio, quantile, record, versions
 
-ARMS = ("megatron", "ntp", "remit", "remit, cached", "scoring only", "ntp, loss.linear")
+ARMS = ("megatron", "ntp", "remit", "remit, cached", "scoring only", "ntp, loss.linear", "remit, FP8 reference")
+FP8_ARM = ARMS[-1]
+RECIPES = ("tensorwise", "blockwise", "mxfp8")  # of a frozen model (remit_megatron/models/fp8.py)
 
 
 def parse() -> argparse.Namespace:
@@ -37,8 +43,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--fp8", metavar="RECIPE", choices=RECIPES, help="recipe of the reference's FP8 weights")
+    parser.add_argument("--student-fp8", action="store_true", help="the student's products in FP8 too, by that recipe")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write a dated record there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.student_fp8 and args.fp8 is None:
+        parser.error("--student-fp8 needs --fp8 RECIPE")
+    return args
+
+
+def left_out(args: argparse.Namespace) -> str | None:
+    """Why FP8 is left out although it was asked for, in one line; None where it is not."""
+    if args.fp8 is None:
+        return None
+    import patches
+
+    patches.apply()
+    from remit_megatron.models.fp8 import missing
+
+    return missing(args.fp8)
 
 
 def run_config(args: argparse.Namespace, folder: Path) -> Path:
@@ -70,6 +93,7 @@ def run_config(args: argparse.Namespace, folder: Path) -> Path:
             "global_batch_size": args.micro_batch * args.microbatches,
             "train_iters": 1000,
             "lr": 1e-5,
+            **({"fp8": "hybrid", "fp8_recipe": args.fp8, "first_last_layers_bf16": True} if args.student_fp8 else {}),
         },
         "run_dir": str(folder / "run"),
         "logging": {"tensorboard": False},
@@ -134,6 +158,7 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     from remit_megatron.models.batch import to_batch
     from remit_megatron.models.build import build_chunks, megatron_arguments, model_config
     from remit_megatron.models.forward import ModelForward
+    from remit_megatron.models.fp8 import frozen_arguments
     from remit_megatron.objectives import build_objective
     from remit_megatron.reference.cached import CachedScores, ScoredSamples
     from remit_megatron.reference.live import LiveReference
@@ -162,9 +187,14 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
     model_config_of_student.finalize_model_grads_func = training.finalize_model_grads
     for chunk in model:
         chunk.train()
-    reference_chunks = build_chunks(model_config(hf_config, arguments), groups, initialize=True)
     forward = ModelForward(eod_id=0, groups=lambda: groups)
-    reference = LiveReference(reference_chunks, vocab_size=args.vocabulary, forward=forward)
+
+    def frozen(**precision: str) -> LiveReference:
+        own = frozen_arguments(arguments, **precision)
+        chunks = build_chunks(model_config(hf_config, own), groups, initialize=True)
+        return LiveReference(chunks, vocab_size=args.vocabulary, forward=forward)
+
+    reference = frozen()
 
     blend = Corpus(args)
     cached_samples = ScoredSamples(blend, filled_cache(blend, folder / "cache"))
@@ -225,6 +255,9 @@ def setup(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[]
         "scoring only": score,
         "ntp, loss.linear": partial(arm, linear.forward_step, linear.wrap_schedule(schedule)),
     }
+    if args.fp8 is not None:
+        quantized = step("remit", frozen(fp8="e4m3", recipe=args.fp8))
+        arms[FP8_ARM] = partial(arm, quantized.forward_step, quantized.wrap_schedule(schedule))
     return arms, sum(p.numel() for p in model[0].parameters())
 
 
@@ -254,12 +287,14 @@ def ratio(seconds: dict[str, list[float]], arm: str) -> str:
     return f"{median_ratio(seconds[arm], seconds[base]):.3f} x {base}"
 
 
-def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters: int) -> str:
+def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters: int, without_fp8: str | None) -> str:
     """A table in Markdown."""
     import torch
 
     tokens = args.micro_batch * args.microbatches * args.sequence
     precision = "bf16" if torch.cuda.is_available() else "fp32"
+    if args.student_fp8:
+        precision += f", products in FP8 ({args.fp8})"
     lines = [
         heading("training step"),
         f"Llama with {parameters / 1e6:.1f}M parameters, vocabulary {args.vocabulary}, {tokens} tokens a step in "
@@ -272,16 +307,21 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters
     for name, values in seconds.items():
         figures = (statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))
         lines.append(f"| {name} | {' | '.join(f'{figure:.3f}' for figure in figures)} | {ratio(seconds, name)} |")
+    if without_fp8 is not None:
+        lines += ["", f"Without FP8: {without_fp8}."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     args = parse()
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    without_fp8 = left_out(args)
+    if without_fp8 is not None:
+        args.fp8, args.student_fp8 = None, False
     with tempfile.TemporaryDirectory() as folder:
         arms, parameters = setup(args, Path(folder))
-        seconds = measure({name: arms[name] for name in args.arms}, args.rounds)
-    text = report(args, seconds, parameters)
+        seconds = measure({name: arms[name] for name in args.arms if name in arms}, args.rounds)
+    text = report(args, seconds, parameters, without_fp8)
     sys.stdout.write(text)
     if args.record is not None:
         raw = {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds}

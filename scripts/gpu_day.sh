@@ -54,7 +54,8 @@ if [ -n "$small" ]; then
   part doctor 300 python -m remit_megatron doctor --allow-no-gpu
   part tests 300 python -m pytest -q tests/gpu
   part kernels 600 python scripts/bench_kernels.py --rounds 1 --tokens 4 --hidden-tokens 4 --vocabulary 331 --hidden 32 "${record[@]}"
-  part steps 900 python scripts/bench_step.py --rounds 1 --hidden 64 --layers 1 --vocabulary 128 --sequence 32 --micro-batch 1 "${record[@]}"
+  part steps 900 python scripts/bench_step.py --fp8 tensorwise --rounds 1 --hidden 64 --layers 1 --vocabulary 128 --sequence 32 --micro-batch 1 "${record[@]}"
+  part steps_fp8 300 python scripts/bench_step.py --fp8 tensorwise --student-fp8 --rounds 1 --hidden 64 --layers 3 --vocabulary 128 --sequence 32 --micro-batch 1 --arms ntp "${record[@]}"
   part parity 900 python scripts/gpu_parity.py --small "${record[@]}"
   part run 900 python scripts/gpu_run.py --small "${record[@]}"
 else
@@ -63,7 +64,9 @@ else
   part parity 900 python scripts/gpu_parity.py "${record[@]}"
   part run 900 python scripts/gpu_run.py --nproc "$gpus" "${record[@]}"
   part kernels 900 python scripts/bench_kernels.py --compile "${record[@]}"
-  part steps 600 python scripts/bench_step.py --hidden 2048 --layers 16 --vocabulary 100352 --sequence 4096 --micro-batch 2 "${record[@]}"
+  size=(--hidden 2048 --layers 16 --vocabulary 100352 --sequence 4096 --micro-batch 2)
+  part steps 600 python scripts/bench_step.py --fp8 tensorwise "${size[@]}" "${record[@]}"
+  part steps_fp8 600 python scripts/bench_step.py --fp8 tensorwise --student-fp8 "${size[@]}" "${record[@]}"
 fi
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}"

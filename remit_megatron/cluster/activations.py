@@ -311,9 +311,10 @@ def _rotary_size(args: argparse.Namespace) -> int:
 
 
 def _working(inventory: Inventory, args: argparse.Namespace, t: int, e: int, tensor: int, *, table: bool) -> float:
-    """Going back through fc2 and fc1: gradients of the two, of the stream and of its gathered copy; a weight's."""
+    """Going back through fc2 and fc1: gradients of the two, of the stream and of its gathered copy; a weight's.
+
+    Layers may add a weight's gradient to the buffer in the product; the table's is made whole before it is added.
+    """
     layer = t * e * (3 * args.ffn_hidden_size / tensor + 3 * args.hidden_size)
-    weight = 0
-    if not args.gradient_accumulation_fusion:
-        weight = inventory.head_elements if table else args.ffn_hidden_size // tensor * 2 * args.hidden_size
-    return layer + weight * e
+    weight = 0 if args.gradient_accumulation_fusion else args.ffn_hidden_size // tensor * 2 * args.hidden_size
+    return layer + (inventory.head_elements if table else weight) * e

@@ -13,10 +13,12 @@ from remit_megatron import __version__
 from remit_megatron.doctor import probes
 from remit_megatron.doctor.probes import Probe
 from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, shipped_configs, use_own_patches
+from remit_megatron.runtime.launch import openmp_settings
 
 PYTHON = (3, 12)
 MEGATRON = "0.19.2"
 MINIMUM_MEMORY = 2_000_000_000  # bytes; torch and Megatron alone take about 1 GB per process
+OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what says how threads compute and wait
 _GB = 1e9
 _ON_THE_CPU = " (CUDA_VISIBLE_DEVICES= in the environment trains on the CPU instead)"
 
@@ -39,7 +41,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Host:
-    """The machine as the operating system describes it; memory in bytes."""
+    """The machine as the operating system describes it; memory in bytes, load averaged over the last minute.
+
+    ``openmp`` holds the settings of the environment.
+    """
 
     python: tuple[int, int, int]
     cpu: str
@@ -49,6 +54,8 @@ class Host:
     gpu_files: int
     driver: str | None
     gpus_hidden: bool
+    load: float
+    openmp: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ def host() -> Host:
         gpu_files=probes.gpu_device_files(),
         driver=probes.driver_version(),
         gpus_hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"),
+        load=os.getloadavg()[0],
+        openmp={name: os.environ[name] for name in OPENMP if name in os.environ},
     )
 
 
@@ -276,7 +285,22 @@ def describe_device(machine: Host, torch: Probe) -> dict[str, str]:
     return rows
 
 
-def describe_use(torch: Probe, megatron: Probe) -> dict[str, str]:
+def describe_openmp(machine: Host) -> str:
+    """Threads on the CPU and how they wait: what the environment says, else what ``--nproc`` would choose now."""
+    chosen = openmp_settings(machine.openmp, nproc=1, load=machine.load, cores=machine.cores)
+    settings = machine.openmp | chosen
+    threads = f"threads {settings['OMP_NUM_THREADS']}"
+    if "OMP_NUM_THREADS" in chosen:
+        threads += " for the ranks of --nproc together"
+    sleeping = settings.get("OMP_WAIT_POLICY", "").lower() == "passive" or settings.get("GOMP_SPINCOUNT") == "0"
+    waiting = [f"{name}={machine.openmp[name]}" for name in OPENMP[1:] if name in machine.openmp]
+    if not waiting:
+        waiting = [f"load {machine.load:.1f}"]
+        waiting += ["--nproc sets OMP_WAIT_POLICY=passive"] if sleeping else ["OMP_WAIT_POLICY not set"]
+    return f"{threads}; they {'sleep' if sleeping else 'spin'} while they wait ({', '.join(waiting)})"
+
+
+def describe_use(machine: Host, torch: Probe, megatron: Probe) -> dict[str, str]:
     """What a run that starts now would use; the layer specification is asked of the code that trains."""
     gpus = torch.facts.get("gpus", [])
     layers = megatron.facts.get("transformer_impl")
@@ -291,6 +315,7 @@ def describe_use(torch: Probe, megatron: Probe) -> dict[str, str]:
         "attention": attention.get(layers or "", "unknown"),
         "backend": ("nccl" if gpus else "gloo") if torch.error is None else "unknown",
         "FP8": "unknown" if recipes is None else describe_fp8(recipes),
+        "OpenMP": describe_openmp(machine),
     }
 
 
@@ -346,7 +371,7 @@ def examine(*, timeout: float = 300.0, allow_no_gpu: bool = False, require_gpu: 
         device=describe_device(machine, torch),
         parts=parts,
         patches=megatron.facts.get("patches", []),
-        used=describe_use(torch, megatron),
+        used=describe_use(machine, torch, megatron),
         problems=problems,
         remarks=remarks,
         facts={"host": dataclasses.asdict(machine), "torch": torch.facts},

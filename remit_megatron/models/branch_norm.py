@@ -27,7 +27,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sha
 from torch import Tensor
 
 from remit_megatron.models.attention import ScaledDotProductAttention
-from remit_megatron.models.norm import ShardedRMSNorm, norm_class, sharded_rms_norms
+from remit_megatron.models.norm import ShardedRMSNorm, norm_class, sharded_rms_norms, weights_only
 from remit_megatron.models.spec import TE
 from remit_megatron.runtime.errors import UserError
 
@@ -135,7 +135,7 @@ def branch_norm_layer(config: TransformerConfig) -> ModuleSpec:
             te.TEColumnParallelLinear,
             te.TERowParallelLinear,
             te.TEDotProductAttention,
-            te.TENorm,
+            weights_only(te.TENorm),
         )
     attention = ModuleSpec(
         module=BranchNormAttention,

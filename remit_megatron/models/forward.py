@@ -54,7 +54,7 @@ class ModelForward:
         """What a model is called with: tokens, positions and attention mask in their order, and what has a name."""
         tokens, positions, mask, packed = batch.tokens, batch.position_ids, None, batch.packed
         if packed is not None:
-            tokens, positions = tokens.view(1, -1), positions.reshape(1, -1)
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         elif self.document_mask:
             mask = document_attention_mask(batch.document_ids, cp_group=self.groups.cp)
         return (tokens, positions, mask), {"packed_seq_params": packed}

@@ -24,9 +24,11 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.nn.functional import pad
 
 from remit_megatron.models.attention import ScaledDotProductAttention
-from remit_megatron.models.norm import norm_class
+from remit_megatron.models.norm import norm_class, weights_only
 from remit_megatron.models.spec import TE, dense_mlp
 
 
@@ -41,6 +43,31 @@ class LatentSelfAttention(MLASelfAttention):
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
+    def _run_core_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """As the base class, which makes the values of packed sequences as wide as queries, and cuts wider ones.
+
+        Those are left whole: zeros behind queries and keys change no score, whose scale is given.
+        """
+        missing = value.shape[-1] - query.shape[-1]
+        if packed_seq_params is None or missing <= 0:
+            return super()._run_core_attention(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+        core: Any = self.core_attention
+        own = getattr(core, "hidden_size_per_attention_head_k", None)  # which Transformer Engine compares with keys
+        core.hidden_size_per_attention_head_k = value.shape[-1]
+        try:
+            return super()._run_core_attention(
+                pad(query, (0, missing)),
+                pad(key, (0, missing)),
+                value,
+                *args,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        finally:
+            core.hidden_size_per_attention_head_k = own
+
 
 def latent_attention_layer(config: TransformerConfig) -> ModuleSpec:
     """x + attention(norm(x)), then x + mlp(norm(x)), with multi-latent attention and norms on both latents.
@@ -52,6 +79,7 @@ def latent_attention_layer(config: TransformerConfig) -> ModuleSpec:
         fused = get_gpt_layer_with_transformer_engine_submodules(multi_latent_attention=True, qk_layernorm=True)
         assert isinstance(fused.self_attention, ModuleSpec)
         fused.self_attention.module = LatentSelfAttention
+        fused.input_layernorm = weights_only(fused.input_layernorm)
         return ModuleSpec(module=TransformerLayer, submodules=fused)
     norm = norm_class(config)
     attention = ModuleSpec(

@@ -8,6 +8,7 @@ names are those of the other norms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,33 @@ class LayerNorm(torch.nn.LayerNorm):
 def norm_class(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
     """The class that ``config.normalization`` names."""
     return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]
+
+
+def weights_only(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """A kind of norms that keep nothing in checkpoints but their weights.
+
+    Transformer Engine's norms write state of quantizers that they do not have (``_extra_state``) and ask for it when
+    they are loaded. The local norms have none, so that a run begun with these could not go on with those.
+
+    Args:
+        norm: makes one, from the arguments that Megatron gives.
+    """
+
+    def make(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        module = norm(*args, **kwargs)
+        module.register_state_dict_post_hook(_without_extra_state)
+        module._register_load_state_dict_pre_hook(_with_no_extra_state)
+        return module
+
+    return make
+
+
+def _without_extra_state(module: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}_extra_state", None)
+
+
+def _with_no_extra_state(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state[f"{prefix}_extra_state"] = None  # present, for a strict load; with nothing in it
 
 
 class ShardedRMSNorm(torch.nn.Module):

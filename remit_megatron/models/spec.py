@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from remit_megatron.models.attention import ScaledDotProductAttention
-from remit_megatron.models.norm import norm_class
+from remit_megatron.models.norm import norm_class, weights_only
 
 TE = "transformer_engine"
 LOCAL = "local"
@@ -97,7 +97,7 @@ def block_spec(
     if config.transformer_impl == TE:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        norm = TENorm
+        norm = weights_only(TENorm)
     else:
         norm = norm_class(config)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)

@@ -291,9 +291,7 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
     if values["cuda_graph_impl"] == "full_iteration":
         expected = "none, local or transformer_engine: a graph of the whole step would have no place for the reference"
         raise UserError("megatron.cuda_graph_impl", "full_iteration", expected)
-    if values["gradient_accumulation_fusion"] and not _installed("fused_weight_gradient_mlp_cuda"):
-        expected = "false: Megatron's output layer needs apex's fused_weight_gradient_mlp_cuda, which is not installed"
-        raise UserError("megatron.gradient_accumulation_fusion", "true", expected)
+    _check_fused_gradients(values)
     values |= {
         "calculate_per_token_loss": True,
         "create_attention_mask_in_dataloader": False,
@@ -309,6 +307,18 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
     if not config.data.valid:
         values["eval_iters"] = 0
     return values | _wandb(config)
+
+
+def _check_fused_gradients(values: Mapping[str, Any]) -> None:
+    """Weight gradients added to the buffer inside the matrix product: by Transformer Engine's layers, or by apex."""
+    if not values["gradient_accumulation_fusion"] or _installed("fused_weight_gradient_mlp_cuda"):
+        return
+    missing = "apex's fused_weight_gradient_mlp_cuda, which is not installed"
+    if values["transformer_impl"] != "transformer_engine":
+        raise UserError("megatron.gradient_accumulation_fusion", "true", f"false: Megatron's own layers need {missing}")
+    if values["defer_embedding_wgrad_compute"]:
+        expected = f"false: the output layer needs {missing}"
+        raise UserError("megatron.defer_embedding_wgrad_compute", "true", expected)
 
 
 def _wandb(config: RunConfig) -> dict[str, Any]:

@@ -88,9 +88,11 @@ DEFAULTS: dict[str, Default] = {
     "hidden_dropout": _default(0.0, "the models trained here have none"),
     "attention_softmax_in_fp32": _default(True, "as in the Hugging Face models; no effect with fused attention"),
     "gradient_accumulation_fusion": _default(
-        lambda s: s.gpu and s.fused_gradients,
-        "Megatron's output layer demands apex's extension for it, beside Transformer Engine too",
-        "true on a GPU where the extension is installed",
+        lambda s: (
+            s.gpu and (s.fused_gradients or s.transformer_engine_layers) and not s.chosen.get("use_torch_fsdp2", False)
+        ),
+        "Transformer Engine's layers add weight gradients to the buffer in the product; others need apex's extension",
+        "true on a GPU with Transformer Engine's layers, or with apex's extension",
     ),
     "bias_swiglu_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),
     "bias_dropout_fusion": _default(lambda s: s.gpu, "compiled, which only pays on a GPU", "true on a GPU"),

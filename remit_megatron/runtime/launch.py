@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO
 
@@ -49,6 +49,23 @@ def openmp_wait_policy(load: float, cores: int) -> str | None:
     return "passive" if load >= 0.4 * cores else None
 
 
+def openmp_settings(environment: Mapping[str, str], *, nproc: int, load: float, cores: int) -> dict[str, str]:
+    """What :func:`launch` adds to the environment of its ranks for OpenMP: threads of a rank, and how they wait.
+
+    Args:
+        environment: what the user has set stays, and settles the question.
+        nproc: ranks.
+        load, cores: as in :func:`openmp_wait_policy`.
+    """
+    chosen = {}
+    if "OMP_NUM_THREADS" not in environment:
+        chosen["OMP_NUM_THREADS"] = str(max(1, cores // nproc))
+    policy = openmp_wait_policy(load, cores)
+    if policy is not None and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
+        chosen["OMP_WAIT_POLICY"] = policy
+    return chosen
+
+
 def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -> int:
     """Runs ``python -m module argv…`` as ``nproc`` ranks on this machine and waits for them.
 
@@ -63,10 +80,7 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
     environment = dict(os.environ)
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(nproc))
     cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-    policy = openmp_wait_policy(os.getloadavg()[0], cores)
-    if policy is not None and "GOMP_SPINCOUNT" not in environment:
-        environment.setdefault("OMP_WAIT_POLICY", policy)
+    environment |= openmp_settings(environment, nproc=nproc, load=os.getloadavg()[0], cores=cores)
     processes: list[subprocess.Popen] = []
     captured: list[IO[bytes] | None] = []
     forwarded: dict[int, object] = {}

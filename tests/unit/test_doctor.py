@@ -58,6 +58,8 @@ def healthy_host(**changes) -> Host:
         "gpu_files": 0,
         "driver": None,
         "gpus_hidden": False,
+        "load": 0.25,
+        "openmp": {},
     }
     return Host(**(values | changes))
 
@@ -234,19 +236,30 @@ def test_gpus_are_described_and_their_capability_is_checked(packages: Path) -> N
     assert rows["driver"] == "580.65.06, NCCL 2.29.7"
     [problem] = doctor.torch_problems(found, machine, require_gpu=False)
     assert "found V100, compute capability 7.0; torch was built for sm_90" in problem
-    assert doctor.describe_use(found, Probe({"transformer_impl": "transformer_engine"})) == {
+    assert doctor.describe_use(healthy_host(), found, Probe({"transformer_impl": "transformer_engine"})) == {
         "device": "cuda (2)",
         "layers": "transformer_engine",
         "attention": "Transformer Engine's",
         "backend": "nccl",
         "FP8": "unknown",
+        "OpenMP": "threads 2 for the ranks of --nproc together; they spin while they wait "
+        "(load 0.2, OMP_WAIT_POLICY not set)",
     }
+
+
+def test_how_threads_wait_is_told() -> None:
+    crowded = doctor.describe_openmp(healthy_host(load=1.5))
+    assert crowded.endswith("they sleep while they wait (load 1.5, --nproc sets OMP_WAIT_POLICY=passive)")
+    chosen = healthy_host(load=1.5, openmp={"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE"})
+    assert doctor.describe_openmp(chosen) == "threads 1; they spin while they wait (OMP_WAIT_POLICY=ACTIVE)"
+    counted = doctor.describe_openmp(healthy_host(openmp={"GOMP_SPINCOUNT": "0"}))
+    assert counted.endswith("they sleep while they wait (GOMP_SPINCOUNT=0)")
 
 
 def test_fp8_recipes_are_told_with_the_reason_of_the_others() -> None:
     gpu = "Device compute capability 10.0 or higher required"
     recipes = {"delayed": None, "tensorwise": None, "mxfp8": gpu, "blockwise": "CUDA >= 12.9"}
-    found = doctor.describe_use(Probe({}), Probe({"fp8": recipes}))["FP8"]
+    found = doctor.describe_use(healthy_host(), Probe({}), Probe({"fp8": recipes}))["FP8"]
     assert found == f"delayed, tensorwise; not mxfp8: {gpu}; not blockwise: CUDA >= 12.9"
     assert doctor.describe_fp8({"delayed": "too old", "mxfp8": "too old"}) == "no: too old"
 
@@ -354,6 +367,7 @@ def test_a_healthy_machine() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["problems"] == []
+    assert report["used"].pop("OpenMP").startswith("threads ")
     assert report["used"] == {
         "device": "cpu",
         "layers": "local",

@@ -139,7 +139,9 @@ def test_the_numbers_are_megatrons(interleaved, count):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("case", ["smollm3-gqa_4_2_tied", "youtu-narrow_values_tied"])
+@pytest.mark.parametrize(
+    "case", ["smollm3-gqa_4_2_tied", "youtu-narrow_values_tied", "youtu-six_heads_wide_values_untied"]
+)
 def test_logits_are_those_of_an_explicit_mask(case, monkeypatch):
     """Packed sequences restart positions with every document, a mask does not: rotations are relative."""
     ids = torch.arange(2 * TOKENS).view(2, TOKENS) * 7 % 50

@@ -66,7 +66,7 @@ def test_flags_without_effect_and_harmful_ones_are_in_the_documentation():
         ("perform_initialization", False, "true: a model without init"),
         ("moe_grouped_gemm", True, "no such key: it has no effect, the model has no experts"),
         ("cuda_graph_impl", "full_iteration", "none, local or transformer_engine"),
-        ("gradient_accumulation_fusion", True, "false: Megatron's output layer needs apex's"),
+        ("gradient_accumulation_fusion", True, "false: Megatron's own layers need apex's"),
     ],
 )
 def test_what_would_be_accepted_and_not_done_is_refused(key, value, expected):
@@ -91,6 +91,9 @@ def test_float32_on_a_gpu_is_no_tf32(monkeypatch):
     args = built(bf16=False)
     assert (args.transformer_impl, args.no_persist_layer_norm) == ("local", True)
     assert not args.apply_rope_fusion and built().apply_rope_fusion
+    assert built().gradient_accumulation_fusion and not args.gradient_accumulation_fusion
+    with pytest.raises(UserError, match="defer_embedding_wgrad_compute: found true; expected false: the output layer"):
+        built(defer_embedding_wgrad_compute=True)
     assert built(bf16=False, fp16=True).transformer_impl == built().transformer_impl == "transformer_engine"
     with pytest.raises(UserError, match="found transformer_engine without bf16 and fp16; expected local: "):
         built(bf16=False, transformer_impl="transformer_engine")

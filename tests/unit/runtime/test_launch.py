@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from remit_megatron.runtime.launch import openmp_wait_policy
+from remit_megatron.runtime.launch import openmp_settings, openmp_wait_policy
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -97,3 +97,12 @@ def test_threads_sleep_where_others_compute():
     """One busy process beside two cores is enough; a machine that only runs this is not."""
     assert openmp_wait_policy(1.0, 2) == openmp_wait_policy(7.0, 16) == "passive"
     assert openmp_wait_policy(0.3, 2) is None and openmp_wait_policy(1.0, 16) is None
+
+
+def test_what_the_environment_says_of_threads_stays():
+    crowded = {"nproc": 2, "load": 3.0, "cores": 8}
+    assert openmp_settings({}, nproc=2, load=0.0, cores=8) == {"OMP_NUM_THREADS": "4"}
+    assert openmp_settings({}, **(crowded | {"load": 4.0})) == {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive"}
+    assert openmp_settings({}, **crowded) == {"OMP_NUM_THREADS": "4"}, "three of eight cores are few"
+    for name, value in (("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "100")):
+        assert openmp_settings({name: value, "OMP_NUM_THREADS": "3"}, **(crowded | {"load": 9.0})) == {}

@@ -1,0 +1,112 @@
+"""Transformer Engine's own forward and backward passes on a CPU: logits and gradients against transformers."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.models import test_parity as parity
+from tests.families import CASES, VOCABULARY, make_case
+from tests.te.models import LAYOUTS, LOCAL, TE, ranks_of, step, whole_gradients
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Random models on disk."""
+    root = tmp_path_factory.mktemp("models")
+    return {case: make_case(root / case, case, seed=seed) for seed, case in enumerate(CASES)}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    """[4, LENGTH + 1]: two microbatches of two."""
+    return torch.randint(0, VOCABULARY, (4, parity.LENGTH + 1), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def expected(models, tokens) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Logits and gradients of transformers."""
+    return {name: parity.truth(directory, tokens) for name, directory in models.items()}
+
+
+@pytest.fixture(scope="module")
+def on_layout(pool, models, tokens):
+    """Runs all models on a layout, once; the results of its ranks by model."""
+
+    @cache
+    def run(layout: str, layers: str = TE, packed: bool = False, **choices: Any) -> dict[str, list[dict[str, Any]]]:
+        chosen = models if layers == TE or packed else {}
+        ranks = pool.run(
+            step,
+            world_size=ranks_of(layout),
+            directories={name: str(path) for name, path in chosen.items()},
+            tokens=tokens.tolist(),
+            layout=layout,
+            layers=layers,
+            documents=documents().tolist() if packed else None,
+            **choices,
+        )
+        return {name: [rank[name] for rank in ranks] for name in chosen}
+
+    return run
+
+
+def documents() -> torch.Tensor:
+    """[4, LENGTH]: documents of uneven lengths, other ones in each sequence; one fills its sequence."""
+    lengths = [(5, 1, 12, 6), (24,), (1, 23), (7, 7, 10)]
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+
+
+def check_logits(results: list[dict[str, Any]], expected: torch.Tensor) -> None:
+    for found in (torch.cat(result["logits"]) for result in results):
+        assert found.shape[-1] > VOCABULARY and not found[..., VOCABULARY:].any(), "padding rows are zero"
+        assert (found[..., :VOCABULARY] - expected).abs().max() <= 5e-5
+
+
+def check_gradients(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for weight, gradient in expected.items():
+        error = ((ours[weight] - gradient).norm() / gradient.norm()).item()
+        assert error <= 1e-5, f"{weight}: {error}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers(models, expected, on_layout, case, layout):
+    results = on_layout(layout)[case]
+    logits, gradients = expected[case]
+    check_logits(results, logits)
+    check_gradients(whole_gradients(models[case], results), gradients)
+    assert not any(result["fused"] for result in results)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_that_the_layers_add_to_the_buffer(models, expected, on_layout, case):
+    """And rotary embeddings in one kernel, where the family has them: both are on where a run has these layers."""
+    results = on_layout("tp2_sp", gradient_accumulation_fusion=True, apply_rope_fusion=True)[case]
+    logits, gradients = expected[case]
+    check_logits(results, logits)
+    check_gradients(whole_gradients(models[case], results), gradients)
+    for result in results:
+        matrices = [name for name in result["fused"] if not name.endswith("norm_weight")]
+        assert result["fused"] == matrices and len(matrices) >= 4 * 4, "every linear layer of four layers"
+        assert all(".layers." in name for name in matrices), "not the output layer"
+        # Queries and keys of each layer that has rotary embeddings, in two microbatches.
+        rotated = result["calls"].get("fused_rope_forward", 0)
+        assert rotated == 0 if case.startswith("youtu") else 0 < rotated <= 2 * 2 * 4
+        assert result["calls"].get("fused_rope_backward", 0) == rotated
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_packed_documents_are_those_of_a_mask(models, on_layout, case, layout):
+    """Logits and gradients of the local layers under a mask, which other tests compare with documents alone."""
+    masked = on_layout("one", layers=LOCAL, packed=True)[case]
+    packed = on_layout(layout, packed=True)[case]
+    logits = torch.cat(masked[0]["logits"])[..., :VOCABULARY]
+    check_logits(packed, logits)
+    check_gradients(whole_gradients(models[case], packed), whole_gradients(models[case], masked))
