@@ -1,13 +1,16 @@
 # remit_megatron on NVIDIA's PyTorch image: matched torch, CUDA, NCCL and a prebuilt Transformer Engine.
 #
 #   docker build -t remit_megatron .
-#   docker run --rm --gpus all --ipc=host -v "$PWD:$PWD" -w "$PWD" remit_megatron train RUN.yaml --nproc 8
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v "$PWD:$PWD" -w "$PWD" \
+#     remit_megatron train RUN.yaml --nproc 8
 #
-# Not built on the NGC image yet (docs/cluster.md).
+# Not built on the NGC image yet. scripts/test_image.sh builds it on a base of its own, without a GPU (docs/cluster.md).
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
+
+# What builds stays in this stage: uv, its caches, and what only tests and checks need.
 # The base is an argument with a tag of its own.
 # hadolint ignore=DL3006
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS build
 
 ARG UV_VERSION=0.13.8
 # Addresses of mirrors, for builds that need them: --build-arg PIP_INDEX_URL=... --build-arg UV_DEFAULT_INDEX=...
@@ -31,15 +34,27 @@ RUN python3 -m pip install --no-cache-dir --target /opt/uv "uv==${UV_VERSION}" \
 # and norms from there. Where the base image has apex it stays.
 WORKDIR /opt/build
 COPY constraints.txt scripts/image_requirements.py ./
-RUN python image_requirements.py constraints.txt > requirements.txt \
+RUN python image_requirements.py install constraints.txt > requirements.txt \
     && uv pip install --no-deps --compile-bytecode --requirement requirements.txt
 
 # Editable, because scripts/ is part of it; readable for every user, because clusters run it under theirs.
 COPY . /opt/remit_megatron
 WORKDIR /opt/remit_megatron
 RUN uv pip install --no-deps --editable . \
-    && python -m compileall -q remit_megatron patches \
-    && chmod -R a+rX /opt/remit_megatron /opt/venv /opt/uv
+    && python scripts/image_requirements.py unneeded > /opt/build/unneeded.txt \
+    && uv pip uninstall --requirement /opt/build/unneeded.txt \
+    && python -m compileall -q remit_megatron patches tests \
+    && chmod -R a+rX /opt/remit_megatron /opt/venv
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE}
+
+ENV VIRTUAL_ENV=/opt/venv \
+    PATH=/opt/venv/bin:${PATH} \
+    PYTHONNOUSERSITE=1
+
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/remit_megatron /opt/remit_megatron
 
 # A build machine has no GPU: libraries that cannot be imported without its driver are remarks here, everything else is checked.
 RUN remit doctor --allow-no-gpu

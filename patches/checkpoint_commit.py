@@ -45,7 +45,9 @@ def _install() -> None:
     def maybe_finalize_async_save(*args, **kwargs):
         finalize(*args, **kwargs)
         # Saves are finalized in the order in which they were started, on all ranks alike.
-        while _pending and async_utils.is_empty_async_queue():
+        calls = async_utils._async_calls_queue
+        unfinished = 0 if calls is None else calls.get_num_unfinalized_calls()
+        while len(_pending) > unfinished:
             iteration = _pending.pop(0)
             if after is not None:
                 after(iteration)

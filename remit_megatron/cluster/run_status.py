@@ -52,6 +52,8 @@ class RunStatus:
         reference_share: of a step's time, 0 to 1.
         lm_loss, grad_norm: of the last step, nats.
         dropped_tokens, skipped_steps: over all steps that are on record.
+        spikes, last_spike: loss spikes that are on record, and the step of the last one.
+        slow_ranks: that hold the others up, as the last start has last said: each with ``ranks``, ``hosts``, ``ratio``.
         validation_loss: of the last validation, and the step it was made at.
         checkpoint, checkpoint_seconds_ago: newest complete one.
         incomplete_checkpoints: steps of directories newer than that without a manifest: a save that goes on, or was
@@ -79,6 +81,9 @@ class RunStatus:
     grad_norm: float | None = None
     dropped_tokens: int = 0
     skipped_steps: int = 0
+    spikes: int = 0
+    last_spike: int | None = None
+    slow_ranks: list[dict[str, Any]] = field(default_factory=list)
     validation_loss: tuple[float, int] | None = None
     checkpoint: int | None = None
     checkpoint_seconds_ago: float | None = None
@@ -144,6 +149,9 @@ def run_status(run_dir: str | os.PathLike, *, now: float | None = None) -> RunSt
         grad_norm=last.get("grad_norm"),
         dropped_tokens=sum(r.get("dropped_tokens") or 0 for r in steps),
         skipped_steps=sum(bool(r.get("skipped")) for r in steps),
+        spikes=len(events.spikes),
+        last_spike=max(events.spikes, default=None),
+        slow_ranks=events.slow,
         validation_loss=(validation[-1]["lm_loss"], validation[-1]["iteration"]) if validation else None,
         checkpoint=complete[0] if complete else None,
         checkpoint_seconds_ago=None if complete is None else round(max(now - complete[1], 0.0), 1),
@@ -166,6 +174,8 @@ class _Events:
     last_start: dict[str, Any] = field(default_factory=dict)
     last_end: dict[str, Any] | None = None  # of the last start
     faults: list[Fault] = field(default_factory=list)
+    spikes: set[int] = field(default_factory=set)  # their steps; one that was met again after a crash is one
+    slow: list[dict[str, Any]] = field(default_factory=list)  # of the last start
 
     @classmethod
     def of(cls, records: list[dict[str, Any]]) -> _Events:
@@ -179,13 +189,17 @@ class _Events:
                     where = f"start {found.starts} on {before.get('host')}, from step {before.get('step')}"
                     found.faults.append(Fault(when, f"{where}, ended without a word (killed, or its node lost)"))
                 found.starts += 1
-                found.last_start, found.last_end = record, None
+                found.last_start, found.last_end, found.slow = record, None, []
             elif event == "end":
                 found.last_end = record
                 found.stops += record.get("code") == EXIT_START_ME_AGAIN
                 if "reason" in record:
                     found.broken += record.get("code") is None
                     found.faults.append(Fault(when, f"step {record.get('step')}: {record['reason']}"))
+            elif event == "spike":
+                found.spikes.add(int(record.get("iteration", 0)))
+            elif event == "slow":
+                found.slow = [entry for entry in record.get("ranks") or [] if isinstance(entry, dict)]
             elif event == "fault":
                 found.faults.append(Fault(when, str(record.get("text"))))
         return found
@@ -318,7 +332,14 @@ def status_text(status: RunStatus) -> str:
         checkpoint += f"; {', '.join(map(str, status.incomplete_checkpoints))} not complete"
     lines.append(_line("checkpoint", checkpoint))
     health = [f"{status.dropped_tokens:,} tokens dropped", f"{status.skipped_steps} steps skipped"]
+    if status.spikes:
+        many = "s" * (status.spikes > 1)
+        health.append(f"{status.spikes} loss spike{many}, the last at step {status.last_spike:,}")
     lines.append(_line("health", ", ".join(health)))
+    for entry in status.slow_ranks:
+        ranks, hosts = (", ".join(map(str, entry.get(name) or [])) for name in ("ranks", "hosts"))
+        times = f"{entry.get('ratio') or 0:.1f} times the time of the others"
+        lines.append(_line("slow", f"rank {ranks} on {hosts}, {times}"))
     lines.append(_line("starts", f"{status.starts}, {status.stops} stopped on purpose, {status.crashes} crashed"))
     if status.host is not None:
         job = "" if status.job is None else f", job {status.job}"

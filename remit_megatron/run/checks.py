@@ -43,6 +43,10 @@ def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
         # Megatron passes over samples on the first rank of a tensor-parallel group alone, and each rank reads its own.
         expected = "none with tensor_model_parallel_size > 1, whose ranks would read different samples afterwards"
         raise UserError("megatron.iterations_to_skip", arguments.iterations_to_skip, expected)
+    if config.spikes is not None and arguments.optimizer_cuda_graph:
+        raise UserError("megatron.optimizer_cuda_graph", "true", "false with spikes: a graph leaves no update out")
+    if config.spikes is not None and config.spikes.action == "rollback" and arguments.use_torch_fsdp2:
+        raise UserError("spikes.action", "rollback with megatron.use_torch_fsdp2", "skip")
     if config.logging.wandb is not None and not config.logging.tensorboard:
         raise UserError(
             "logging.tensorboard", "false beside logging.wandb", "true: Megatron logs to wandb beside it only"

@@ -31,6 +31,7 @@ from remit_megatron.run.schema import (
     OptimizerConfig,
     ReferenceConfig,
     RunConfig,
+    SpikesConfig,
     WandbConfig,
 )
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
@@ -47,6 +48,7 @@ __all__ = [
     "OptimizerConfig",
     "ReferenceConfig",
     "RunConfig",
+    "SpikesConfig",
     "WandbConfig",
     "load_config",
     "load_model_description",
@@ -66,6 +68,7 @@ CHOICES = {
     "reference.fp8": ("e4m3", "hybrid"),
     "reference.fp8_recipe": ("tensorwise", "blockwise", "mxfp8"),
     "checkpoint.resume": ("auto", "never"),
+    "spikes.action": ("skip", "rollback"),
     "logging.wandb.mode": ("online", "offline", "disabled"),
 }
 
@@ -179,6 +182,8 @@ def _validate(config: RunConfig) -> None:
         "reference.micro_batch_size": 1,
         "reference.fp8_gate_batches": 1,
         "checkpoint.keep": 1,
+        "spikes.window": 4,
+        "spikes.give_up": 1,
         "logging.interval": 1,
         "evaluation.every": 1,
         "evaluation.limit": 1,
@@ -190,6 +195,10 @@ def _validate(config: RunConfig) -> None:
         value = _get(config, key)
         if value is not None and value < minimum:
             raise UserError(key, value, f"{minimum} or more")
+    if config.spikes is not None and not 0 < config.spikes.deviations < math.inf:
+        raise UserError("spikes.deviations", config.spikes.deviations, "a number above 0")
+    if config.logging.slow_rank is not None and not 1 < config.logging.slow_rank < math.inf:
+        raise UserError("logging.slow_rank", config.logging.slow_rank, "a number above 1, or null")
     if not config.run_dir:
         raise UserError("run_dir", show(config.run_dir), "the directory that receives what the run writes")
     # A run that goes on has both in its checkpoints.

@@ -1,8 +1,10 @@
 """``events.jsonl`` of a run directory: its starts, its ends and what went wrong between, for :mod:`remit status`.
 
 One line each, with ``time`` (seconds since 1970) and ``event``: ``start`` (``step`` it goes on from, ``ranks``,
-``host``, under Slurm ``job`` and ``restart``), ``end`` (``step``, ``code``, or ``reason`` of an error) and ``fault``
-(``text``). A start without an end before the next one was a crash. Nothing that trains reads this file.
+``host``, under Slurm ``job`` and ``restart``), ``end`` (``step``, ``code``, or ``reason`` of an error), ``fault``
+(``text``), ``spike`` (a step that was skipped or gone back from, with its samples) and ``slow`` (the ranks that hold
+the others up from here on, or none). A start without an end before the next one was a crash. Nothing that trains reads
+this file.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ class RunEvents(logging.Handler):
         """The run has ended, by itself (``code``) or by an error (``reason``)."""
         if self._started:
             self._write("end", step=step, **how)
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Something that is no fault of the program: a loss spike, a slow rank."""
+        if self._started:
+            self._write(event, **fields)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Takes a warning of this package."""

@@ -120,6 +120,7 @@ def build_arguments(
         core_transformer_config_from_args(args)
         construct(args)
     _check_length(args)
+    args.use_persistent_ckpt_worker = False
     if args.clip_grad == 0:
         args.clip_grad = math.inf  # Megatron's 0 does not even measure the norm, which every step is judged by
     return args
@@ -306,6 +307,9 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
     }
     if not config.data.valid:
         values["eval_iters"] = 0
+    if values["async_save"]:
+        # Megatron switches asynchronous saves off without a persistent worker; patches/asynchronous_save.py needs none.
+        values |= {"async_strategy": "mcore", "use_persistent_ckpt_worker": True}
     return values | _wandb(config)
 
 

@@ -50,7 +50,7 @@ HONORED = _names(
     "run_workload_inspector_server test_mode",
     # checkpoints
     "ckpt_fully_parallel_save ckpt_fully_parallel_load ckpt_assume_constant_structure verify_integrity",
-    "ckpt_load_validate_sharding_integrity dist_ckpt_save_pre_mcore_014",
+    "ckpt_load_validate_sharding_integrity dist_ckpt_save_pre_mcore_014 async_save",
 )
 
 # Reason -> flags that nothing reads in a run of these models. One that is set is refused, with the reason.
@@ -127,9 +127,8 @@ REFUSED: dict[str, str] = {
     "hybrid_context_parallel": "false: its data loader is not this project's",
     "inprocess_restart": "false: what runs beside the training would not start again (exit code 75 is how runs go on)",
     "inprocess_empty_cuda_cache": "false, with inprocess_restart",
-    "async_save": "false: a checkpoint gets its manifest when its files are on disk",
-    "use_persistent_ckpt_worker": "false, with async_save",
-    "async_ckpt_use_cpu_shm": "false, with async_save",
+    "use_persistent_ckpt_worker": "false: with async_save a thread of each rank writes",
+    "async_ckpt_use_cpu_shm": "false: with async_save a thread of each rank writes",
     "enable_msc": "false: checkpoints are verified as files",
     "replication": "false: local checkpoints have no manifest",
     "auto_detect_ckpt_format": "false: checkpoints are torch_dist",

@@ -192,6 +192,9 @@ OWNED: dict[str, str] = {
     "logits_load_dir": "objective and reference",
     "logits_save_dir": "objective and reference",
     "local_rank": "the environment (LOCAL_RANK)",
+    "async_strategy": "nowhere: with async_save a thread of each rank writes",
+    "async_ckpt_cpu_priority": "nowhere: with async_save a thread of each rank writes",
+    "async_ckpt_io_priority": "nowhere: with async_save a thread of each rank writes",
 }
 
 # Keys of Megatron that would break a run here: (key) -> (what to do instead).

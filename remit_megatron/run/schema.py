@@ -171,6 +171,26 @@ class CheckpointConfig:
 
 
 @dataclass
+class SpikesConfig:
+    """What is done about a step whose loss or gradient stands far out from those before it (docs/reliability.md)."""
+
+    action: str = "skip"
+    """``skip`` makes no update of the step; ``rollback`` goes back to the weights, optimizer and schedule of the newest
+    complete checkpoint, and on with the samples after the step's."""
+
+    deviations: float = 6.0
+    """How many standard deviations above the mean of the last steps a loss, or a gradient norm before clipping, is a
+    spike; above 0."""
+
+    window: int = 128
+    """How many of the last steps mean and deviation are of, 4 or more; nothing is judged before half of them. Spikes
+    are not among them."""
+
+    give_up: int = 5
+    """With more spikes than this within ``window`` steps the run ends with exit code 70; 1 or more."""
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases. No effect, with a warning, where the package is missing."""
 
@@ -193,6 +213,10 @@ class LoggingConfig:
 
     interval: int = 1
     """Steps between two progress lines and two points in tensorboard."""
+
+    slow_rank: float | None = 1.5
+    """How many times as long as in the other replicas of the model a rank's own work must take, for three times ten
+    steps, to be named as slow; above 1, null measures nothing. No effect without data-parallel ranks."""
 
     wandb: WandbConfig | None = None
     """Weights & Biases; null does not use it."""
@@ -260,6 +284,9 @@ class RunConfig:
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is kept of the run."""
+
+    spikes: SpikesConfig | None = None
+    """What is done about loss spikes; null trains on them."""
 
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is written while the run goes on."""

@@ -150,6 +150,21 @@ def verify(directory: str | os.PathLike, *, digests: bool = True, part: int = 0,
     return manifest
 
 
+def write_error(error: BaseException, root: str | os.PathLike) -> Exception:
+    """What a save failed of, from torch's exception about ranks that could not write.
+
+    It names errors of the file system in its text only, and is none that anything handles.
+
+    Returns:
+        An `OSError` about ``root`` where the text has an error number, else a `RuntimeError` with the last line.
+    """
+    text = str(error)
+    if found := re.search(r"\[Errno (\d+)\]", text):
+        number = int(found.group(1))
+        return OSError(number, os.strerror(number), str(root))
+    return RuntimeError(f"saving into {root}: {text.strip().splitlines()[-1]}")
+
+
 def iterations(root: str | os.PathLike) -> list[int]:
     """Iterations under ``root`` that have a directory, complete or not, newest first."""
     root = Path(root)

@@ -176,11 +176,12 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
     with parallel.same_fate("writing the configuration"):
         if rank == 0:
             run_directory.write_config(run_dir, config.to_yaml())
-    progress = Progress(resumed_at, int(before.get("updates", resumed_at)), {"settings": settings, "data": data})
+    record = {"settings": settings, "data": data}
+    progress = Progress(resumed_at, int(before.get("updates", resumed_at)), record, spikes=before.get("spikes"))
     events.start(step=resumed_at, ranks=environment.world_size)
     reached = partial(getattr, arguments, "curr_iteration", resumed_at - 1)
     try:
-        code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation)
+        code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation, events)
     except BaseException as error:
         code = EXIT_DO_NOT_RESTART if isinstance(error, DoNotRestart) else None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
@@ -254,11 +255,13 @@ class Progress:
         iteration: of the checkpoint that it goes on from; 0 for a new run.
         updates: of its weights.
         record: what the next checkpoints say of how it is trained.
+        spikes: what the checkpoint knows of loss spikes, where they are looked for.
     """
 
     iteration: int
     updates: int
     record: dict[str, Any]
+    spikes: dict[str, Any] | None = None
 
 
 def _train(
@@ -268,9 +271,9 @@ def _train(
     datasets: tuple[Any, Any],
     scores: RunScores,
     evaluation: RunEvaluation | None,
+    events: RunEvents,
 ) -> int:
-    from megatron.core.enums import ModelType
-    from megatron.training import global_vars, pretrain
+    from megatron.training import global_vars
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from patches.quiet_megatron import redirect
@@ -286,7 +289,16 @@ def _train(
     stop.take_over()  # Megatron's handler is there now
     student = model_config(prepared.hf_config, arguments)
     resumed_at = progress.iteration
-    engine = Engine(prepared, environment, scores, updates=progress.updates, record=progress.record)
+    engine = Engine(
+        prepared,
+        environment,
+        scores,
+        samples=datasets[0],
+        events=events,
+        updates=progress.updates,
+        spikes=progress.spikes,
+        record=progress.record,
+    )
 
     def before_wrapping(chunks: list) -> list:
         # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
@@ -318,15 +330,7 @@ def _train(
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches
     try:
-        with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
-            pretrain(container, provider, ModelType.encoder_or_decoder, engine.step.forward_step)
-    except SystemExit as ended:
-        if ended.code not in (0, None):
-            raise
-    except RuntimeError as error:
-        if "Unexpected result" not in str(error):  # of megatron.check_for_nan_in_loss_and_grad, where it was asked for
-            raise
-        raise DoNotRestart(" ".join(str(error).split()), alone=True) from None
+        _pretrain(arguments, container, provider, engine.step.forward_step)
     finally:
         engine.close()
         if recorder is not None:
@@ -338,6 +342,26 @@ def _train(
     if code == EXIT_DONE and not engine.updates:
         raise DoNotRestart(no_update(total_steps(arguments)))
     return code
+
+
+def _pretrain(arguments: argparse.Namespace, container: Any, provider: Any, forward_step: Any) -> None:
+    """Megatron's loop; what it ends with, in terms of this program."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
+            pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
+    except SystemExit as ended:
+        if ended.code not in (0, None):
+            raise
+    except CheckpointException as error:
+        raise checkpoints.write_error(error, arguments.save) from None
+    except RuntimeError as error:
+        if "Unexpected result" not in str(error):  # of megatron.check_for_nan_in_loss_and_grad, where it was asked for
+            raise
+        raise DoNotRestart(" ".join(str(error).split()), alone=True) from None
 
 
 @contextmanager

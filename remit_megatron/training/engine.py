@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,10 +30,16 @@ from remit_megatron.training.first_look import FirstLook
 from remit_megatron.training.health import StepOutcome, StepWatch, dropped_share
 from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics, token_counts
 from remit_megatron.training.scores import ScoreParts, build_score_source
+from remit_megatron.training.slow_ranks import RankWatch
+from remit_megatron.training.spike_gate import SpikeGate
+from remit_megatron.training.spikes import Spike, samples_text, step_samples
 from remit_megatron.training.step import TrainingStep
 from remit_megatron.training.weight_decay import weight_decay_overrides
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
+    from remit_megatron.run.events import RunEvents
     from remit_megatron.run.prepare import Prepared
     from remit_megatron.training.evaluation import RunEvaluation
 
@@ -44,7 +51,10 @@ class Engine:
         prepared: the run.
         environment: this rank.
         scores: what the run knows of its reference scores.
+        samples: the run's training samples.
+        events: of this start; None keeps none.
         updates: of the weights that the run has made before this start.
+        spikes: what the checkpoint that the run goes on from knows of `spikes`.
         record: what checkpoints say of how the run was trained, beside what they hold.
 
     Attributes:
@@ -57,7 +67,10 @@ class Engine:
         environment: RankEnvironment,
         scores: RunScores,
         *,
+        samples: Any = None,
+        events: RunEvents | None = None,
         updates: int = 0,
+        spikes: dict[str, Any] | None = None,
         record: Mapping[str, Any] | None = None,
     ):
         self._record_of_run = dict(record or {})
@@ -74,7 +87,8 @@ class Engine:
         self._companions = _companion_files(prepared) if environment.rank == 0 else {}
         # What a checkpoint says of the run, by the iteration of a save that has begun: an asynchronous one ends steps
         # later.
-        self._progress: dict[int, dict[str, int]] = {}
+        self._progress: dict[int, dict[str, Any]] = {}
+        self._samples, self._events = samples, events
         self.updates = updates
         config = prepared.config
         self.forward = ModelForward(
@@ -102,6 +116,12 @@ class Engine:
             smallest_loss_scale=prepared.arguments.min_loss_scale if scaled else None,
         )
         self._dropped_said = False
+        self._rank_watch: RankWatch | None = None
+        if config.logging.slow_rank is not None and prepared.arguments.data_parallel_size > 1:
+            self._rank_watch = RankWatch(self.step.own_time, factor=config.logging.slow_rank)
+        self._spikes = None
+        if config.spikes is not None:
+            self._spikes = SpikeGate(config.spikes, prepared.arguments, environment, state=spikes)
 
     def groups(self) -> Any:
         """Megatron's process groups."""
@@ -171,11 +191,16 @@ class Engine:
             optimizer_overrides,
             pipeline_wait,
             schedule,
+            train_step,
             training_log,
         )
 
         self._recorder, self._evaluation = recorder, evaluation
-        schedule.wrapper = self.step.wrap_schedule if evaluation is None else self._evaluated_schedule
+        wrapper = self.step.wrap_schedule if evaluation is None else self._evaluated_schedule
+        schedule.wrapper, train_step.hook = wrapper, None
+        if (gate := self._spikes) is not None:
+            schedule.wrapper = lambda original: gate.wrap(wrapper(original))
+            train_step.hook = gate.before_step
         pipeline_wait.hook = self._filler.wait
         training_log.hook = self.after_step if evaluation is None else self._after_step_and_evaluation
         evaluation_log.hook = self.after_evaluation
@@ -234,7 +259,9 @@ class Engine:
 
         args = self._arguments
         self.updates += not skipped
-        fault, logged = None, losses
+        spike = self._meet_spike(iteration, grad_norm, skipped)
+        fault = None if spike is None or not spike.hopeless else self._spike_text(spike)
+        logged = losses
         if losses:
             microbatches = get_num_microbatches() * args.data_parallel_size * args.context_parallel_size
             figures = step_statistics(losses, microbatches=microbatches)
@@ -250,11 +277,13 @@ class Engine:
                 skipped=skipped,
                 loss_scale=loss_scale if args.fp16 or args.loss_scale else None,
             )
-            fault = self._watch.fault(outcome)
+            fault = fault or self._watch.fault(outcome)
             if self._recorder is not None:
                 record = self._record(figures, iteration, learning_rate, grad_norm, get_num_microbatches())
                 if skipped or outcome.loss_scale is not None:
                     record |= {"skipped": skipped, "loss_scale": outcome.loss_scale}
+                if spike is not None:
+                    record |= {"spike": spike.figure, "back_to": spike.back_to}
                 self._recorder.step(record)
                 self._say_dropped(outcome)
                 if self._first_look is not None and (line := self._first_look.add(record)) is not None:
@@ -265,7 +294,44 @@ class Engine:
         if parallel.on_any_rank(fault is not None)[0]:
             faults = parallel.gather_objects(fault)
             raise DoNotRestart(next(text for text in faults if text))
+        self._watch_ranks(iteration)
         return logged
+
+    def _watch_ranks(self, iteration: int) -> None:
+        """Names ranks that hold the others up. Collective every few steps."""
+        slow = None if self._rank_watch is None else self._rank_watch.after_step(self.groups())
+        if slow is None:
+            return
+        for entry in slow:
+            logger.warning("step %d: %s", iteration, entry.text())
+        if not slow:
+            self._say(f"step {iteration}: no rank is slower than the others any more")
+        if self._events is not None:
+            self._events.note("slow", step=iteration, ranks=[dataclasses.asdict(entry) for entry in slow])
+
+    def _meet_spike(self, iteration: int, grad_norm: float | None, skipped: bool) -> Spike | None:
+        """Deals with a spike, where the step was one, and writes down which samples it had. Collective."""
+        if self._spikes is None:
+            return None
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        args = self._arguments
+        last = args.consumed_train_samples
+        first = last - get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
+        spike = self._spikes.after_step(iteration, grad_norm=grad_norm, skipped=skipped)
+        if spike is None:
+            return None
+        if spike.back_to is not None:
+            self.updates = self._spikes.updates_then
+        samples = step_samples(getattr(self._samples, "blend", self._samples), first, last)
+        self._say(f"{self._spike_text(spike)} (samples {first} to {last - 1}: {samples_text(samples)})")
+        if self._events is not None:
+            self._events.note("spike", **dataclasses.asdict(spike), first_sample=first, samples=samples)
+        return spike
+
+    def _spike_text(self, spike: Spike) -> str:
+        assert self._prepared.config.spikes is not None
+        return spike.text(window=self._prepared.config.spikes.window)
 
     def _say_dropped(self, step: StepOutcome) -> None:
         """Names the first tokens that do not count for want of a score; metrics.jsonl has them all."""
@@ -319,6 +385,7 @@ class Engine:
         self._progress[iteration] = {
             "consumed_samples": self._arguments.consumed_train_samples,
             "updates": self.updates,
+            **({} if self._spikes is None else {"spikes": self._spikes.rule.state()}),
         }
         if self._score_parts.writer is not None:
             # What a resumed run will not compute again is on disk before its checkpoint.
@@ -339,8 +406,14 @@ class Engine:
                 self._add_model_files(directory)
         # One rank lists: on a network file system another may not see every file yet.
         names = parallel.broadcast_object(checkpoints.list_files(directory) if rank == 0 else [])
+        known: dict[str, str] = {}
+        if self._arguments.async_save:
+            from patches import asynchronous_save
+
+            taken = parallel.gather_objects(asynchronous_save.take_digests(directory))
+            known = {name: digest for part in taken for name, digest in part.items()}
         with parallel.same_fate("saving a checkpoint"):
-            part = checkpoints.describe_files(directory, names[rank::world_size])
+            part = checkpoints.describe_files(directory, names[rank::world_size], known=known)
         parts = parallel.gather_objects(part)
         with parallel.same_fate("saving a checkpoint"):
             if rank == 0:

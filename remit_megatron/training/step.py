@@ -25,6 +25,7 @@ from remit_megatron.objectives.selection import ORDER_LIMIT
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.reference.source import ScoreSource, looking_ahead
 from remit_megatron.training.linear_loss import LinearLoss
+from remit_megatron.training.slow_ranks import OwnTime
 
 # Sums that an objective may leave out stand for zero.
 STATISTICS = (
@@ -105,6 +106,7 @@ class TrainingStep:
         self.forward = forward
         self.linear = linear
         self.clock = StepClock()
+        self.own_time = OwnTime()
         # The reference exists only once Megatron has set up its groups, inside its own start.
         self._scores_of = scores
         self._upcoming = upcoming
@@ -145,9 +147,10 @@ class TrainingStep:
 
     def forward_step(self, data_iterator: Iterator[Item], model) -> tuple[Tensor, Callable]:
         """What Megatron's schedule calls for each microbatch (and for each model chunk) of the student."""
-        batch = self.forward.next(data_iterator)
-        processor = self._output_processor(batch)
-        output = self.forward.run(model, batch, processor)
+        with self.own_time.measure():
+            batch = self.forward.next(data_iterator)
+            processor = self._output_processor(batch)
+            output = self.forward.run(model, batch, processor)
         applied = processor if isinstance(processor, LinearLoss) else None
         return output, partial(self.loss, batch, model.training, applied=applied)
 
@@ -257,10 +260,11 @@ class TrainingStep:
         """The next microbatches, per model chunk; those that were read ahead come first."""
         fetched, self._fetched = self._fetched or [[] for _ in sources], []
         assert all(len(items) <= microbatches for items in fetched), "the number of microbatches never decreases"
-        return [
-            items + [_owned(next(source)) for _ in range(microbatches - len(items))]
-            for items, source in zip(fetched, sources, strict=True)
-        ]
+        with self.own_time.measure():
+            return [
+                items + [_owned(next(source)) for _ in range(microbatches - len(items))]
+                for items, source in zip(fetched, sources, strict=True)
+            ]
 
     def _select(
         self, schedule: Callable[..., list], model: Any, buffers: list[list[Item]], **settings: Any

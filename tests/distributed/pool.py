@@ -154,11 +154,13 @@ def _clean_up() -> None:
         from megatron.training import training
 
         from patches import (
+            asynchronous_save,
             checkpoint_commit,
             evaluation_log,
             optimizer_overrides,
             pipeline_wait,
             schedule,
+            train_step,
             training_log,
         )
 
@@ -168,7 +170,9 @@ def _clean_up() -> None:
         parallel_state.destroy_model_parallel()
         megatron_random._CUDA_RNG_STATE_TRACKER = None
         megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-        schedule.wrapper = training_log.hook = evaluation_log.hook = pipeline_wait.hook = None
+        schedule.wrapper = train_step.hook = training_log.hook = evaluation_log.hook = pipeline_wait.hook = None
         checkpoint_commit.before = checkpoint_commit.after = optimizer_overrides.hook = None
+        checkpoint_commit._pending.clear()
+        asynchronous_save.forget()
     if dist.is_initialized():
         dist.destroy_process_group()

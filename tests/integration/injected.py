@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -132,9 +133,52 @@ def not_finite(name: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def killed_while_it_writes() -> Iterator[None]:
+    """As by SIGKILL in the step after a save, with the writer in the middle of a file."""
+    submitted, begun = threading.Event(), threading.Event()
+
+    def half_a_file(*_: Any, write_bucket: Any, **__: Any) -> None:
+        with open(write_bucket[0], "wb") as file:
+            file.write(b"half")
+        begun.set()
+        threading.Event().wait()  # for ever: its process is gone
+
+    step, forward_step = _target(STEP)
+    original = getattr(step, forward_step)
+
+    def killed_after_the_save(*args: Any, **kwargs: Any) -> Any:
+        if submitted.is_set():
+            assert begun.wait(60)
+            raise Killed
+        return original(*args, **kwargs)
+
+    writer, attribute = _target(WRITER + "write_preloaded_data")
+    with (
+        mock.patch.object(writer, attribute, half_a_file),
+        calls(SUBMIT, submitted.set, after=True),
+        mock.patch.object(step, forward_step, killed_after_the_save),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def writer_fails(number: int) -> Iterator[None]:
+    """The file system answers so to the writer of an asynchronous save."""
+
+    def fail(*_: Any, local_proc_idx: int, **__: Any) -> tuple[int, OSError]:
+        return local_proc_idx, OSError(number, os.strerror(number))
+
+    owner, attribute = _target(WRITER + "write_preloaded_data")
+    with mock.patch.object(owner, attribute, fail):
+        yield
+
+
 COMMAND = "remit_megatron.training.command:"
 ENGINE = "remit_megatron.training.engine:Engine."
 FILES = "remit_megatron.runtime.checkpoints:"
+SUBMIT = "patches.asynchronous_save:_submit"
+WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync."
 TERM, USR2 = signal.SIGTERM, signal.SIGUSR2
 STEP = "remit_megatron.training.step:TrainingStep.forward_step"
 
@@ -178,4 +222,11 @@ FAULTS: dict[str, Callable[[], Hurt]] = {
     "the clock jumps a year ahead": lambda: clock_jumps(366 * 86400.0),
     "the student's loss is not finite": lambda: not_finite("lm_loss"),
     "the objective is not finite": lambda: not_finite("objective_loss"),
+    # With megatron.async_save; resumed at step 3, it saves at 4 and 6 while it trains.
+    "SIGTERM while an asynchronous save is written": lambda: signalled(TERM, SUBMIT, after=True),
+    "killed as an asynchronous save begins": lambda: killed(SUBMIT),
+    "killed while an asynchronous save is written": lambda: killed_while_it_writes(),
+    "killed before the manifest of an asynchronous save": lambda: killed(FILES + "write_manifest"),
+    "no space left in an asynchronous save": lambda: writer_fails(errno.ENOSPC),
+    "an input/output error in an asynchronous save": lambda: writer_fails(errno.EIO),
 }

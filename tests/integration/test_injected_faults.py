@@ -143,9 +143,11 @@ def runs(config_for, pool, tmp_path_factory) -> Begun:
 def train(runs: Begun, pool, tmp_path) -> Callable[..., tuple[int | str, str]]:
     """Starts a copy of the begun run; ``train.run_dir`` is where it is."""
     shutil.copytree(runs.begun, tmp_path / "run")
-    words = ["train", str(runs.config), f"run_dir={tmp_path / 'run'}"]
+    plain = ["train", str(runs.config), f"run_dir={tmp_path / 'run'}"]
 
     def on_a_rank(fault: str | None = None) -> tuple[int | str, str]:
+        asynchronous = fault is not None and "asynchronous" in fault
+        words = [*plain, *(["megatron.async_save=true"] if asynchronous else [])]
         return pool.run(start, world_size=1, words=words, fault=fault)[0]
 
     return on_a_rank
@@ -172,6 +174,7 @@ def test_damaged_files(runs, train, tmp_path, name):
 # What the start that meets the fault ends with, and says.
 MET: list[tuple[str, int | str, str]] = [
     # Megatron's handler is there by then: the step is made and saved.
+    ("SIGTERM while an asynchronous", 75, "which is saved; start it again to go on"),
     ("SIGTERM while the reference", 75, "which is saved; start it again to go on"),
     ("SIG(TERM|USR2) while", 75, "before the first step, nothing is lost; start it again to go on"),
     ("SIG(TERM|USR2|INT) (in|as)", 75, "which is saved; start it again to go on"),

@@ -113,6 +113,18 @@ def test_sigkill_then_resume_is_bit_exact(straight, config_for, pool, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_sigkill_in_an_asynchronous_save(straight, config_for, pool, tmp_path):
+    """What wrote it is gone with the rank, and holds nothing: the next start finds directory and lock free."""
+    run_dir = tmp_path / "run"
+    path = write(tmp_path / "run.yaml", config_for(run_dir, train_iters=STEPS, async_save=True))
+    kill_at(path, run_dir, 4, during_save=True)
+    warned = train(pool, path)
+    assert any("skipping checkpoint 4" in text and "manifest.json" in text for text in warned)
+    assert losses(run_dir) == losses(straight)
+    found, expected = tensors(run_dir), tensors(straight)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_damaged_checkpoint_is_skipped(straight, config_for, pool, tmp_path):
     run_dir = tmp_path / "run"
     path = write(tmp_path / "run.yaml", config_for(run_dir, train_iters=STEPS))

