@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that must pass: ./scripts/test.sh [pytest arguments]
 #
-# Environment, shellcheck, hadolint, ruff, pyright, pytest; stops at the first check that fails. Tests of one process and of
-# whole commands run two at a time, those of several ranks one at a time, since they share a pool of warm processes. With
+# Environment, shellcheck, hadolint, ruff, pyright, pytest; stops at the first check that fails. Tests run two at a time;
+# those of several ranks have two pools of warm processes, whose ranks wait for each other much of the time. With
 # arguments that choose tests there is one pytest, and the other checks still run: they take seconds.
 set -euo pipefail
 
@@ -41,7 +41,7 @@ if (($#)); then
   tests "$@"
 else
   tests -n 2 --dist loadfile tests/unit tests/fuzz tests/golden
-  tests tests/distributed
+  tests -n 2 --dist loadfile --durations=40 tests/distributed
   tests -n 2 --dist loadfile tests/integration
   tests tests/gpu # by themselves they see the GPUs of the machine
 fi

@@ -165,6 +165,10 @@ def run_content(config: RunConfig, digests: Digests, *, nproc: int) -> dict[str,
     """What decides the result of a run: its resolved configuration, with digests in place of paths."""
     values = without(dataclasses.asdict(config), _RUN_WITHOUT)
     values["megatron"] = _megatron(config.megatron, nproc)
+    if config.spikes is not None and config.spikes.action == "rollback":
+        # Where the run goes back to is where it has saved.
+        names = ("save_interval", "async_save")
+        values["megatron"] |= {name: config.megatron[name] for name in names if name in config.megatron}
     if config.model is not None:
         values["model"] = load_model_description(config.model)
     if config.init:

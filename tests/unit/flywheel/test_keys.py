@@ -85,6 +85,12 @@ def test_settings_of_a_run(files, flywheel, settings, same) -> None:
     assert (key(flywheel, train(**settings)) == key(flywheel, train())) is same
 
 
+@pytest.mark.parametrize(("action", "same"), [("skip", True), ("rollback", False)])
+def test_a_run_that_goes_back_depends_on_where_it_saved(files, flywheel, action, same) -> None:
+    one, other = (key(flywheel, train(**{"spikes.action": action, "megatron.save_interval": n})) for n in (2, 3))
+    assert (one == other) is same
+
+
 def test_contents_count_and_places_do_not(files, flywheel) -> None:
     before = key(flywheel, train())
     shutil.copytree("base", "moved")
