@@ -7,6 +7,7 @@ torchrun turns every failure into exit code 1 and prints its own report over the
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -22,13 +24,32 @@ from remit_megatron.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE
 from remit_megatron.runtime.parallel import started_by_srun
 
 _GRACE_SECONDS = 20.0
+_FIRST_PORT, _TRIES = 10_000, 100
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that was free a moment ago."""
+    """A TCP port on the loopback interface that was free a moment ago, drawn from those that are not given to
+    connections: ranks make many, and one of those would often be taken before rank 0 listens."""
+    first = _ephemeral_start()
+    # Drawn without the seed of anything that trains.
+    for port in random.SystemRandom().sample(range(_FIRST_PORT, first), k=_TRIES) if first > 2 * _FIRST_PORT else ():
+        with socket.socket() as sock:
+            try:
+                sock.bind(("", port))
+            except OSError:
+                continue
+            return port
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        sock.bind(("", 0))
         return sock.getsockname()[1]
+
+
+def _ephemeral_start() -> int:
+    """The first port that Linux gives to connections; 0 where it does not say."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def under_launcher() -> bool:

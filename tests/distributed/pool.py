@@ -8,11 +8,8 @@ Each call joins a new Gloo process group and leaves no global state behind.
 
 from __future__ import annotations
 
-import collections
-import itertools
 import multiprocessing as mp
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,14 +18,6 @@ from typing import Any
 
 MAX_RANKS = 4
 _TIMEOUT_SECONDS = 300.0
-
-
-_FIRST_PORT, _PORTS = 20_000, 500
-
-
-def _port_range() -> int:
-    """First port of this pytest process: ``gw3`` of several, or the only one."""
-    return _FIRST_PORT + _PORTS * (1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw-1").removeprefix("gw")))
 
 
 class RankFailure(AssertionError):
@@ -40,10 +29,6 @@ class RankPool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
-        # Below those that the system gives to connections, of which ranks make many: one that is free now could be
-        # taken before rank 0 listens. Pools of one pytest (-n) have ranges of their own, others begin elsewhere in it.
-        self._ports = itertools.cycle(range(_port_range(), _port_range() + _PORTS))
-        collections.deque(itertools.islice(self._ports, os.getpid() % _PORTS), maxlen=0)
 
     def run(self, function: Callable[..., Any], *, world_size: int, **kwargs: Any) -> list[Any]:
         """Runs ``function(**kwargs)`` as ``world_size`` ranks; returns their results in rank order.
@@ -53,9 +38,11 @@ class RankPool:
         Raises:
             RankFailure: a rank raised or did not answer within the time limit.
         """
+        from remit_megatron.runtime.launch import free_port
+
         while len(self._workers) < world_size:
             self._workers.append(self._start(len(self._workers)))
-        port = self._free_port()
+        port = free_port()
         for rank, (_, pipe) in enumerate(self._workers[:world_size]):
             environment = {
                 "RANK": rank,
@@ -84,16 +71,6 @@ class RankPool:
                     raise RankFailure(f"rank {rank}:\n{answer}")
                 answers[rank] = answer
         return [answers[rank] for rank in range(world_size)]
-
-    def _free_port(self) -> int:
-        for port in itertools.islice(self._ports, _PORTS):
-            with socket.socket() as probe:
-                try:
-                    probe.bind(("127.0.0.1", port))
-                except OSError:
-                    continue
-                return port
-        raise RankFailure(f"no free port in {_PORTS} from {_port_range()}")
 
     def _start(self, index: int) -> tuple[Any, Connection]:
         context = mp.get_context("spawn")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from remit_megatron.runtime import launch
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.launch import free_port, under_launcher
 from remit_megatron.runtime.parallel import RankEnvironment, gpu_index, initialize, rank_environment
@@ -57,8 +59,16 @@ def test_srun_without_an_address(monkeypatch):
         rank_environment()
 
 
-def test_ports_are_free():
-    assert 1024 <= free_port() <= 65535
+def test_ports_are_free_and_not_given_to_connections(monkeypatch):
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 10 and all(10_000 <= port < launch._ephemeral_start() for port in ports)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        busy = taken.getsockname()[1]
+        monkeypatch.setattr(launch.random.SystemRandom, "sample", lambda self, population, k: [busy, min(ports)])
+        assert free_port() == min(ports)
+        monkeypatch.setattr(launch, "_ephemeral_start", lambda: 0)
+        assert 1024 <= free_port() <= 65535
 
 
 @pytest.mark.parametrize(("local_rank", "visible", "index"), [(0, 8, 0), (7, 8, 7), (3, 1, 0)])
