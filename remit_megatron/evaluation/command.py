@@ -53,6 +53,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}", value, "1 or more")
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise UserError("--output", f"{args.output} (a file)", "a directory")
     data = Path(args.data) if args.data else None
     if data and not data.is_dir():
         raise UserError("--data", data, "a directory")

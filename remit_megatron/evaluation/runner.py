@@ -82,7 +82,7 @@ def prepare(request: Request, models: list[Model]) -> Ready:
     Raises:
         UserError: what is wrong.
     """
-    planned = plan_suite(request.suite, data=request.data)
+    planned = plan_suite(request.suite, data=request.data, code=request.allow_code)
     skipped = {}
     if not request.allow_code:
         skipped = {
@@ -255,6 +255,8 @@ def _write(
         "higher_is_better": item.metric not in results.LOWER_IS_BETTER,
         "metrics": _all_metrics(numbers),
     }
+    if (generation := item.generation()) is not None:
+        content["generation"] = generation
     if group:
         content["subtasks"] = {leaf.name: _all_metrics(found["results"][leaf.name]) for leaf in item.leaves}
     content |= {"prompt_examples": entry.prompt_examples} if entry.prompt_examples else {}
