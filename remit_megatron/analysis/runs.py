@@ -66,7 +66,9 @@ class Run:
     def wall_time(self) -> WallTime | None:
         """Where the time went, or None without a log of rank 0."""
         training = sum(seconds or 0.0 for seconds in self.column("step_seconds"))
-        return wall_time(self.path / "logs" / "rank_0.log", training_seconds=training)
+        evaluating = sum(_number(record.get("seconds")) or 0.0 for record in self.evaluations)
+        log = self.path / "logs" / "rank_0.log"
+        return wall_time(log, training_seconds=training, evaluation_seconds=evaluating)
 
     @property
     def planned_steps(self) -> int | None:

@@ -19,7 +19,14 @@ _CAUSES = {
     "starting": "starting",
     "lost": "lost, done again",
     "other": "other",
+    "evaluation": "evaluation",
 }
+
+
+def _causes(runs: list[Run]) -> dict[str, str]:
+    """Causes and their labels; a suite where one was scored."""
+    told = any(run.evaluations for run in runs)
+    return {cause: label for cause, label in _CAUSES.items() if told or cause != "evaluation"}
 
 
 def overview(runs: list[Run]) -> Part:
@@ -272,13 +279,13 @@ def effective_time(runs: list[Run]) -> Part | None:
         wall = run.wall_time
         if wall is None:
             continue
-        shares = [f"{100 * wall.causes[cause] / wall.total:.1f}%" if wall.total else "–" for cause in _CAUSES]
+        shares = [f"{100 * wall.causes[cause] / wall.total:.1f}%" if wall.total else "–" for cause in _causes(runs)]
         starts = f"{len(wall.resumed_at)}"
         resumed = ", ".join(str(step) for step in wall.resumed_at if step) or "–"
         rows.append([run.name, format_duration(wall.total), *shares, starts, resumed, format_duration(wall.stopped)])
     if not rows:
         return None
-    columns = ["run", "running", *_CAUSES.values(), "starts", "resumed at step", "stopped between"]
+    columns = ["run", "running", *_causes(runs).values(), "starts", "resumed at step", "stopped between"]
     note = "From the log of rank 0 and TensorBoard's times; before a process's first line (imports) nothing is known."
     if any(run.wall_time and len(run.wall_time.resumed_at) > 1 for run in runs):
         note += " What a killed process did after its last record is not known either: lost is a lower bound."
@@ -295,14 +302,14 @@ def time_bars(runs: list[Run]) -> str:
         pieces = "".join(
             f'<span class="b{number}" style="flex:{wall.causes[cause]:.2f}" title="{label}: '
             f'{format_duration(wall.causes[cause])}"></span>'
-            for number, (cause, label) in enumerate(_CAUSES.items())
+            for number, (cause, label) in enumerate(_causes(runs).items())
             if wall.causes[cause] > 0.002 * wall.total
         )
         rows.append(f'<span>{escape(run.name)}</span><div class="share">{pieces}</div>')
     if not rows:
         return ""
     legend = "".join(
-        f'<li><span class="chip c{number}"></span>{label}</li>' for number, label in enumerate(_CAUSES.values())
+        f'<li><span class="chip c{number}"></span>{label}</li>' for number, label in enumerate(_causes(runs).values())
     )
     return f'<ul class="legend">{legend}</ul><div class="shares">{"".join(rows)}</div>'
 

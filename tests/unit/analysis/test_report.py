@@ -149,7 +149,7 @@ def test_what_is_in_it(page):
     assert "25.0%" in sections["throughput"]  # the reference's share of remit's steps
     assert "config.yaml of remit" in sections["reproduce"] and "remit train" in sections["reproduce"]
     assert HOSTILE in sections["heatmap"]
-    assert "starting" in sections["time"]
+    assert "starting" in sections["time"] and "evaluation" in sections["time"]
 
 
 def test_curves_are_there_without_a_script(page):
