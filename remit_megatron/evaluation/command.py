@@ -138,6 +138,9 @@ def _before_imports(*, offline: bool) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    for name in ("suite", "data", "limit"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}", getattr(args, name), "nothing: compare takes results as they are")
     from remit_megatron.evaluation import compare
 
     sides = compare.find_sides(args.models[1:])

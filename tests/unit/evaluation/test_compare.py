@@ -157,5 +157,7 @@ def test_models_of_one_directory_and_one_of_several(tmp_path, capsys):
     assert code == 0 and "## z against y" in text
     code, text = run(tmp_path / "all", f"{tmp_path / 'all'}:z", capsys=capsys)
     assert code == 2 and "3 models in it" in text
+    code, text = run(tmp_path / "all", "--limit", "3", capsys=capsys)
+    assert code == 2 and "--limit: found 3" in text
     code, text = run(f"{tmp_path / 'all'}:w", f"{tmp_path / 'all'}:z", capsys=capsys)
     assert code == 2 and "no model w" in text

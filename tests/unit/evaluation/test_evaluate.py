@@ -226,6 +226,7 @@ def test_what_is_wrong_is_said_in_one_line(words, said, models, data, tmp_path, 
     shutil.copytree(models["first"], broken)
     (broken / "model.safetensors").write_bytes(b"nothing of the kind")
     words = [word.format(model=models["first"], broken=broken) for word in words]
-    assert cli.main(["evaluate", f"--output={tmp_path / 'output'}", *words, f"--data={data}", "--limit=1"]) == 2
+    words += [] if words[0] == "compare" else [f"--data={data}", "--limit=1"]
+    assert cli.main(["evaluate", f"--output={tmp_path / 'output'}", *words]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and said in error[0]
