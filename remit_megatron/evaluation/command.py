@@ -43,6 +43,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Runs ``remit evaluate``; returns the exit code."""
+    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+        raise UserError("--output", f"{args.output} (a file)", "a directory")
     if args.models[0] == _COMPARE:
         return _compare(args)
     if not args.suite:
@@ -53,8 +55,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}", value, "1 or more")
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise UserError("--output", f"{args.output} (a file)", "a directory")
     data = Path(args.data) if args.data else None
     if data and not data.is_dir():
         raise UserError("--data", data, "a directory")

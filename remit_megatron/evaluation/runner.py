@@ -208,9 +208,11 @@ def _load_tasks(request: Request, item: Planned, rank: int) -> Any:
         raise
     except Exception as error:
         where = "its files in --data" if request.data else "data that can be had from here; --data takes local files"
-        raise UserError(
-            f"task {item.entry.name}", f"{type(error).__name__}: {str(error).strip()[:300]}", where
-        ) from error
+        first: BaseException = error  # `datasets` says what was wrong with a row only in what it began with
+        while first.__cause__ is not None:
+            first = first.__cause__
+        said = " ".join(str(first).split())[:300] or "no items"
+        raise UserError(f"task {item.entry.name}", f"{type(first).__name__}: {said}", where) from error
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_SEEDS[3])
     check_shots(item, loaded["tasks"])

@@ -157,6 +157,12 @@ def test_models_of_one_directory_and_one_of_several(tmp_path, capsys):
     assert code == 0 and "## z against y" in text
     code, text = run(tmp_path / "all", f"{tmp_path / 'all'}:z", capsys=capsys)
     assert code == 2 and "3 models in it" in text
+    (tmp_path / "file").write_text("")
+    code, text = run(tmp_path / "all", "--output", tmp_path / "file", capsys=capsys)
+    assert code == 2 and "(a file)" in text
+    (tmp_path / "results.json").write_text("{")
+    code, text = run(tmp_path, capsys=capsys)
+    assert code == 2 and "no JSON" in text
     code, text = run(tmp_path / "all", "--limit", "3", capsys=capsys)
     assert code == 2 and "--limit: found 3" in text
     code, text = run(f"{tmp_path / 'all'}:w", f"{tmp_path / 'all'}:z", capsys=capsys)

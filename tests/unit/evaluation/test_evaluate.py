@@ -215,6 +215,7 @@ def test_two_processes_share_the_items(evaluated, models, data, tmp_path):
         (["{model}", "--suite=gsm8k", "--model-arg=colour=red"], "colour"),
         (["{model}", "--suite=gsm8k", "--output={model}/config.json"], "(a file)"),
         (["{broken}", "--suite=gsm8k"], "header"),
+        (["{model}", "--suite=truthfulqa_mc1"], "JSON parse error"),
         (["compare", "{model}"], "no results.json"),
     ],
 )
@@ -222,6 +223,8 @@ def test_what_is_wrong_is_said_in_one_line(words, said, models, data, tmp_path, 
     for task in ("humaneval",):
         (data / task).mkdir(exist_ok=True)
         (data / task / "test.jsonl").write_text('{"prompt": "p", "test": "t", "entry_point": "e"}\n')
+    (data / "truthfulqa_mc1").mkdir(exist_ok=True)
+    (data / "truthfulqa_mc1" / "validation.jsonl").write_text("{\n")
     broken = tmp_path / "broken"
     shutil.copytree(models["first"], broken)
     (broken / "model.safetensors").write_bytes(b"nothing of the kind")
