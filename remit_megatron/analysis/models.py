@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 
 from remit_megatron.analysis.texts import TextTokenizer, TokenizedText, read_texts, tokenize_all
@@ -41,7 +42,7 @@ class TextModel:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 self.source.path, dtype=_DTYPES[dtype], local_files_only=True, use_safetensors=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             found = f"{self.source.path}, which transformers cannot load ({error})"
             raise UserError(field, found, "a causal language model") from None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,7 @@ class Run:
         config: content of config.yaml, resolved.
         metrics: lines of metrics.jsonl, by step.
         validation: lines of validation.jsonl.
+        evaluations: lines of evaluation.jsonl, by step; the last one of a step that was done again.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class Run:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     validation: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def column(self, key: str) -> list[float | None]:
         """A value of every step; None where the step has none."""
@@ -64,7 +66,9 @@ class Run:
     def wall_time(self) -> WallTime | None:
         """Where the time went, or None without a log of rank 0."""
         training = sum(seconds or 0.0 for seconds in self.column("step_seconds"))
-        return wall_time(self.path / "logs" / "rank_0.log", training_seconds=training)
+        evaluating = sum(_number(record.get("seconds")) or 0.0 for record in self.evaluations)
+        log = self.path / "logs" / "rank_0.log"
+        return wall_time(log, training_seconds=training, evaluation_seconds=evaluating)
 
     @property
     def planned_steps(self) -> int | None:
@@ -125,7 +129,17 @@ def _read(path: Path, name: str) -> Run:
             raise UserError(
                 str(path / "metrics.jsonl"), f"a line {record}"[:200], "iteration and consumed_tokens in each"
             )
-    return Run(path, name, config, metrics, read_records(path / "validation.jsonl"))
+    evaluations = {record["iteration"]: record for record in _evaluations(path / "evaluation.jsonl")}
+    by_step = [evaluations[step] for step in sorted(evaluations)]
+    return Run(path, name, config, metrics, read_records(path / "validation.jsonl"), by_step)
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    records = read_records(path)
+    for record in records:
+        if not {"iteration", "consumed_tokens", "tasks"} <= record.keys():
+            raise UserError(str(path), f"a line {record}"[:200], "iteration, consumed_tokens and tasks in each")
+    return records
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""Where the time of a run went, from the log of its first rank: training that counts, saving, validating, starting, and
-what was done and lost.
+"""Where the time of a run went, from the log of its first rank: training that counts, saving, validating, evaluating,
+starting, and what was done and lost.
 
 The log is appended to over all starts of a run. Time before a process writes its first line (Python's imports) is not
 in it. Steps behind the last save of a start are lost where the next start resumes at that save. A killed process writes
@@ -48,8 +48,8 @@ class WallTime:
     """Seconds by cause; they add up to ``total``.
 
     Attributes:
-        causes: ``training`` (steps that count), ``saving``, ``validation``, ``starting``, ``lost`` (done again later),
-            ``other``.
+        causes: ``training`` (steps that count), ``saving``, ``validation``, ``evaluation`` (suites), ``starting``,
+            ``lost`` (done again later), ``other``.
         starts: processes, in order.
         resumed_at: step at which each start went on.
         stopped: seconds between starts in which nothing ran; not part of ``total``.
@@ -66,11 +66,12 @@ class WallTime:
         return self.causes["training"] / self.total if self.total else 0.0
 
 
-def wall_time(log: Path, *, training_seconds: float) -> WallTime | None:
+def wall_time(log: Path, *, training_seconds: float, evaluation_seconds: float = 0.0) -> WallTime | None:
     """Reads the log of rank 0.
 
     Args:
         training_seconds: of the steps that count, from metrics.jsonl.
+        evaluation_seconds: of the evaluations that count, from evaluation.jsonl.
 
     Returns:
         None where there is no log, or no start can be found in it.
@@ -87,11 +88,13 @@ def wall_time(log: Path, *, training_seconds: float) -> WallTime | None:
         "training": training_seconds,
         "saving": sum(start.saving for start in starts),
         "validation": sum(start.validating for start in starts),
+        "evaluation": 0.0,
         "starting": sum(((start.loop or start.last) - start.first).total_seconds() for start in starts),
         "lost": sum(_lost(a, b) for a, b in pairwise(starts)),
     }
     # The clock of the steps and that of the log differ by moments; a share above all there is would be no share.
     causes["training"] = min(causes["training"], max(0.0, total - sum(causes.values()) + causes["training"]))
+    causes["evaluation"] = min(evaluation_seconds, max(0.0, total - sum(causes.values())))
     causes["other"] = max(0.0, total - sum(causes.values()))
     return WallTime(causes, total, max(0.0, stopped), [start.resumed_at for start in starts])
 

@@ -43,6 +43,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Runs ``remit evaluate``; returns the exit code."""
+    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+        raise UserError("--output", f"{args.output} (a file)", "a directory")
     if args.models[0] == _COMPARE:
         return _compare(args)
     if not args.suite:
@@ -136,6 +138,9 @@ def _before_imports(*, offline: bool) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    for name in ("suite", "data", "limit"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}", getattr(args, name), "nothing: compare takes results as they are")
     from remit_megatron.evaluation import compare
 
     sides = compare.find_sides(args.models[1:])

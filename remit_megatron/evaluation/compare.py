@@ -24,8 +24,8 @@ from remit_megatron.evaluation.statistics import (
 from remit_megatron.runtime.errors import UserError
 
 _EXPECTED = "[NAME=]DIR[,DIR…], each an output of remit evaluate of one model, or DIR:MODEL"
-# Of a result, what must be the same in all that are compared.
-_SAME = ("metric", "filter", "shots", "items", "chat_template")
+# Of a result, what must be the same in all that are compared and say it.
+_SAME = ("metric", "filter", "shots", "items", "chat_template", "generation")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ def find_sides(words: list[str]) -> list[Side]:
 def _evaluated(place: str) -> list[Evaluated]:
     folder, colon, model = place.rpartition(":")
     path = Path(folder) if colon and not Path(place).is_dir() else Path(place)
-    content = results.read_json(path / results.RESULTS)
+    try:
+        content = results.read_json(path / results.RESULTS)
+    except ValueError as error:
+        raise UserError(str(path / results.RESULTS), f"no JSON ({error})", "what remit evaluate wrote") from None
     if not content:
         raise UserError(place, "no results.json", _EXPECTED)
     if path != Path(place):
@@ -113,13 +116,16 @@ def compare(sides: list[Side], *, output: Path | None) -> str:
         for task in tasks:
             for name in _SAME:
                 found, expected = run.tasks[task].get(name), first.tasks[task].get(name)
-                if found != expected:
+                if found != expected and None not in (found, expected):
                     raise UserError(
                         f"{run.folder} {run.model} {task}: {name}", found, f"{expected}, as in {first.folder}"
                     )
     parts = [score_table(sides, tasks)]
     if left_out:
         parts.append(f"Not in all of them, and left out: {', '.join(left_out)}.\n")
+    dtypes = {str(run.tasks[task]["dtype"]): None for run in runs for task in tasks if run.tasks[task].get("dtype")}
+    if len(dtypes) > 1:
+        parts.append(f"Not all computed in the same precision: {', '.join(dtypes)}.\n")
     found = {}
     for other in sides[1:]:
         verdicts = {task: _compare_task(sides[0], other, task) for task in tasks}
@@ -187,6 +193,10 @@ def pair(a: Side, b: Side, task: str) -> Paired:
         raise UserError(f"{task}: items", f"{len(differ)} or more in one only, as {differ[0]}", "the same items")
     if wrong := next((key for key in units[0] if units[0][key].identity != units[1][key].identity), None):
         raise UserError(f"{task}: item {wrong}", "another content than in the other", "the same items")
+    # Through a chat template the same question is another prompt for another model.
+    chat = a.runs[0].tasks[task].get("chat_template")
+    if wrong := next((key for key in units[0] if not chat and units[0][key].prompt != units[1][key].prompt), None):
+        raise UserError(f"{task}: item {wrong}", "another prompt than in the other", "the same prompts")
     keys = sorted(units[0])
     subtasks = sorted({key[0] for key in keys})
     score = [np.array([side[key].total for key in keys]) for side in units]
@@ -207,6 +217,7 @@ class _Unit:
     total: float
     weight: float
     identity: str
+    prompt: str | None
     several: bool
 
 
@@ -218,7 +229,7 @@ def _units(seeds: list[list[dict[str, Any]]], task: str) -> dict[tuple[str, int]
             key = (line.get("subtask") or "", line["doc_id"])
             scores = line.get("scores")
             weight = float(len(scores)) if scores else float(line.get("weight", 1.0))
-            unit = found.setdefault(key, _Unit(0.0, weight, line["doc_hash"], bool(scores)))
+            unit = found.setdefault(key, _Unit(0.0, weight, line["doc_hash"], line.get("prompt_hash"), bool(scores)))
             if unit.identity != line["doc_hash"] or unit.weight != weight:
                 raise UserError(f"{task}: item {key}", "another content for another seed", "the same items")
             unit.total += line["score"] * weight / len(seeds)

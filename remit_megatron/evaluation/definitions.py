@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.installed import config_names
 
 _NAMED = re.compile(
     rb"^[\"']?(task|group|class)[\"']?[ \t]*:[ \t]*(?:\"([^\"\n]+)\"|'([^'\n]+)'|([^\s#\[\]{}!&*|>\"'-][^#\n]*))", re.M
@@ -62,7 +63,9 @@ def find(name: str, *, folder: Path = Path()) -> Found:
         return _found(path, {})
     members = _members_of_tag(name)
     if not members:
-        raise UserError("task", name, "a task, group or tag of lm-eval 0.4.13, a task file, or a suite" + _near(name))
+        suites = config_names("suites")
+        expected = f"a task, group or tag of lm-eval 0.4.13, a task file, or a suite ({', '.join(suites)})"
+        raise UserError("task", name, expected + _near(name, suites))
     return Found(tuple(leaf for member in members for leaf in _found(_built_in()[member], {}).leaves))
 
 
@@ -142,8 +145,8 @@ def _members_of_tag(name: str) -> list[str]:
     return _all_tags().get(name, [])
 
 
-def _near(name: str) -> str:
+def _near(name: str, suites: list[str]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, _built_in(), n=3)
+    near = difflib.get_close_matches(name, [*suites, *_built_in()], n=3)
     return f"; near it: {', '.join(near)}" if near else ""

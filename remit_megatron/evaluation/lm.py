@@ -56,13 +56,23 @@ def check_backend(backend: Backend) -> None:
         raise UserError("remit evaluate", "no lm-eval", "the optional extra: pip install 'remit-megatron[evaluate]'")
     if backend.name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--backend", "vllm, which is not installed", "an environment of its own: docs/evaluation.md")
+    if backend.name == "hf" and backend.dtype != "auto":
+        import torch
+
+        if not isinstance(getattr(torch, backend.dtype, None), torch.dtype):
+            raise UserError("--dtype", backend.dtype, "auto, float32, bfloat16 or float16")
     if backend.batch_size != "auto" and not (backend.batch_size.isdigit() and int(backend.batch_size)):
         raise UserError("--batch-size", backend.batch_size, "auto, or 1 or more")
 
 
 def load(directory: Path, backend: Backend) -> Any:
-    """An lm-eval ``LM`` of a Hugging Face directory."""
+    """An lm-eval ``LM`` of a Hugging Face directory.
+
+    Raises:
+        UserError: its files or the arguments are not such that it can be loaded; in the library's own words.
+    """
     import torch
+    from safetensors import SafetensorError
 
     arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
     if backend.max_length:
@@ -80,7 +90,13 @@ def load(directory: Path, backend: Backend) -> Any:
     on_cpu = backend.name == "hf" and not gpu
     first = "1" if on_cpu and batch == "auto" else batch
     extra = {"batch_size": first, "max_batch_size": None if backend.name == "vllm" else 64, "device": device}
-    model: Any = _class(backend.name, on_cpu).create_from_arg_obj(arguments, extra)
+    try:
+        model: Any = _class(backend.name, on_cpu).create_from_arg_obj(arguments, extra)
+    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        given = " ".join(f"--model-arg {name}={value}" for name, value in backend.arguments)
+        expected = "a directory that transformers loads" + (f" with {given}" if given else "")
+        raise UserError(f"MODEL {directory}", said, expected) from error
     if on_cpu:
         model.find_batch = batch == "auto"
     if backend.name == "hf" and world > 1:

@@ -106,9 +106,17 @@ def forget_export(model: Model, exported: Path) -> None:
 
 
 def chat_template(directory: Path) -> str | None:
-    """The chat template of a model's tokenizer, or None."""
+    """The chat template of a model's tokenizer, or None.
+
+    Raises:
+        UserError: there is no tokenizer that can be loaded.
+    """
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"MODEL {directory}", said, "a directory with a tokenizer") from error
     template = getattr(tokenizer, "chat_template", None)
     return template if isinstance(template, str) else (template or {}).get("default") if template else None

@@ -82,7 +82,7 @@ def prepare(request: Request, models: list[Model]) -> Ready:
     Raises:
         UserError: what is wrong.
     """
-    planned = plan_suite(request.suite, data=request.data)
+    planned = plan_suite(request.suite, data=request.data, code=request.allow_code)
     skipped = {}
     if not request.allow_code:
         skipped = {
@@ -208,9 +208,11 @@ def _load_tasks(request: Request, item: Planned, rank: int) -> Any:
         raise
     except Exception as error:
         where = "its files in --data" if request.data else "data that can be had from here; --data takes local files"
-        raise UserError(
-            f"task {item.entry.name}", f"{type(error).__name__}: {str(error).strip()[:300]}", where
-        ) from error
+        first: BaseException = error  # `datasets` says what was wrong with a row only in what it began with
+        while first.__cause__ is not None:
+            first = first.__cause__
+        said = " ".join(str(first).split())[:300] or "no items"
+        raise UserError(f"task {item.entry.name}", f"{type(first).__name__}: {said}", where) from error
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_SEEDS[3])
     check_shots(item, loaded["tasks"])
@@ -255,6 +257,8 @@ def _write(
         "higher_is_better": item.metric not in results.LOWER_IS_BETTER,
         "metrics": _all_metrics(numbers),
     }
+    if (generation := item.generation()) is not None:
+        content["generation"] = generation
     if group:
         content["subtasks"] = {leaf.name: _all_metrics(found["results"][leaf.name]) for leaf in item.leaves}
     content |= {"prompt_examples": entry.prompt_examples} if entry.prompt_examples else {}

@@ -23,7 +23,6 @@ from remit_megatron.runtime.files import sha256_file
 
 # Ending of a data file -> the loader of `datasets` for it.
 _LOADERS = {".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
-_MISSING_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,17 @@ class Planned:
         """Whether it runs code that a model wrote."""
         return any(leaf["unsafe_code"] for leaf in self.leaves)
 
+    def generation(self) -> dict[str, Any] | None:
+        """How answers are generated: ``generation_kwargs`` of its tasks with the suite's values, by task where they
+        differ; None where nothing is generated."""
+        found = {
+            leaf.name: _generation(leaf, self.entry)
+            for leaf in self.leaves
+            if leaf["output_type"] in (None, "generate_until")  # which is lm-eval's default
+        }
+        first, *others = found.values() or [None]
+        return first if all(other == first for other in others) else found
+
     def digest(self) -> str:
         """SHA-256 of what decides the items and their scores: the task files as merged, shots, the data's contents."""
         content = {
@@ -80,17 +90,19 @@ class Planned:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_suite(suite: Suite, *, data: Path | None) -> list[Planned]:
+def plan_suite(suite: Suite, *, data: Path | None, code: bool = True) -> list[Planned]:
     """Looks up every task of a suite and its local files.
 
     Args:
         data: folder with a folder per task, or None for the Hugging Face hub.
+        code: whether tasks that run what a model wrote will be run; without, their files may be missing.
 
     Raises:
         UserError: an unknown task; shots that a task cannot have; files that are missing (all of them are named).
     """
     planned = []
     missing: list[str] = []
+    count = 0
     for entry in suite.entries:
         found = [definitions.find(name, folder=suite.folder) for name in entry.tasks]
         leaves = tuple(leaf for part in found for leaf in part.leaves)
@@ -98,18 +110,21 @@ def plan_suite(suite: Suite, *, data: Path | None) -> list[Planned]:
             raise UserError(f"task {entry.name}", "one of its tasks twice", "each task once")
         shots = _shots(entry, leaves)
         metric, filter_name = _reading(entry, leaves)
-        files = []
+        files: list[dict[str, Path]] = []
+        gone: list[Path] = []
         for leaf in leaves:
-            here, gone = _local_files(entry, leaf, splits_of(leaf, shots), data) if data else ({}, [])
+            here, absent = _local_files(entry, leaf, splits_of(leaf, shots), data) if data else ({}, [])
             files.append(here)
-            missing += gone
+            gone += absent if code or not leaf["unsafe_code"] else []
+        if gone:
+            count += len(set(gone))
+            missing.append(_missing(entry, leaves, shots, gone))
         aggregate = _aggregate(found, metric, filter_name) if len(leaves) > 1 else ()
         planned.append(Planned(entry, leaves, aggregate, shots, metric, filter_name, tuple(files)))
     if missing:
-        more = f" and {len(missing) - _MISSING_SHOWN} more" if len(missing) > _MISSING_SHOWN else ""
         raise UserError(
             f"--data {data}",
-            f"{len(missing)} files missing: {'; '.join(missing[:_MISSING_SHOWN])}{more}",
+            f"{count} file{'s' * (count > 1)} missing: {'; '.join(missing)}",
             "a file with the hub's rows as JSON lines for each split that a task uses",
         )
     return planned
@@ -161,7 +176,7 @@ def _task_file(planned: Planned, leaf: Leaf, files: dict[str, Path], cache: Path
     content |= leaf.overrides
     content["num_fewshot"] = planned.shots
     if planned.entry.generation:
-        content["generation_kwargs"] = {**(leaf["generation_kwargs"] or {}), **planned.entry.generation}
+        content["generation_kwargs"] = _generation(leaf, planned.entry)
     if splits.shared:
         # Only so does lm-eval leave the item out of its own examples.
         content |= {"test_split": splits.items, "validation_split": None, "fewshot_split": splits.items}
@@ -180,6 +195,10 @@ def _task_file(planned: Planned, leaf: Leaf, files: dict[str, Path], cache: Path
             if wanted is not None and wanted not in files:
                 content[key] = None
     return content
+
+
+def _generation(leaf: Leaf, entry: Entry) -> dict[str, Any]:
+    return {**(leaf["generation_kwargs"] or {}), **entry.generation}
 
 
 def _shots(entry: Entry, leaves: Iterable[Leaf]) -> int:
@@ -232,8 +251,24 @@ def _aggregate(found: list[Found], metric: str, filter_name: str) -> tuple[dict[
     )
 
 
-def _local_files(entry: Entry, leaf: Leaf, splits: Splits, data: Path) -> tuple[dict[str, Path], list[str]]:
-    """Data files by split, and what is missing, in words."""
+def _missing(entry: Entry, leaves: tuple[Leaf, ...], shots: int, gone: list[Path]) -> str:
+    """All files that one entry lacks: ``bbh: bbh/{navigate,snarks}/test.jsonl (SaylorTwift/bbh)``."""
+    folders: dict[tuple[Path, str], list[str]] = {}
+    for path in dict.fromkeys(gone):
+        folders.setdefault((path.parent.parent, path.name), []).append(path.parent.name)
+    files = []
+    for (above, name), inside in folders.items():
+        one = inside[0] if len(inside) == 1 else "{" + ",".join(inside) + "}"
+        files.append(str(above / one / name))
+    hub = str(leaves[0]["dataset_path"])
+    gated = ", gated on the hub" if "gpqa" in hub.lower() else ""
+    items = {splits_of(leaf, shots).items for leaf in leaves}
+    examples = "" if any(path.stem in items for path in gone) else f", for {shots} shots"
+    return f"{entry.name}: {' '.join(files)} ({hub}{gated}{examples})"
+
+
+def _local_files(entry: Entry, leaf: Leaf, splits: Splits, data: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Data files by split; and those that are missing, below ``data``."""
     folders = _folders(entry, leaf)
     wanted = [splits.items, *([splits.examples] if splits.examples and not splits.shared else [])]
     for folder in folders:
@@ -241,12 +276,11 @@ def _local_files(entry: Entry, leaf: Leaf, splits: Splits, data: Path) -> tuple[
         if splits.items not in files:
             continue
         if gone := [split for split in wanted if split not in files]:
-            return {}, [f"{leaf.name}: {folder}/{gone[0]}.jsonl, for {entry.shots} shots"]
+            return {}, [Path(folder, f"{split}.jsonl") for split in gone]
         if len({_LOADERS[_ending(path)] for path in files.values()}) > 1:
             raise UserError(f"--data {data / folder}", "JSON lines and Parquet", "one kind of file for a task")
         return files, []
-    gated = ", gated on the hub" if "gpqa" in str(leaf["dataset_path"]).lower() else ""
-    return {}, [f"{leaf.name}: {folders[0]}/{splits.items}.jsonl ({leaf['dataset_path']}{gated})"]
+    return {}, [Path(folders[0], f"{split}.jsonl") for split in wanted]
 
 
 def _folders(entry: Entry, leaf: Leaf) -> list[str]:

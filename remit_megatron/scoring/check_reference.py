@@ -31,7 +31,7 @@ from remit_megatron.runtime.progress import Progress
 from remit_megatron.scoring.batches import round_size, score_samples
 from remit_megatron.scoring.command import forward_layout, prepare_forward
 from remit_megatron.scoring.guidance import Difference, TextGuidance, compare_text, mean_difference, verdict
-from remit_megatron.scoring.requests import RequestScorer, encode_suite
+from remit_megatron.scoring.requests import EncodedSuite, RequestScorer, encode_suite
 
 _MODELS = ("student", "reference")
 
@@ -72,7 +72,7 @@ def check_reference(config: RunConfig, *, samples: int, output: str | None = Non
         guidance = comparison.text(samples, environment)
         tasks = comparison.suite() if config.evaluation is not None else []
     if environment.rank == 0:
-        sentence = verdict(guidance, [task.difference for task in tasks])
+        sentence = verdict(guidance, [task.difference for task in tasks], held_out=bool(config.data.valid))
         source = (
             "data.valid" if config.data.valid else "data.train (there is no data.valid: this text is the corpus's own)"
         )
@@ -99,6 +99,11 @@ class _Comparison:
             document_mask=prepared.config.data.document_mask,
             packed_attention=prepared.arguments.transformer_impl == "transformer_engine",
         )
+        self._suite: EncodedSuite | None = None
+        if (settings := prepared.config.evaluation) is not None:
+            with parallel.same_fate("reading the evaluation's requests"):
+                length = prepared.arguments.seq_length
+                self._suite = encode_suite(read_suite(settings), prepared.tokenizer, sequence_length=length)
         sources: tuple[ModelSource | None, ...] = (prepared.init, prepared.reference)
         self._models: list[LiveReference] = []
         for name, source in zip(_MODELS, sources, strict=True):
@@ -157,16 +162,12 @@ class _Comparison:
 
     def suite(self) -> list[TaskDifference]:
         """Figures of the configuration's suite; the same on every rank."""
-        settings = self._prepared.config.evaluation
-        assert settings is not None
-        with parallel.same_fate("reading the evaluation's requests"):
-            suite = read_suite(settings)
-            encoded = encode_suite(suite, self._prepared.tokenizer, sequence_length=self._arguments.seq_length)
+        assert self._suite is not None
         vocab_size = self._prepared.hf_config["vocab_size"]
-        scorer = RequestScorer(encoded, self._arguments, groups=lambda: self._groups, vocab_size=vocab_size)
+        scorer = RequestScorer(self._suite, self._arguments, groups=lambda: self._groups, vocab_size=vocab_size)
         scores = [scorer.questions(scorer.logprobs(model.chunks)) for model in self._models]
         found = []
-        for task in suite.tasks:
+        for task in self._suite.suite.tasks:
             student, reference = (np.array([score["score"] for score in of[task.name]]) for of in scores)
             gain = student - reference if task.metric == "bits_per_byte" else reference - student
             difference = mean_difference(gain, np.arange(len(gain)), seed=self._prepared.config.seed)

@@ -190,11 +190,11 @@ def reproducible_share(
     return float(np.clip(np.mean(shares), 0.0, 1.0))
 
 
-def verdict(text: TextGuidance, suite: Sequence[Difference] = ()) -> str:
+def verdict(text: TextGuidance, suite: Sequence[Difference] = (), *, held_out: bool = True) -> str:
     """One sentence: whether to expect a gain from following the reference.
 
     Args:
-        text: on held-out text.
+        text: on held-out text, or where ``held_out`` is not so on the corpus's own.
         suite: differences of a suite's tasks, positive where the reference is ahead; they decide where they are clear.
     """
     if text.weight_std < FLAT:
@@ -208,13 +208,12 @@ def verdict(text: TextGuidance, suite: Sequence[Difference] = ()) -> str:
         if ahead > behind:
             return f"Expect a gain: the reference is ahead on the suite ({clear})."
         return f"Expect harm: the reference is behind on the suite ({clear})."
+    what = "held-out text" if held_out else "the corpus"
     if text.loss_difference.ahead is True:
-        return (
-            f"Expect a gain: the reference is ahead on held-out text by {text.loss_difference.value:.3f} nats a token."
-        )
+        return f"Expect a gain: the reference is ahead on {what} by {text.loss_difference.value:.3f} nats a token."
     if text.loss_difference.ahead is False:
         return (
             f"Expect harm where this text is what you want to learn: the reference is behind on it by "
             f"{-text.loss_difference.value:.3f} nats a token. Where it is not (a corpus with mistakes), ask a suite."
         )
-    return "Expect nothing: the reference is neither ahead nor behind on held-out text."
+    return f"Expect nothing: the reference is neither ahead nor behind on {what}."

@@ -64,6 +64,7 @@ def build(runs: list[Run], scores: list[Score], extra: list[Part], *, title: str
         sections.configuration(runs),
         sections.benchmarks(scores),
         sections.curves(runs),
+        sections.evaluations(runs),
         sections.weights(runs),
         *extra,
         sections.throughput(runs),

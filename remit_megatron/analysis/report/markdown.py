@@ -56,7 +56,8 @@ def _chart(chart: Chart) -> list[str]:
             line = sparkline([value for value in thinned(series, _WIDTH).y if value is not None])
             rows.append([series.name, line, *(number(v) for v in (values[0], min(values), max(values), values[-1]))])
     columns = ["", f"over {chart.x_label}", "first", "lowest", "highest", "last"]
-    return _table(Table(columns, rows, title=f"{chart.title}, {chart.y_label}", note=chart.note))
+    title = ", ".join(filter(None, (chart.title, chart.y_label)))
+    return _table(Table(columns, rows, title=title, note=chart.note))
 
 
 def sparkline(values: list[float]) -> str:

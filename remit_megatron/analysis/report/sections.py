@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -18,7 +19,14 @@ _CAUSES = {
     "starting": "starting",
     "lost": "lost, done again",
     "other": "other",
+    "evaluation": "evaluation",
 }
+
+
+def _causes(runs: list[Run]) -> dict[str, str]:
+    """Causes and their labels; a suite where one was scored."""
+    told = any(run.evaluations for run in runs)
+    return {cause: label for cause, label in _CAUSES.items() if told or cause != "evaluation"}
 
 
 def overview(runs: list[Run]) -> Part:
@@ -103,6 +111,53 @@ def curves(runs: list[Run]) -> Part:
     note = "Longer curves are means of equal stretches; the band around them spans the extremes." if most > 240 else ""
     summary = f"Every step of metrics.jsonl. {note}".strip()
     return Part("curves", "Curves", summary, [chart for chart in charts if chart is not None])
+
+
+def evaluations(runs: list[Run]) -> Part | None:
+    """What a suite said while the runs trained: means over the tasks as curves, each task from first to last."""
+    told = [run for run in runs if run.evaluations]
+    if not told:
+        return None
+    records = [record["tasks"] for run in told for record in run.evaluations]
+    tasks = [task for task in records[0] if all(task in record for record in records)]
+    kinds: dict[str, list[str]] = {}
+    for task in tasks:
+        bits = records[0][task]["metric"] == "bits_per_byte"
+        kinds.setdefault("Bits per byte of gold answers" if bits else "Accuracy", []).append(task)
+    charts = []
+    for title, kind in kinds.items():
+        unit = kind[0] if len(kind) == 1 else f"mean of {len(kind)} tasks"
+        series = []
+        for run in told:
+            y = [sum(record["tasks"][task]["score"] for task in kind) / len(kind) for record in run.evaluations]
+            errors = [math.hypot(*(record["tasks"][task]["stderr"] for task in kind)) for record in run.evaluations]
+            half = [1.959964 * error / len(kind) for error in errors]
+            low, high = [a - b for a, b in zip(y, half, strict=True)], [a + b for a, b in zip(y, half, strict=True)]
+            x = [float(record["consumed_tokens"]) for record in run.evaluations]
+            series.append(Series(run.name, x, list(y), list(low), list(high)))
+        charts.append(Chart(title, "tokens", unit, series))
+    rows, bold = [], []
+    for task in tasks:
+        metric = records[0][task]["metric"]
+        ends = [(run.evaluations[0]["tasks"][task], run.evaluations[-1]["tasks"][task]) for run in told]
+        last = [after["score"] if metric != "bits_per_byte" else -after["score"] for _, after in ends]
+        counts = dict.fromkeys(str(after["items"]) for _, after in ends)
+        bold += _best_cells(last, row=len(rows)) if len(counts) == 1 else []
+        cells = [
+            f"{number(before['score'])} → {number(after['score'])} ± {number(1.959964 * after['stderr'], 2)}"
+            for before, after in ends
+        ]
+        rows.append([task, metric, ", ".join(counts), *cells])
+    note = "First → last. ± and bands are half of the 95% interval over the items; best last score in bold where the "
+    note += "items are the same. "
+    shares = [f"{run.name} {100 * run.evaluations[-1].get('share', 0.0):.1f}%" for run in told]
+    note += f"Of the time that the last start took, evaluations took: {', '.join(shares)}."
+    table = Table(["task", "metric", "items", *(run.name for run in told)], rows, bold=bold, note=note)
+    suites = ", ".join(dict.fromkeys(str(run.evaluations[-1].get("suite")) for run in told))
+    summary = f"Suite {suites}, by the runs' own forward passes."
+    left_out = sorted({task for record in records for task in record} - set(tasks))
+    summary += f" Not in all evaluations, and left out: {', '.join(left_out)}." if left_out else ""
+    return Part("evaluations", "A suite while training", summary, [*charts, *([table] if rows else [])])
 
 
 def weights(runs: list[Run]) -> Part | None:
@@ -224,13 +279,13 @@ def effective_time(runs: list[Run]) -> Part | None:
         wall = run.wall_time
         if wall is None:
             continue
-        shares = [f"{100 * wall.causes[cause] / wall.total:.1f}%" if wall.total else "–" for cause in _CAUSES]
+        shares = [f"{100 * wall.causes[cause] / wall.total:.1f}%" if wall.total else "–" for cause in _causes(runs)]
         starts = f"{len(wall.resumed_at)}"
         resumed = ", ".join(str(step) for step in wall.resumed_at if step) or "–"
         rows.append([run.name, format_duration(wall.total), *shares, starts, resumed, format_duration(wall.stopped)])
     if not rows:
         return None
-    columns = ["run", "running", *_CAUSES.values(), "starts", "resumed at step", "stopped between"]
+    columns = ["run", "running", *_causes(runs).values(), "starts", "resumed at step", "stopped between"]
     note = "From the log of rank 0 and TensorBoard's times; before a process's first line (imports) nothing is known."
     if any(run.wall_time and len(run.wall_time.resumed_at) > 1 for run in runs):
         note += " What a killed process did after its last record is not known either: lost is a lower bound."
@@ -247,14 +302,14 @@ def time_bars(runs: list[Run]) -> str:
         pieces = "".join(
             f'<span class="b{number}" style="flex:{wall.causes[cause]:.2f}" title="{label}: '
             f'{format_duration(wall.causes[cause])}"></span>'
-            for number, (cause, label) in enumerate(_CAUSES.items())
+            for number, (cause, label) in enumerate(_causes(runs).items())
             if wall.causes[cause] > 0.002 * wall.total
         )
         rows.append(f'<span>{escape(run.name)}</span><div class="share">{pieces}</div>')
     if not rows:
         return ""
     legend = "".join(
-        f'<li><span class="chip c{number}"></span>{label}</li>' for number, label in enumerate(_CAUSES.values())
+        f'<li><span class="chip c{number}"></span>{label}</li>' for number, label in enumerate(_causes(runs).values())
     )
     return f'<ul class="legend">{legend}</ul><div class="shares">{"".join(rows)}</div>'
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -175,12 +176,15 @@ def test_the_interval_is_over_texts():
     [
         ({"--reference": "other"}, "tokenizer: found other tokens in other than in student"),
         ({"--student": "nothing"}, "--student: found no directory"),
+        ({"--student": "broken"}, "--student: found "),
         ({"--input": "nothing"}, "--input: found no file"),
         ({"--max-texts": "0"}, "--max-texts: found 0"),
         ({"--epsilon": "2"}, "--epsilon: found 2"),
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, capsys, changes, said):
+    shutil.copytree(tiny["student"], tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing of the kind")
     options = {"--student": "student", "--reference": "reference", "--input": "texts"} | changes
     words = ["analyze", "heatmap", "--output", str(tmp_path / "out")]
     for option, value in options.items():

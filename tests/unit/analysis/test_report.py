@@ -35,6 +35,20 @@ def heatmap(texts: int = 2, tokens: int = 20) -> Heatmap:
     return Heatmap([text] * texts, "a note")
 
 
+def write_evaluations(run: Path, last: float) -> None:
+    """evaluation.jsonl of steps 0, 20 (done again after a kill) and 40: two tasks of accuracy, one of gold answers."""
+    lines = []
+    for step, score in ((0, 0.0), (20, 0.9), (20, 0.2), (40, last)):
+        tasks = {
+            name: {"score": score, "stderr": 0.1, "bits_per_byte": 1.0, "items": 8, "metric": "acc", "shots": 5}
+            for name in ("arc/rc", "csqa/rc")
+        }
+        tasks["gold/bpb"] = tasks["arc/rc"] | {"score": 2.0 - score, "metric": "bits_per_byte"}
+        record = {"iteration": step, "consumed_tokens": 1000 * step, "suite": "easy", "tasks": tasks}
+        lines.append(json.dumps(record | {"seconds": 1.0, "share": 0.125}) + "\n")
+    (run / "evaluation.jsonl").write_text("".join(lines))
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     """report.html of two runs with results and a part, and report.md beside it."""
@@ -43,6 +57,8 @@ def page(tmp_path_factory) -> Path:
         make_run(root / "ntp"),
         make_run(root / "remit", objective={"name": "remit", "epsilon": 0.2}, level=1.5, megatron__lr=5e-4),
     ]
+    for run, last in zip(runs, (0.25, 0.5), strict=True):
+        write_evaluations(run, last)
     (runs[0] / "logs" / "rank_0.log").write_text(
         setup_line(0)
         + log_line(10, "[before the start of training step] datetime: x")
@@ -115,6 +131,7 @@ def test_what_is_in_it(page):
         "configuration",
         "benchmarks",
         "curves",
+        "evaluations",
         "weights",
         "heatmap",
         "throughput",
@@ -127,10 +144,12 @@ def test_what_is_in_it(page):
     assert {"megatron.lr", "objective.epsilon", "objective.name"} <= set(found) and "clip_grad" not in str(found)
     assert "0.5000 ± 0.0196" in sections["benchmarks"] and "acc, none, 5 shots" in sections["benchmarks"]
     assert "<b>0.6250 ± 0.0196</b>" in page.read_text() and "<b>0.5000" not in page.read_text()
+    assert "0.000 → 0.2500 ± 0.20" in sections["evaluations"] and "ntp 12.5%" in sections["evaluations"]
+    assert "<b>0.000 → 0.5000 ± 0.20</b>" in page.read_text() and "<b>2.000 → 1.500" in page.read_text()
     assert "25.0%" in sections["throughput"]  # the reference's share of remit's steps
     assert "config.yaml of remit" in sections["reproduce"] and "remit train" in sections["reproduce"]
     assert HOSTILE in sections["heatmap"]
-    assert "starting" in sections["time"]
+    assert "starting" in sections["time"] and "evaluation" in sections["time"]
 
 
 def test_curves_are_there_without_a_script(page):
@@ -155,6 +174,8 @@ def test_markdown_says_the_same(page):
     text = page.with_suffix(".md").read_text()
     titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert titles[:3] == ["Overview", "What differed", "Benchmarks"] and titles[-1] == "How to reproduce it"
+    assert "**Accuracy, mean of 2 tasks**" in text and "**Learning rate**" in text
+    assert re.search(r"\| ntp \| \S+ \| 0.000 \| 0.000 \| 0.2500 \| 0.2500 \|", text), "step 20 as it was done again"
     assert "| gsm8k | acc, none, 5 shots | 100 | 0.5000 ± 0.0196 | **0.6250 ± 0.0196** |" in text
     for row in (line for line in text.splitlines() if line.startswith("|")):
         cells = re.split(r"(?<!\\)\|", row)

@@ -231,12 +231,15 @@ def test_time_of_one_start(tmp_path):
         "training": 38.0,
         "saving": 3.0,
         "validation": 4.0,
+        "evaluation": 0.0,
         "starting": 10.0,
         "lost": 0.0,
         "other": 2.0,
     }
     assert (found.total, found.stopped, found.resumed_at) == (57.0, 0.0, [0])
     assert found.effective == pytest.approx(38 / 57)
+    evaluated = wall_time(log, training_seconds=38.0, evaluation_seconds=1.5)
+    assert evaluated is not None and (evaluated.causes["evaluation"], evaluated.causes["other"]) == (1.5, 0.5)
 
 
 @pytest.mark.parametrize("events", [True, False])

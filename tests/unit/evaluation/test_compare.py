@@ -108,10 +108,11 @@ def test_subtasks_and_instructions_are_clusters(tmp_path):
         ({"shots": 0}, "shots: found 0; expected 5"),
         ({"metric": "acc_norm"}, "metric: found acc_norm"),
         ({"chat_template": True}, "chat_template: found True"),
+        ({"generation": {"max_gen_toks": 8}}, "generation: found {'max_gen_toks': 8}; expected {'max_gen_toks': 16}"),
     ],
 )
 def test_other_settings_are_not_compared(change, said, tmp_path, capsys):
-    write(tmp_path / "a", "base", {"one": binary(30, 100)})
+    write(tmp_path / "a", "base", {"one": binary(30, 100)}, generation={"max_gen_toks": 16})
     write(tmp_path / "b", "remit", {"one": binary(45, 100)}, **change)
     code, text = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
     assert code == 2 and said in text
@@ -128,6 +129,25 @@ def test_other_items_are_not_compared(tmp_path, capsys):
     assert code == 2 and "items: found 90; expected 100" in text
 
 
+def test_other_prompts_are_not_compared(tmp_path, capsys):
+    """But through a chat template, which is each model's own."""
+    for name in ("a", "b"):
+        lines = [{**line, "prompt_hash": name} for line in binary(30, 100)]
+        write(tmp_path / name, name, {"one": lines})
+        write(tmp_path / f"{name}_chat", name, {"one": lines}, chat_template=True)
+    code, text = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert code == 2 and "another prompt" in text
+    code, text = run(tmp_path / "a_chat", tmp_path / "b_chat", capsys=capsys)
+    assert code == 0 and "precision" not in text
+
+
+def test_another_precision_is_said(tmp_path, capsys):
+    for name, dtype in (("a", "float32"), ("b", "bfloat16")):
+        write(tmp_path / name, name, {"one": binary(30, 100)}, dtype=dtype)
+    code, text = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert code == 0 and "Not all computed in the same precision: float32, bfloat16." in text
+
+
 def test_models_of_one_directory_and_one_of_several(tmp_path, capsys):
     for model, right in (("x", 10), ("y", 20), ("z", 30)):
         write(tmp_path / "all", model, {"one": binary(right, 50)})
@@ -137,5 +157,13 @@ def test_models_of_one_directory_and_one_of_several(tmp_path, capsys):
     assert code == 0 and "## z against y" in text
     code, text = run(tmp_path / "all", f"{tmp_path / 'all'}:z", capsys=capsys)
     assert code == 2 and "3 models in it" in text
+    (tmp_path / "file").write_text("")
+    code, text = run(tmp_path / "all", "--output", tmp_path / "file", capsys=capsys)
+    assert code == 2 and "(a file)" in text
+    (tmp_path / "results.json").write_text("{")
+    code, text = run(tmp_path, capsys=capsys)
+    assert code == 2 and "no JSON" in text
+    code, text = run(tmp_path / "all", "--limit", "3", capsys=capsys)
+    assert code == 2 and "--limit: found 3" in text
     code, text = run(f"{tmp_path / 'all'}:w", f"{tmp_path / 'all'}:z", capsys=capsys)
     assert code == 2 and "no model w" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def test_an_exported_checkpoint_gets_what_plain_lm_eval_gives_the_original(evalu
             else:
                 assert line["loglikelihoods"] == [response[0][0] for response in one["resps"]]
         assert entry["shots"] == SHOTS[task]
+        assert (entry.get("generation") or {}).get("max_gen_toks") == (TOKENS if task in GENERATES else None)
         assert entry["score"] == pytest.approx(sum(line["score"] for line in ours) / LIMIT)
 
 
@@ -209,6 +211,11 @@ def test_two_processes_share_the_items(evaluated, models, data, tmp_path):
         (["{model}", "--suite=gsm8k", "--backend=vllm"], "an environment of its own"),
         (["{model}", "--suite=gsm8k", "--max-length=64"], "max_gen_toks: found 256"),
         (["{model}", "{model}", "--suite=gsm8k"], "names"),
+        (["{model}", "--suite=gsm8k", "--dtype=float31"], "--dtype: found float31"),
+        (["{model}", "--suite=gsm8k", "--model-arg=colour=red"], "colour"),
+        (["{model}", "--suite=gsm8k", "--output={model}/config.json"], "(a file)"),
+        (["{broken}", "--suite=gsm8k"], "header"),
+        (["{model}", "--suite=truthfulqa_mc1"], "JSON parse error"),
         (["compare", "{model}"], "no results.json"),
     ],
 )
@@ -216,7 +223,13 @@ def test_what_is_wrong_is_said_in_one_line(words, said, models, data, tmp_path, 
     for task in ("humaneval",):
         (data / task).mkdir(exist_ok=True)
         (data / task / "test.jsonl").write_text('{"prompt": "p", "test": "t", "entry_point": "e"}\n')
-    words = [word.format(model=models["first"]) for word in words]
-    assert cli.main(["evaluate", *words, f"--data={data}", f"--output={tmp_path}", "--limit=1"]) == 2
+    (data / "truthfulqa_mc1").mkdir(exist_ok=True)
+    (data / "truthfulqa_mc1" / "validation.jsonl").write_text("{\n")
+    broken = tmp_path / "broken"
+    shutil.copytree(models["first"], broken)
+    (broken / "model.safetensors").write_bytes(b"nothing of the kind")
+    words = [word.format(model=models["first"], broken=broken) for word in words]
+    words += [] if words[0] == "compare" else [f"--data={data}", "--limit=1"]
+    assert cli.main(["evaluate", f"--output={tmp_path / 'output'}", *words]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and said in error[0]

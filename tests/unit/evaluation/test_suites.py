@@ -83,6 +83,22 @@ def test_all_that_is_missing_is_named_at_once(tmp_path):
     plan_suite(suite_of(tmp_path, {"task": "gsm8k", "shots": 0}), data=tmp_path)
 
 
+def test_every_subtasks_file_is_named_and_none_of_code_that_is_not_run(tmp_path):
+    with pytest.raises(UserError) as caught:
+        plan_suite(suite_of(tmp_path, "humaneval", {"task": "bbh_cot_fewshot", "data": "bbh"}), data=tmp_path)
+    text = str(caught.value)
+    assert "28 files" in text and "bbh/{boolean_expressions," in text and ",word_sorting}/test.jsonl" in text
+    assert "humaneval/test.jsonl" in text
+    with pytest.raises(UserError, match="27 files"):
+        suite = suite_of(tmp_path, "humaneval", {"task": "bbh_cot_fewshot", "data": "bbh"})
+        plan_suite(suite, data=tmp_path, code=False)
+
+
+def test_a_name_that_is_nothing_is_told_the_suites(tmp_path):
+    with pytest.raises(UserError, match=r"a suite \(easy, .*near it: pretrain10"):
+        plan_suite(load_suite("pretrain11"), data=None)
+
+
 def test_subtasks_do_not_share_one_file(data, tmp_path):
     """A folder of the group's name would give every subtask the same items."""
     names = ["bbh_cot_fewshot_boolean_expressions", "bbh_cot_fewshot_word_sorting"]

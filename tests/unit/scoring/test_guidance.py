@@ -96,5 +96,6 @@ def test_one_sentence(shift, suite, expected):
     found = compare_text(*text(np.random.default_rng(6), shift), epsilon=0.2)
     tasks = [Difference(value, value - 0.1, value + 0.1, 50) for value in suite]
     assert verdict(found, tasks).startswith(expected)
+    assert "held-out" not in verdict(found, tasks, held_out=False)
     flat = dataclasses.replace(found, weight_std=0.001)
     assert verdict(flat, tasks).startswith("Expect what next-token prediction gives")
