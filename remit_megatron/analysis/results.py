@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,25 @@ def read_results(paths: list[str]) -> list[Score]:
             placed = dataclasses.replace(score, path=homes.get(score.model, score.model))
             found[score.model, score.task] = placed
     return list(found.values())
+
+
+def evaluation_commands(paths: list[str]) -> list[str]:
+    """The command lines that made result files, from details.json beside them; of others nothing is known."""
+    lines = []
+    for name in paths:
+        path = Path(name)
+        details = (path if path.is_dir() else path.parent) / "details.json"
+        try:
+            content = json.loads(details.read_text())
+            setting, models = content["setting"], content["models"]
+            words = ["remit", "evaluate", *(f"{model}={about['path']}" for model, about in models.items())]
+            words += ["--suite", str(content.get("suite_file") or setting["suite"])]
+            words += ["--chat-template", "yes" if setting["chat_template"] else "no"]
+            words += [word for key in ("limit", "data") if setting.get(key) for word in (f"--{key}", str(setting[key]))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        lines.append(shlex.join([*words, "--output", "NEW_DIRECTORY"]))
+    return lines
 
 
 def _paths(details: Path) -> dict[str, str]:

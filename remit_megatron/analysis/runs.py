@@ -53,6 +53,20 @@ class Run:
         """Processes of the largest job that worked on the run, one a device: each has a log."""
         return max(1, len(list((self.path / "logs").glob("rank_*.log"))))
 
+    @cached_property
+    def made_with(self) -> str:
+        """Device and versions of the last start that says them, from events.jsonl; empty where none does."""
+        try:
+            starts = [
+                line for line in read_records(self.path / "events.jsonl") if isinstance(line.get("versions"), dict)
+            ]
+        except UserError:
+            return ""  # a file that no run depends on
+        if not starts:
+            return ""
+        versions = [f"{name} {value}" for name, value in starts[-1]["versions"].items()]
+        return ", ".join([str(starts[-1].get("device", "unknown device")), *versions])
+
     @property
     def device_hours(self) -> list[float]:
         """Device hours after each step that counts: what was lost is in ``wall_time``."""

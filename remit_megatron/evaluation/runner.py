@@ -21,7 +21,7 @@ from remit_megatron.evaluation.code_runner import code_metric, warn_where_not_is
 from remit_megatron.evaluation.models import Model, chat_template, forget_export, hugging_face_directory
 from remit_megatron.evaluation.request_cache import RequestCache
 from remit_megatron.evaluation.shots import check_shots, hold_items, read_anew
-from remit_megatron.evaluation.suites import Suite
+from remit_megatron.evaluation.suites import Suite, known_suites
 from remit_megatron.evaluation.task_files import Planned, plan_suite, write_task_files
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import sha256_file
@@ -269,6 +269,9 @@ def _write(
         content["stderr"] = float(scipy.stats.sem([line["score"] for line in lines]))
     details: dict[str, Any] = results.read_json(request.output / results.DETAILS)
     details = details or {"setting": _setting(request), "models": {}}
+    suite_file = request.suite.folder / f"{request.suite.name}.yaml"
+    if request.suite.name not in known_suites() and suite_file.is_file():  # no suite's name, but a file's
+        details["suite_file"] = str(suite_file.resolve())
     about: dict[str, Any] = details["models"].get(model.name) or {}
     if about.get("digest") != model.digest:
         about = {"tasks": {}}

@@ -1,17 +1,20 @@
 """``events.jsonl`` of a run directory: its starts, its ends and what went wrong between, for :mod:`remit status`.
 
 One line each, with ``time`` (seconds since 1970) and ``event``: ``start`` (``step`` it goes on from, ``ranks``,
-``host``, under Slurm ``job`` and ``restart``), ``end`` (``step``, ``code``, or ``reason`` of an error), ``fault``
-(``text``), ``spike`` (a step that was skipped or gone back from, with its samples) and ``slow`` (the ranks that hold
-the others up from here on, or none). A start without an end before the next one was a crash. Nothing that trains reads
-this file.
+``host``, under Slurm ``job`` and ``restart``; ``device`` and ``versions`` of what computes), ``end`` (``step``,
+``code``, or ``reason`` of an error), ``fault`` (``text``), ``spike`` (a step that was skipped or gone back from, with
+its samples) and ``slow`` (the ranks that hold the others up from here on, or none). A start without an end before the
+next one was a crash. Nothing that trains reads this file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import socket
 import time
 from pathlib import Path
@@ -46,7 +49,8 @@ class RunEvents(logging.Handler):
             for name, variable in (("job", "SLURM_JOB_ID"), ("restart", "SLURM_RESTART_COUNT"))
             if variable in os.environ
         }
-        self._write("start", step=step, ranks=ranks, host=socket.gethostname(), **slurm)
+        made_with = {"device": _device(), "versions": _versions()}
+        self._write("start", step=step, ranks=ranks, host=socket.gethostname(), **slurm, **made_with)
         for event in self._waiting:
             self._append(event)
 
@@ -80,3 +84,19 @@ class RunEvents(logging.Handler):
                 file.write(json.dumps(event) + "\n")
         except OSError:
             pass
+
+
+def _device() -> str:
+    """What a rank computes on: the GPU's name, or the kind of processor."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that numbers depend on, where they are installed."""
+    found = {}
+    for name in ("remit_megatron", "torch", "megatron-core", "transformer-engine"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"python": platform.python_version(), **found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from remit_megatron.analysis.parts import PART_SUFFIX, Heatmap, Part, read_part
 from remit_megatron.analysis.report import sections
 from remit_megatron.analysis.report.markdown import render_markdown
 from remit_megatron.analysis.report.page import Page, render
-from remit_megatron.analysis.results import Score, read_results
+from remit_megatron.analysis.results import Score, evaluation_commands, read_results
 from remit_megatron.analysis.runs import Run, read_runs
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import write_atomic
@@ -42,9 +43,10 @@ def report(
     if wrong:
         raise UserError("--output", wrong[0], "a name that ends in .html or .md")
     found = read_runs(runs)
-    scores = read_results(results or _beside(found, _RESULTS))
+    files = list(results or _beside(found, _RESULTS))
+    scores = read_results(files)
     extra = [read_part(Path(path)) for path in _part_files(parts) or _beside(found, _PARTS)]
-    page = build(found, scores, extra, title=title)
+    page = build(found, scores, extra, title=title, evaluations=evaluation_commands(files))
     written = []
     for name in outputs or [str(_default_output(found))]:
         path = Path(name)
@@ -54,7 +56,14 @@ def report(
     return written
 
 
-def build(runs: list[Run], scores: list[Score], extra: list[Part], *, title: str | None = None) -> Page:
+def build(
+    runs: list[Run],
+    scores: list[Score],
+    extra: list[Part],
+    *,
+    title: str | None = None,
+    evaluations: Sequence[str] = (),
+) -> Page:
     """The page of runs: sections in the order in which one asks."""
     if title is None:
         names = [run.name for run in runs]
@@ -69,7 +78,7 @@ def build(runs: list[Run], scores: list[Score], extra: list[Part], *, title: str
         *extra,
         sections.throughput(runs),
         sections.effective_time(runs),
-        sections.reproduce(runs),
+        sections.reproduce(runs, evaluations),
     ]
     present = _unique([part for part in parts if part is not None])
     configs = "".join(

@@ -314,8 +314,13 @@ def time_bars(runs: list[Run]) -> str:
     return f'<ul class="legend">{legend}</ul><div class="shares">{"".join(rows)}</div>'
 
 
-def reproduce(runs: list[Run]) -> Part:
-    """Commands; the configurations follow in the page."""
+def reproduce(runs: list[Run], evaluations: Sequence[str] = ()) -> Part:
+    """Commands, and what computed; the configurations follow in the page.
+
+    Args:
+        runs: of the report.
+        evaluations: command lines of the scores in it.
+    """
     lines = []
     for run in runs:
         config = run.path / "config.yaml"
@@ -323,12 +328,13 @@ def reproduce(runs: list[Run]) -> Part:
             f"remit train {shlex.quote(str(config))} run_dir=NEW_DIRECTORY"
             + (f" --nproc {run.ranks}" if run.ranks > 1 else "")
         )
-    blocks: list[Block] = [Text(line) for line in lines]
+    blocks: list[Block] = [Text(line) for line in (*lines, *evaluations)]
     sources = []
     for run in runs:
         reference = (run.config.get("reference") or {}).get("checkpoint")
         begins = run.config.get("init") or "from scratch"
-        sources.append([run.name, str(begins), str(reference or "none"), str(run.config.get("seed", "–"))])
-    blocks.append(Table(["run", "begins with", "reference", "seed"], sources))
+        seed = str(run.config.get("seed", "–"))
+        sources.append([run.name, str(begins), str(reference or "none"), seed, run.made_with or "–"])
+    blocks.append(Table(["run", "begins with", "reference", "seed", "made with"], sources))
     summary = "config.yaml of each run is resolved: it says every value. On the same layout the same numbers come out."
     return Part("reproduce", "How to reproduce it", summary, blocks)

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from remit_megatron.analysis.efficiency import reached
-from remit_megatron.analysis.report.sections import benchmarks
-from remit_megatron.analysis.results import read_results
+from remit_megatron.analysis.report.sections import benchmarks, reproduce
+from remit_megatron.analysis.results import evaluation_commands, read_results
 from remit_megatron.analysis.runs import differences, placed, read_runs
 from remit_megatron.analysis.wall_time import wall_time
 from remit_megatron.cli import main
@@ -144,6 +144,31 @@ def test_results_as_remit_evaluate_writes_them(tmp_path):
     assert part is not None
     (table,) = part.blocks
     assert table.bold == [[0, 6]]  # the lowest, of four models  # type: ignore[union-attr]
+
+
+def test_how_to_reproduce_it(tmp_path):
+    """Commands of the runs and of the scores, and what computed: as the last start that says it."""
+    run = make_run(tmp_path / "remit")
+    with open(run / "events.jsonl", "w") as file:
+        for versions in ({"torch": "2.12.0"}, {"torch": "2.13.0", "megatron-core": "0.19.2"}):
+            start = {"event": "start", "step": 0, "ranks": 1, "device": "CPU (x86_64)", "versions": versions}
+            file.write(json.dumps(start) + "\n")
+        file.write(json.dumps({"event": "end", "step": 40, "code": 0}) + "\nhalf a li")
+    (runs,) = read_runs([str(run)])
+    assert runs.made_with == "CPU (x86_64), torch 2.13.0, megatron-core 0.19.2"
+    setting = {"suite": "mine", "limit": 100, "chat_template": False, "data": "/data/of mine"}
+    details = {"setting": setting, "models": {"base": {"path": "/models/a"}, "remit": {"path": "/models/b"}}}
+    (tmp_path / "details.json").write_text(json.dumps(details))
+    command = "remit evaluate base=/models/a remit=/models/b --suite mine --chat-template no --limit 100"
+    command += " --data '/data/of mine' --output NEW_DIRECTORY"
+    (tmp_path / "elsewhere").mkdir()
+    found = evaluation_commands([str(tmp_path), str(tmp_path / "elsewhere" / "results.json")])
+    assert found == [command]
+    part = reproduce([runs], found)
+    assert [block.text for block in part.blocks[:2]][1] == command  # type: ignore[union-attr]
+    assert part.blocks[-1].rows[0][-1] == runs.made_with  # type: ignore[union-attr]
+    (tmp_path / "details.json").write_text(json.dumps({**details, "suite_file": "/suites/mine.yaml"}))
+    assert "--suite /suites/mine.yaml " in evaluation_commands([str(tmp_path)])[0]
 
 
 def test_all_that_share_the_best_are_bold(tmp_path):
