@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ def load(directory: Path, backend: Backend) -> Any:
 
     arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
     if backend.max_length:
+        positions = _positions(directory)
+        if positions is not None and backend.max_length > positions:
+            raise UserError("--max-length", backend.max_length, f"at most {positions}, the positions of {directory}")
         arguments["max_length"] = backend.max_length
     gpu = torch.cuda.is_available()
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -106,6 +110,15 @@ def load(directory: Path, backend: Backend) -> Any:
             # It would look for the size in each task, all processes together; one that has its answers is not there.
             model.batch_size_per_gpu = model._detect_batch_size()
     return model
+
+
+def _positions(directory: Path) -> int | None:
+    """Of a model, where its config.json says so; what is wrong with the file is for the library to say."""
+    try:
+        found = json.loads((directory / "config.json").read_text()).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def _class(backend: str, on_cpu: bool) -> Any:

@@ -211,6 +211,7 @@ def test_two_processes_share_the_items(evaluated, models, data, tmp_path):
         (["{model}", "--suite=gsm8k", "--backend=vllm"], "an environment of its own"),
         (["{model}", "--suite=gsm8k", "--max-length=64"], "max_gen_toks: found 256"),
         (["{model}", "{model}", "--suite=gsm8k"], "names"),
+        (["{model}", "--suite=gsm8k", "--max-length=70000"], "--max-length: found 70000; expected at most "),
         (["{model}", "--suite=gsm8k", "--dtype=float31"], "--dtype: found float31"),
         (["{model}", "--suite=gsm8k", "--model-arg=colour=red"], "colour"),
         (["{model}", "--suite=gsm8k", "--output={model}/config.json"], "(a file)"),
