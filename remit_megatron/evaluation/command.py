@@ -101,9 +101,20 @@ def run_evaluate(args: argparse.Namespace) -> int:
             forget_export(model, request.cache / "exported")
     else:
         runner.evaluate(request, ready, models)
+        _leave_together()
     if int(os.environ.get("RANK", "0")) == 0 and not launch.under_launcher():
         print((output / results.TABLE).read_text(encoding="utf-8"), end="")
     return EXIT_DONE
+
+
+def _leave_together() -> None:
+    """Ends the process group that accelerate has made: its threads, left to the end of the interpreter, can abort it
+    when another process has gone first."""
+    from torch import distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _same_command(args: argparse.Namespace) -> list[str]:
