@@ -9,16 +9,8 @@ import pytest
 import torch
 
 from tests.distributed import test_conversion as convert
-from tests.families import CASES, make_case
 from tests.te.machine import activate
 from tests.te.models import LOCAL, TE, contents, ranks_of
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """Random models on disk."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {case: make_case(root / case, case, seed=seed) for seed, case in enumerate(CASES)}
 
 
 def resave(sources: dict[str, str], outputs: dict[str, str], layout: str, layers: str) -> dict[str, list[str]]:

@@ -4,21 +4,13 @@ and the marks by which Megatron reduces gradients and draws weight decay's line.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.families import CASES, make_case
+from tests.families import CASES
 from tests.te.models import LAYOUTS, LOCAL, TE, contents, names_of, ranks_of
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """Random models on disk."""
-    root = tmp_path_factory.mktemp("models")
-    return {case: make_case(root / case, case, seed=seed) for seed, case in enumerate(CASES)}
 
 
 @pytest.fixture(scope="module")

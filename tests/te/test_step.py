@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.models import test_parity as parity
-from tests.families import CASES, VOCABULARY, make_case
+from tests.families import CASES, VOCABULARY
 from tests.te.models import LAYOUTS, LOCAL, TE, ranks_of, step, whole_gradients
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """Random models on disk."""
-    root = tmp_path_factory.mktemp("models")
-    return {case: make_case(root / case, case, seed=seed) for seed, case in enumerate(CASES)}
 
 
 @pytest.fixture(scope="module")
