@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from remit_megatron.analysis.models import TextModel
-
-Z_95 = 1.959964
+from remit_megatron.analysis.results import Z_95
 
 
 class Comparison(NamedTuple):

@@ -12,6 +12,8 @@ from typing import Any
 
 from remit_megatron.runtime.errors import UserError
 
+Z_95 = 1.959964  # standard errors on either side of a mean that make its 95% interval
+
 
 @dataclass(frozen=True)
 class Score:
@@ -35,7 +37,7 @@ class Score:
     @property
     def half(self) -> float | None:
         """Half of the 95% interval."""
-        return None if self.stderr is None else 1.959964 * self.stderr
+        return None if self.stderr is None else Z_95 * self.stderr
 
 
 def read_results(paths: list[str]) -> list[Score]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from remit_megatron.evaluation.request_cache import RequestCache, through_cache
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,9 @@ def load(directory: Path, backend: Backend) -> Any:
     try:
         model: Any = _class(backend.name, on_cpu).create_from_arg_obj(arguments, extra)
     except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         given = " ".join(f"--model-arg {name}={value}" for name, value in backend.arguments)
         expected = "a directory that transformers loads" + (f" with {given}" if given else "")
-        raise UserError(f"MODEL {directory}", said, expected) from error
+        raise UserError(f"MODEL {directory}", show_error(error), expected) from error
     if on_cpu:
         model.find_batch = batch == "auto"
     if backend.name == "hf" and world > 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remit_megatron.runtime import checkpoints
-from remit_megatron.runtime.errors import EXIT_BAD_INPUT, UserError
+from remit_megatron.runtime.errors import EXIT_BAD_INPUT, UserError, show_error
 from remit_megatron.runtime.exported import checkpoint_digest, model_digest, run_export
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,6 @@ def chat_template(directory: Path) -> str | None:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"MODEL {directory}", said, "a directory with a tokenizer") from error
+        raise UserError(f"MODEL {directory}", show_error(error), "a directory with a tokenizer") from error
     template = getattr(tokenizer, "chat_template", None)
     return template if isinstance(template, str) else (template or {}).get("default") if template else None

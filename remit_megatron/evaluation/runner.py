@@ -23,7 +23,7 @@ from remit_megatron.evaluation.request_cache import RequestCache
 from remit_megatron.evaluation.shots import check_shots, hold_items, read_anew
 from remit_megatron.evaluation.suites import Suite, known_suites
 from remit_megatron.evaluation.task_files import Planned, plan_suite, write_task_files
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.files import sha256_file
 
 logger = logging.getLogger(__name__)
@@ -211,8 +211,7 @@ def _load_tasks(request: Request, item: Planned, rank: int) -> Any:
         first: BaseException = error  # `datasets` says what was wrong with a row only in what it began with
         while first.__cause__ is not None:
             first = first.__cause__
-        said = " ".join(str(first).split())[:300] or "no items"
-        raise UserError(f"task {item.entry.name}", f"{type(first).__name__}: {said}", where) from error
+        raise UserError(f"task {item.entry.name}", show_error(first, empty="no items"), where) from error
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_SEEDS[3])
     check_shots(item, loaded["tasks"])

@@ -61,6 +61,12 @@ def show(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def show_error(error: BaseException, *, empty: str = "", limit: int = 300) -> str:
+    """What a library raised, as it stands in a one-line message: its kind, and ``limit`` characters of its words, or
+    ``empty`` where it has none."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit] or empty}"
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """``; did you mean X?`` with the nearest of ``known``, or an empty string where none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from remit_megatron.analysis.parts import Block, Chart, Part, Series, Table, Text, number
-from remit_megatron.analysis.results import Score
+from remit_megatron.analysis.results import Z_95, Score
 from remit_megatron.analysis.runs import Run, differences, smoothed
 from remit_megatron.runtime.progress import format_count, format_duration
 
@@ -131,7 +131,7 @@ def evaluations(runs: list[Run]) -> Part | None:
         for run in told:
             y = [sum(record["tasks"][task]["score"] for task in kind) / len(kind) for record in run.evaluations]
             errors = [math.hypot(*(record["tasks"][task]["stderr"] for task in kind)) for record in run.evaluations]
-            half = [1.959964 * error / len(kind) for error in errors]
+            half = [Z_95 * error / len(kind) for error in errors]
             low, high = [a - b for a, b in zip(y, half, strict=True)], [a + b for a, b in zip(y, half, strict=True)]
             x = [float(record["consumed_tokens"]) for record in run.evaluations]
             series.append(Series(run.name, x, list(y), list(low), list(high)))
@@ -144,7 +144,7 @@ def evaluations(runs: list[Run]) -> Part | None:
         counts = dict.fromkeys(str(after["items"]) for _, after in ends)
         bold += _best_cells(last, row=len(rows)) if len(counts) == 1 else []
         cells = [
-            f"{number(before['score'])} → {number(after['score'])} ± {number(1.959964 * after['stderr'], 2)}"
+            f"{number(before['score'])} → {number(after['score'])} ± {number(Z_95 * after['stderr'], 2)}"
             for before, after in ends
         ]
         rows.append([task, metric, ", ".join(counts), *cells])
