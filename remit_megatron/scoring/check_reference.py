@@ -21,7 +21,7 @@ from remit_megatron.objectives import token_weights
 from remit_megatron.reference.cached import whole_scores
 from remit_megatron.reference.live import LiveReference
 from remit_megatron.run.checks import read_suite
-from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.configuration import ObjectiveConfig, RunConfig
 from remit_megatron.run.prepare import Prepared
 from remit_megatron.run.samples import open_datasets
 from remit_megatron.runtime import parallel
@@ -51,8 +51,9 @@ def check_reference(config: RunConfig, *, samples: int, output: str | None = Non
     """Compares on this rank (start it on all ranks of the job); rank 0 prints. Returns the exit code.
 
     Args:
-        config: the run. Its ``init`` is the student, ``data.valid`` the text (``data.train`` where there is none),
-            ``evaluation`` the suite, ``objective`` gives epsilon and centering.
+        config: the run. Its ``init`` is the student, ``data.valid`` the text (``data.train`` where there is none) of
+            which those tokens count that count in the run, ``evaluation`` the suite, ``objective`` gives epsilon and
+            centering.
         samples: of the text, each a sequence of the run.
         output: JSON file that receives all figures.
 
@@ -61,14 +62,14 @@ def check_reference(config: RunConfig, *, samples: int, output: str | None = Non
     """
     if config.init is None:
         raise UserError("init", "nothing", "the student that is compared")
-    text = dataclasses.replace(config.data, train=config.data.valid or config.data.train, valid=[], mask_eod_loss=False)
+    text = dataclasses.replace(config.data, train=config.data.valid or config.data.train, valid=[])
     environment = parallel.rank_environment()
     prepared = prepare_forward(
         dataclasses.replace(config, data=text), world_size=environment.world_size, rank=environment.rank
     )
     assert prepared.init is not None and prepared.reference is not None
     with process_groups(**forward_layout(prepared.arguments)) as groups:
-        comparison = _Comparison(prepared, groups)
+        comparison = _Comparison(prepared, config.objective, groups)
         guidance = comparison.text(samples, environment)
         tasks = comparison.suite() if config.evaluation is not None else []
     if environment.rank == 0:
@@ -90,8 +91,9 @@ def check_reference(config: RunConfig, *, samples: int, output: str | None = Non
 class _Comparison:
     """Both models on this rank's part of the layout."""
 
-    def __init__(self, prepared: Prepared, groups: Any):
+    def __init__(self, prepared: Prepared, objective: ObjectiveConfig, groups: Any):
         logging.getLogger("megatron").setLevel(logging.ERROR)
+        self._objective = objective  # the run's own; what is prepared is a job that scores
         self._prepared, self._groups, self._arguments = prepared, groups, prepared.arguments
         self._forward = ModelForward(
             eod_id=prepared.tokenizer.eod_id,
@@ -143,7 +145,7 @@ class _Comparison:
         tokens = torch.stack([torch.cat((item["tokens"], item["labels"][-1:])) for item in items])
         mask = torch.stack([item["loss_mask"] for item in items])
         documents = document_ids_of(tokens[:, :-1], self._prepared.tokenizer.eod_id)
-        objective = self._prepared.config.objective
+        objective = self._objective
         weights = token_weights(
             torch.from_numpy(student),
             torch.from_numpy(reference),

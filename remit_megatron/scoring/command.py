@@ -124,6 +124,8 @@ def prepare_scoring(config: RunConfig, *, world_size: int, rank: int = 0) -> Pre
     """
     if config.reference is not None and not config.reference.cache_dir:
         raise UserError("reference.cache_dir", "nothing", "the directory that receives the scores")
+    # Every token is scored: another run may mask others.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mask_eod_loss=False))
     return prepare_forward(config, world_size=world_size, rank=rank)
 
 
@@ -161,7 +163,7 @@ def prepare_forward(config: RunConfig, *, world_size: int, rank: int = 0) -> Pre
         megatron=kept,
         objective=dataclasses.replace(config.objective, name="remit", centering="sequence"),
         reference=dataclasses.replace(settings, micro_batch_size=None),
-        data=dataclasses.replace(config.data, valid=[], mask_eod_loss=False),
+        data=dataclasses.replace(config.data, valid=[]),
     )
     return prepare(scoring, world_size=world_size, rank=rank)
 

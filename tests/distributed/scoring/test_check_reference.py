@@ -64,14 +64,57 @@ def losses(model_directory: Path, tokens: np.ndarray) -> np.ndarray:
 def truth(material) -> dict[str, Any]:
     tokens = tokens_of_the_text(material)
     student, reference = (losses(material[name], tokens) for name in ("student", "reference"))
+    masked = figures_of(student, reference, tokens[:, :-1] != 0, document_means(student - reference, tokens), 0.3)
+    return figures_of(student, reference, np.ones_like(student, dtype=bool)) | {"masked": masked}
+
+
+def document_means(delta: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """[SAMPLES, 64] mean of each document's labels that count, at each of them."""
+    means = np.zeros_like(delta)
+    for row in range(len(delta)):
+        starts = [0, *(np.nonzero(tokens[row, :-1] == 0)[0] + 1).tolist(), 64]
+        for first, end in itertools.pairwise(starts):
+            # What its end-of-document predicts is the last of its labels and does not count, but in the last document.
+            last = end - 1 if end > first and tokens[row, end - 1] == 0 else end
+            if last > first:
+                means[row, first:last] = delta[row, first:last].mean()
+    return means
+
+
+def figures_of(
+    student: np.ndarray,
+    reference: np.ndarray,
+    counted: np.ndarray,
+    means: np.ndarray | None = None,
+    epsilon: float = 0.2,
+) -> dict[str, Any]:
+    """Of the labels that count, [SAMPLES, 64] all; centered on their sequences' means where none are given."""
     delta = student - reference
+    if means is None:
+        means = (delta * counted).sum(1, keepdims=True) / counted.sum(1, keepdims=True)
     return {
-        "student_loss": student.mean(),
-        "reference_loss": reference.mean(),
-        "difference": delta.mean(),
-        "tokens_ahead": (delta > 0).mean(),
-        "weights": np.clip(2 / (1 + np.exp(-(delta - delta.mean(1, keepdims=True)))), 0.8, 1.2),
+        "tokens": counted.sum(),
+        "student_loss": student[counted].mean(),
+        "reference_loss": reference[counted].mean(),
+        "difference": delta[counted].mean(),
+        "tokens_ahead": (delta[counted] > 0).mean(),
+        "weights": np.clip(2 / (1 + np.exp(-(delta - means))), 1 - epsilon, 1 + epsilon)[counted],
     }
+
+
+def test_what_the_run_masks_does_not_count(pool, material, truth, tmp_path):
+    """The first token of a document, which nothing before it tells: a sharper model pays most for it."""
+    config = configuration(material, tmp_path / "run", {"name": "remit", "centering": "document", "epsilon": 0.3})
+    assert config["data"]["mask_eod_loss"]
+    output = tmp_path / "found.json"
+    pool.run(checked, world_size=1, directory=str(tmp_path), config=config, output=str(output))
+    found, expected = json.loads(output.read_text())["text"], truth["masked"]
+    assert found["tokens"] == expected["tokens"] < SAMPLES * 64
+    for figure in ("student_loss", "reference_loss", "tokens_ahead"):
+        assert found[figure] == pytest.approx(expected[figure], abs=1e-4), figure
+    assert abs(expected["student_loss"] - truth["student_loss"]) > 1e-3, "the mask tells them apart"
+    assert found["loss_difference"]["value"] == pytest.approx(expected["difference"], abs=1e-4)
+    assert found["weight_std"] == pytest.approx(expected["weights"].std(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["one", "tp2_pp2", "pp2_virtual2", "cp2", "dp2"])
@@ -79,6 +122,7 @@ def test_figures_are_those_of_transformers(pool, material, truth, tmp_path, name
     world_size, layout = (1, {}) if name == "one" else LAYOUTS[name]
     suite, questions = write_requests(tmp_path / "requests")
     config = configuration(material, tmp_path / "run", {"name": "remit"}, **layout)
+    config["data"]["mask_eod_loss"] = False
     config["evaluation"] = {"suite": str(suite), "data": str(tmp_path / "requests")}
     output = tmp_path / "found.json"
     pool.run(checked, world_size=world_size, directory=str(tmp_path), config=config, output=str(output))
