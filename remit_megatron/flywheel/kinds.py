@@ -118,6 +118,34 @@ def content(stage: Stage, filling: Filling, digests: Digests) -> dict[str, Any]:
     return result
 
 
+def check_arguments(stage: Stage, filling: Filling) -> None:
+    """Refuses what Megatron or TRL has no argument for, which the stage itself would only find when its turn comes.
+    Imports the one or the other, some seconds.
+
+    Args:
+        filling: as for :func:`content`.
+
+    Raises:
+        UserError: an unknown name, a value of a wrong type, or an argument that is refused.
+    """
+    settings = filled(stage.settings, filling.fill, field=stage.field)
+    if stage.kind in ("train", "score", "check"):
+        import patches
+
+        patches.apply()
+        from remit_megatron.run.megatron_args import read_overrides
+
+        read_overrides(load_config(settings["config"], _run_overrides(stage, settings, filling)).megatron)
+    elif stage.kind in POSTTRAIN:
+        from remit_megatron.posttrain.configuration import load_settings
+
+        found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
+        if found.trl:
+            from remit_megatron.posttrain.trl_arguments import check_names
+
+            check_names(found)
+
+
 def result_place(stage: Stage, directory: Path, step: int | None = None) -> Path:
     """The path by which others take a stage's result, or what it was at a step."""
     if stage.kind == "train":

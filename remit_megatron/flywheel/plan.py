@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,15 @@ class Plan:
         self._check_steps()
 
     def _plan(self, stage: Stage) -> Planned:
-        filling = kinds.Filling(self._keys(stage), Path("-"), self.config.seed)
-        try:
-            content = kinds.content(stage, filling, self.digests)
-        except UserError as error:
-            if error.field.startswith(stage.field):
-                raise
-            raise UserError(f"{stage.id}: {error.field}", error.found, error.expected) from None
+        with _naming(stage):
+            content = kinds.content(stage, self._filling(stage), self.digests)
         content["code"] = code_content(self.config.code)
         key = key_of(content)
         name = f"{stage.name}-{stage.objective}" if stage.objective else stage.name
         return Planned(stage, key, content, self.run_dir / "stages" / f"{name}-{key[:SHORT]}")
+
+    def _filling(self, stage: Stage) -> kinds.Filling:
+        return kinds.Filling(self._keys(stage), Path("-"), self.config.seed)
 
     def _keys(self, stage: Stage) -> Callable[[Reference], str]:
         """In place of a reference, the key of the stage that it means."""
@@ -101,8 +100,7 @@ class Plan:
                 if target.id is None or target.step is None:
                     continue
                 producer = self.planned[target.id]
-                filling = kinds.Filling(self._keys(producer.stage), Path("-"), self.config.seed)
-                if problem := kinds.step_problem(producer.stage, target.step, filling):
+                if problem := kinds.step_problem(producer.stage, target.step, self._filling(producer.stage)):
                     found = f"{reference.text}, of a stage with {problem[0]}"
                     raise UserError(field, found, f"{problem[1]}, so that the step is kept")
 
@@ -135,6 +133,17 @@ class Plan:
             if planned.absent and standing[id_].status != "done":
                 key, _, path = planned.absent[0].partition(" ")
                 raise UserError(f"{id_}: {key}", f"nothing at {path}", "what the stage reads")
+
+    def check_arguments(self, standing: dict[str, Standing]) -> None:
+        """Refuses to begin where a stage that is not done names an argument that Megatron or TRL does not have.
+
+        Raises:
+            UserError: naming the stage and the argument.
+        """
+        for id_, planned in self.planned.items():
+            if standing[id_].status != "done":
+                with _naming(planned.stage):
+                    kinds.check_arguments(planned.stage, self._filling(planned.stage))
 
     def resolved(self) -> str:
         """The flywheel's file with what it starts from and what the command line says, as YAML."""
@@ -197,6 +206,17 @@ class Standing:
     def must_not_restart(self) -> bool:
         """Whether its command has said that starting it again would fail again."""
         return self.status == "failed" and self.record is not None and self.record.code == EXIT_DO_NOT_RESTART
+
+
+@contextlib.contextmanager
+def _naming(stage: Stage) -> Iterator[None]:
+    """Puts the stage's name before what is wrong with its configuration."""
+    try:
+        yield
+    except UserError as error:
+        if error.field.startswith(stage.field):
+            raise
+        raise UserError(f"{stage.id}: {error.field}", error.found, error.expected) from None
 
 
 def _texts(content: dict[str, Any]) -> list[tuple[str, str]]:

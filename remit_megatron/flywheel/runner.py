@@ -63,7 +63,9 @@ class Runner:
             lock.release()
 
     def _run(self) -> int:
-        self.plan.check_inputs(self.plan.standing())
+        standing = self.plan.standing()
+        self.plan.check_inputs(standing)
+        self.plan.check_arguments(standing)
         self.check_results()
         failed: dict[str, int] = {}
         stages = list(self.plan.planned.values())

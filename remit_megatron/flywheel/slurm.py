@@ -33,7 +33,9 @@ def submit(plan: Plan, *, retry: bool = False) -> int:
         raise UserError("--slurm", f"no {SCRIPT} in the current directory", "to be started from the repository")
     lock = DirectoryLock(plan.run_dir)
     try:
-        plan.check_inputs(plan.standing())
+        standing = plan.standing()
+        plan.check_inputs(standing)
+        plan.check_arguments(standing)
         plan.make_directory()
         return _submit_all(plan, retry=retry)
     finally:

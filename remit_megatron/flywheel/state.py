@@ -93,8 +93,13 @@ def explain(plan: Plan, name: str) -> str:
 
 
 def dry_run(plan: Plan, name: str | None = None) -> str:
-    """What would run: every stage, how it stands, its command, and what it reads that is not there."""
+    """What would run: every stage, how it stands, its command, and what it reads that is not there.
+
+    Raises:
+        UserError: a stage names an argument that Megatron or TRL does not have.
+    """
     lines, standing = [], plan.standing()
+    plan.check_arguments(standing)
     wanted = plan.chain.find(name).id if name else None
     for id_, planned in plan.planned.items():
         if wanted in (None, id_):

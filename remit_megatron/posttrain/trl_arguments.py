@@ -89,15 +89,23 @@ def config_class(stage: str) -> type:
     return {"sft": SFTConfig, "dpo": DPOConfig, "rlvr": GRPOConfig}[stage]
 
 
+def check_names(settings: PosttrainSettings) -> None:
+    """Refuses what the stage's class of TRL has no argument for, what is refused here, and values of a wrong type.
+
+    Raises:
+        UserError: as said.
+    """
+    _check(settings.trl, config_class(settings.stage))
+
+
 def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
     """TRL's configuration object with the values of ``settings.trl`` and what follows from the rest.
 
     Raises:
         UserError: an argument that TRL does not have, that is refused, of a wrong type, or that TRL refuses.
     """
-    cls = config_class(settings.stage)
-    given = dict(settings.trl)
-    _check(given, cls)
+    check_names(settings)
+    cls, given = config_class(settings.stage), dict(settings.trl)
     _check_evaluation(given, has_valid)
     cpu = not torch.cuda.is_available()
     values: dict[str, Any] = {

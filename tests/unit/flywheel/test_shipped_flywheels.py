@@ -10,7 +10,9 @@ import pytest
 
 from remit_megatron import cli
 from remit_megatron.flywheel.plan import Plan
+from remit_megatron.flywheel.runner import Runner
 from remit_megatron.flywheel.state import dry_run
+from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.installed import find_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -47,3 +49,34 @@ def test_the_figures_are_what_they_say(elsewhere) -> None:
         name: plain.planned[f"round1/{name}/midtrain"].content["config"]["objective"] for name in ("rho1", "kd")
     }
     assert sections["rho1"]["scope"] == "global_batch" and sections["kd"]["name"] == "kd"
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "near"),
+    [
+        (
+            "stages.midtrain.set.megatron.tensor_model_paralel_size=2",
+            "megatron.tensor_model_paralel_size",
+            "tensor_model",
+        ),
+        ("stages.midtrain.set.megatron.lr=fast", "megatron.lr", "number"),
+        ("stages.midtrain.set.megatron.init_model_with_meta_device=true", "megatron.init_model_with_meta_device", ""),
+        ("stages.rlvr.set.trl.max_stepz=24", "trl.max_stepz", "max_steps"),
+        ("stages.rlvr.set.trl.learning_rate=fast", "trl.learning_rate", "number"),
+    ],
+)
+def test_an_argument_of_a_late_stage_is_checked_before_the_first_starts(elsewhere, override, field, near) -> None:
+    plan = Plan("configs/flywheels/toy.yaml", [override])
+    for begin in (lambda: dry_run(plan), lambda: plan.check_arguments(plan.standing())):
+        with pytest.raises(UserError) as error:
+            begin()
+        assert error.value.field.startswith("round1/") and error.value.field.endswith(f": {field}")
+        assert near in error.value.expected
+
+
+def test_a_flywheel_with_a_wrong_argument_starts_nothing(elsewhere, monkeypatch) -> None:
+    plan = Plan("configs/flywheels/toy.yaml", ["stages.rlvr.set.trl.max_stepz=24"])
+    monkeypatch.setattr(plan, "check_inputs", lambda standing: None)  # there is no quickstart here
+    with pytest.raises(UserError, match="max_stepz"):
+        Runner(plan, start=lambda *_: pytest.fail("nothing is started")).run()
+    assert not list((plan.run_dir / "stages").glob("*"))
