@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.analysis.parts import Chart, Part, Series, Table, Text, number, write_analysis
-from remit_megatron.analysis.results import Score, read_results
+from remit_megatron.analysis.results import Z_95, Score, read_results
 from remit_megatron.analysis.runs import Run, at_step, placed, read_runs, smoothed
 from remit_megatron.runtime.errors import UserError
 
@@ -165,7 +165,7 @@ def _part(curves: list[Curve], rows: list[dict[str, Any]], label: str, baseline:
     for title, x_label, column in (("tokens", "tokens", "tokens"), ("device hours", "device hours", "hours")):
         series = []
         for curve in curves:
-            band = [1.96 * error for error in curve.error]
+            band = [Z_95 * error for error in curve.error]
             low = [value - half for value, half in zip(curve.score, band, strict=False)]
             high = [value + half for value, half in zip(curve.score, band, strict=False)]
             series.append(Series(curve.run, getattr(curve, column), list(curve.score), list(low), list(high)))

@@ -20,6 +20,7 @@ class Score:
     """One number of one model on one task.
 
     Attributes:
+        column: what tables call the task.
         path: where the model was, by ``details.json`` beside the results; its name where that is not known.
     """
 
@@ -32,6 +33,7 @@ class Score:
     shots: str
     items: int | None
     higher_is_better: bool = True
+    column: str = ""
     path: str = ""
 
     @property
@@ -129,4 +131,5 @@ def _score(value: dict[str, Any], model: str, task: str) -> Score:
         shots="" if value.get("shots") is None else str(value["shots"]),
         items=int(items) if isinstance(items, int | float) else None,
         higher_is_better=value.get("higher_is_better") is not False,
+        column=str(value.get("column") or task),
     )

@@ -8,13 +8,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.analysis.results import Z_95
 from remit_megatron.flywheel.toy import ToyText
 from remit_megatron.flywheel.toy_chain import AGAIN, ARMS, Chain, Lengths
 from remit_megatron.flywheel.toy_evaluation import SAMPLES
@@ -39,6 +42,8 @@ ABOUT = {
     "kd": "distilled from the reference",
     "control": "remit, guided by the base itself",
 }
+# How a verdict of `remit check reference` begins.
+_EXPECTED = re.compile(r"Expect (a gain|harm|nothing|what next-token prediction gives)")
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,15 @@ class Report:
 
     def sentences(self) -> list[str]:
         """What was seen, where it holds and where it does not."""
-        reference = f"`remit check reference` had said, before mid-training: {self.results[0].verdict}"
-        return [reference, *self._effect(), *self._rivals(), self._again(), *_WINDOW]
+        return [self._foretold(), *self._effect(), *self._rivals(), self._again(), *_WINDOW]
+
+    def _foretold(self) -> str:
+        verdicts = [result.verdict for result in self.results]
+        said = verdicts[0]
+        if len(verdicts) > 1:
+            counts = Counter(match[0] if (match := _EXPECTED.match(verdict)) else verdict for verdict in verdicts)
+            said = "; ".join(f"{words}, of {count} of {len(verdicts)}" for words, count in counts.most_common())
+        return f"`remit check reference` had said, before mid-training: {said.rstrip('.')}."
 
     def _effect(self) -> list[str]:
         gains = [self._gain("remit", "ntp", measure) for measure in ("greedy", "sampled")]
@@ -194,7 +206,7 @@ class Report:
             return f"{mean:+.3f} (ahead in {ahead} of {len(gains)} seeds{_p_value(gains)})"
         count = ToyText.heldout * (SAMPLES if measure == "sampled" else 1)
         error = math.sqrt(sum(value * (1 - value) for value in pairs[0]) / count)
-        return f"{mean:+.3f} (±{1.96 * error:.3f} by chance alone, 95%)"
+        return f"{mean:+.3f} (±{Z_95 * error:.3f} by chance alone, 95%)"
 
     def _rivals(self) -> list[str]:
         found = []

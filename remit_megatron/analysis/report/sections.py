@@ -10,6 +10,7 @@ from html import escape
 from remit_megatron.analysis.parts import Block, Chart, Part, Series, Table, Text, number
 from remit_megatron.analysis.results import Z_95, Score
 from remit_megatron.analysis.runs import Run, differences, smoothed
+from remit_megatron.evaluation.results import NO_SHARE, show_score
 from remit_megatron.runtime.progress import format_count, format_duration
 
 _CAUSES = {
@@ -211,19 +212,21 @@ def benchmarks(scores: list[Score]) -> Part | None:
             cells.append("–" if score is None else _interval(score))
             signed.append(None if score is None else score.score if score.higher_is_better else -score.score)
         bold += _best_cells(signed, row=len(rows))
-        rows.append([task, details, "–" if some.items is None else str(some.items), *cells])
+        rows.append([some.column or task, details, "–" if some.items is None else str(some.items), *cells])
     # Shares only: bits per byte and accuracy have no mean.
     complete = [
         task
         for task in tasks
-        if all((task, model) in table and table[task, model].higher_is_better for model in models)
+        if all((task, model) in table for model in models)
+        and table[task, models[0]].higher_is_better
+        and table[task, models[0]].metric not in NO_SHARE
     ]
     if len(complete) > 1:
         means = [sum(table[task, model].score for task in complete) / len(complete) for model in models]
         bold += _best_cells(means, row=len(rows))
-        rows.append([f"mean of {len(complete)}", "", "", *(f"{mean:.4f}" for mean in means)])
-    note = "± is half of the 95% interval (1.96 standard errors). Best in bold; whether a difference is more than "
-    note += "chance says remit evaluate compare."
+        rows.append([f"mean of {len(complete)}", "", "", *(f"{100 * mean:.1f}" for mean in means)])
+    note = "Percent, where the metric is a share of the items. ± is half of the 95% interval (1.96 standard errors). "
+    note += "Best in bold; whether a difference is more than chance says remit evaluate compare."
     return Part(
         "benchmarks",
         "Benchmarks",
@@ -241,7 +244,7 @@ def _best_cells(values: Sequence[float | None], *, row: int) -> list[list[int]]:
 
 
 def _interval(score: Score) -> str:
-    return f"{score.score:.4f}" + ("" if score.half is None else f" ± {score.half:.4f}")
+    return show_score(score.metric, score.score, score.half)
 
 
 def throughput(runs: list[Run]) -> Part:

@@ -175,7 +175,9 @@ def test_all_that_share_the_best_are_bold(tmp_path):
     scores = {"a": (0.5, 0.2, 0.1), "b": (0.5, 0.3, 0.1), "c": (0.4, 0.3, 0.1)}
     content = {"stderr": None, "metric": "acc", "higher_is_better": True}
     results = {
-        model: {f"task{task}": content | {"score": score} for task, score in enumerate(values)}
+        model: {
+            f"task{task}": content | {"score": score, "column": f"Task {task}"} for task, score in enumerate(values)
+        }
         for model, values in scores.items()
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -184,6 +186,8 @@ def test_all_that_share_the_best_are_bold(tmp_path):
     (table,) = part.blocks
     # Of the first task, the second, none of the third, and the mean.
     assert table.bold == [[0, 3], [0, 4], [1, 4], [1, 5], [3, 4]]  # type: ignore[union-attr]
+    assert [row[0] for row in table.rows] == ["Task 0", "Task 1", "Task 2", "mean of 3"]  # type: ignore[union-attr]
+    assert [row[3] for row in table.rows] == ["50.0", "20.0", "10.0", "26.7"]  # type: ignore[union-attr]
     assert table.note.count("remit evaluate compare") == 1  # type: ignore[union-attr]
 
 

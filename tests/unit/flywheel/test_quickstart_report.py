@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -46,6 +47,20 @@ def test_several_seeds() -> None:
     _, p_value = stats.ttest_1samp([0.3, 0.32, 0.25], 0.0)
     said = " ".join(Report(results, LENGTHS, 100).sentences())
     assert f"greedy +0.290 (ahead in 3 of 3 seeds, p = {p_value:.1g})" in said
+
+
+def test_what_the_check_said_of_every_seed() -> None:
+    """Not of the first alone."""
+    results = [result(seed) for seed in (1, 2, 3)]
+    words = (
+        "Expect a gain: 0.03 nats a token.",
+        "Expect harm where this text is.",
+        "Expect a gain: 0.05 nats a token.",
+    )
+    results = [replace(r, verdict=verdict) for r, verdict in zip(results, words, strict=True)]
+    said = "`remit check reference` had said, before mid-training: "
+    assert Report(results, LENGTHS, 100).sentences()[0] == f"{said}Expect a gain, of 2 of 3; Expect harm, of 1 of 3."
+    assert Report(results[1:2], LENGTHS, 100).sentences()[0] == f"{said}{words[1]}"
 
 
 def test_the_words_follow_the_figures() -> None:
