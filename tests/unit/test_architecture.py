@@ -42,9 +42,13 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # Beside the rooms: the table of commands, which imports a room only when its command is asked for.
 LOOSE = {"__init__.py", "__main__.py", "cli.py"}
 # What a room may see of the rooms below it, where that is less than all of them: Hugging Face models and files. The
-# weights that analysis shows are the objectives' own, so it stands above them; what posttrain learns from are lines of
-# JSON, which data reads.
-NARROW = {"evaluation": {"runtime"}, "analysis": {"runtime", "kernels", "objectives"}, "posttrain": {"runtime", "data"}}
+# weights that analysis shows are the objectives' own and its scores are evaluation's, so it stands above them; what
+# posttrain learns from are lines of JSON, which data reads.
+NARROW = {
+    "evaluation": {"runtime"},
+    "analysis": {"runtime", "kernels", "objectives", "evaluation"},
+    "posttrain": {"runtime", "data"},
+}
 # room -> packages that it must not import.
 FORBIDDEN = {
     "kernels": ("megatron", "patches"),
