@@ -205,7 +205,11 @@ def difference(data: Mapping[str, Any], cell: str, name: str, other: str, measur
 
 
 def predictions(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What ``remit check reference`` said, beside what came of following it: one a cell, seed and reference."""
+    """What ``remit check reference`` said, beside what came of following it: one a cell, seed and reference.
+
+    ``said`` is 1 for a gain, -1 for harm, else 0; ``gain`` is what ``remit`` is ahead of ``ntp`` at temperature 1, and
+    ``further`` the same of the arms that follow the reference without the clip.
+    """
     found = []
     for cell, seeds in data["cells"].items():
         for seed, entry in seeds.items():
@@ -214,9 +218,16 @@ def predictions(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                 models = entry["models"]
                 if arm not in models or "ntp" not in models:
                     continue
-                gain = models[arm]["sampled"] - models["ntp"]["sampled"]
+                # Those that follow a reference further than the clip of 0.2 lets `remit` do.
+                further = ("no-clip", "rho1") if arm == "remit" else ()
+                gains = {
+                    name: models[name]["sampled"] - models["ntp"]["sampled"]
+                    for name in (arm, *further)
+                    if name in models
+                }
                 said = int(check["verdict"].startswith("Expect a gain")) - check["verdict"].startswith("Expect harm")
-                found.append({"cell": cell, "seed": seed, "reference": reference, "said": said, "gain": gain})
+                found.append({"cell": cell, "seed": seed, "reference": reference, "said": said, "gain": gains.pop(arm)})
+                found[-1]["further"] = gains
     return found
 
 

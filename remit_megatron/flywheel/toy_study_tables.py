@@ -127,14 +127,19 @@ def _predictions(data: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     lines = [
-        "| `remit check reference` said | references | remit ahead of ntp | mean difference |",
-        "|---|---|---|---|",
+        "| `remit check reference` said | references | remit ahead of ntp | mean difference | no clip ahead "
+        "| rho1 ahead |",
+        "|---|---|---|---|---|---|",
     ]
     for said, words in ((1, "expect a gain"), (0, "expect nothing"), (-1, "expect harm")):
-        gains = [row["gain"] for row in rows if row["said"] == said]
-        if gains:
-            ahead = sum(gain > 0 for gain in gains)
-            lines.append(f"| {words} | {len(gains)} | {ahead} | {statistics.fmean(gains):+.3f} |")
+        told = [row for row in rows if row["said"] == said]
+        if told:
+            gains = [row["gain"] for row in told]
+            cells = [f"{sum(gain > 0 for gain in gains)}", f"{statistics.fmean(gains):+.3f}"]
+            for name in ("no-clip", "rho1"):
+                others = [row["further"][name] for row in told if name in row["further"]]
+                cells.append(f"{sum(gain > 0 for gain in others)} of {len(others)}" if others else "–")
+            lines.append(f"| {words} | {len(told)} | {' | '.join(cells)} |")
     right = sum((row["gain"] > 0) - (row["gain"] < 0) == row["said"] for row in rows if row["said"])
     told = sum(row["said"] != 0 for row in rows)
     note = f"The sign was right {right} of {told} times that one was predicted (temperature 1, one run each)."

@@ -54,7 +54,13 @@ def made_up(root: Path) -> None:
     for seed in (1, 2, 3):
         place = root / MAIN / f"seed-{seed}" / "scores"
         place.mkdir(parents=True)
-        for name, value in {"base": 0.3, "ntp": 0.5, "remit": 0.5 + 0.1 * seed, "rl-5": 0.45}.items():
+        for name, value in {
+            "base": 0.3,
+            "ntp": 0.5,
+            "remit": 0.5 + 0.1 * seed,
+            "rl-5": 0.45,
+            "no-clip": 0.3 + 0.15 * seed,
+        }.items():
             (place / f"{name}.json").write_text(json.dumps({"greedy": value, "sampled": value, "book": 0.9}))
         (place / "after_ntp.json").write_text("[0.5, 0.6, 0.7]")
         (place / "after_remit.json").write_text(json.dumps([0.6, 0.6 + 0.01 * seed, 0.7]))
@@ -71,10 +77,15 @@ def test_collected_compared_and_tabled(tmp_path) -> None:
     assert difference(data, MAIN, "rho1", "ntp", "sampled") is None
     told = predictions(data)
     assert sorted((row["reference"], row["said"]) for row in told) == [("reference", 1)] * 3 + [("reference-5", -1)] * 3
+    further = [row["further"] for row in told if row["reference"] == "reference"]
+    assert [row["no-clip"] for row in further] == pytest.approx([-0.05, 0.1, 0.25])
+    assert all(row["further"] == {} for row in told if row["reference"] != "reference")
     curve = curve_difference(data, slice(1, None))
     assert curve is not None and curve.mean == pytest.approx(0.01)
     tables = markdown(data)
     assert "| main | remit | 3 | 0.700 ±0.100 |" in tables
+    assert "| expect a gain | 3 | 3 | +0.200 | 2 of 3 | – |" in tables
+    assert "| expect harm | 3 | 0 | -0.050 | – | – |" in tables
     assert "The sign was right 6 of 6 times that one was predicted" in tables
     _, p = stats.ttest_1samp([0.1, 0.2, 0.3], 0)
     row = f"| remit beats ntp at temperature 1 | +0.200 | [-0.048, +0.448] | 3 of 3 | {p:.1g} | not shown |"
