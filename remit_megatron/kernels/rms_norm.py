@@ -157,10 +157,10 @@ class _RMSNorms(torch.autograd.Function):
         ctx: Any, sizes: Sizes, group: dist.ProcessGroup | None, backend: type[Backend], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         vectors, weights = tensors[: len(sizes)], tensors[len(sizes) :]
-        rows = backend.rows(vectors)
-        outputs, squares = backend.forward(rows, weights, sizes, _reduction(group))
+        rows, reduce = backend.rows(vectors), _reduction(group)
+        outputs, squares = backend.forward(rows, weights, sizes, reduce)
         ctx.save_for_backward(*rows, *weights, squares)
-        ctx.sizes, ctx.group, ctx.backend = sizes, group, backend
+        ctx.sizes, ctx.reduce, ctx.backend = sizes, reduce, backend
         return tuple(output.view(x.shape) for output, x in zip(outputs, vectors, strict=True))
 
     @staticmethod
@@ -172,9 +172,7 @@ class _RMSNorms(torch.autograd.Function):
         *saved, squares = ctx.saved_tensors
         rows, weights = saved[: len(ctx.sizes)], saved[len(ctx.sizes) :]
         incoming = [gradient.flatten(-2).flatten(0, -2) for gradient in gradients]
-        of_vectors, of_weights = ctx.backend.backward(
-            incoming, rows, weights, squares, ctx.sizes, _reduction(ctx.group)
-        )
+        of_vectors, of_weights = ctx.backend.backward(incoming, rows, weights, squares, ctx.sizes, ctx.reduce)
         shaped = [one.view(gradient.shape) for one, gradient in zip(of_vectors, gradients, strict=True)]
         return None, None, None, *shaped, *of_weights
 
