@@ -96,12 +96,12 @@ def norm_kernels() -> dict[str, tuple[Any, dict[str, bool]]]:
     from remit_megatron.kernels import rms_norm_triton as norm
 
     return {
-        "square sums": (norm._square_sum_kernel, {}),
-        "scaling": (norm._scale_kernel, {"WHOLE": False}),
-        "scaling, one rank": (norm._scale_kernel, {"WHOLE": True}),
-        "inner products": (norm._inner_product_kernel, {"WHOLE": False}),
-        "inner products, one rank": (norm._inner_product_kernel, {"WHOLE": True}),
-        "input gradient": (norm._input_gradient_kernel, {}),
+        "square sums": (norm._norm_squares_kernel, {}),
+        "scaling": (norm._norm_scale_kernel, {"WHOLE": False}),
+        "scaling, one rank": (norm._norm_scale_kernel, {"WHOLE": True}),
+        "inner products": (norm._norm_products_kernel, {"WHOLE": False}),
+        "inner products, one rank": (norm._norm_products_kernel, {"WHOLE": True}),
+        "input gradient": (norm._norm_backward_kernel, {}),
     }
 
 

@@ -115,7 +115,7 @@ def _gradient_of_row(
 
 
 @triton.jit
-def _square_sum_kernel(
+def _norm_squares_kernel(
     x0, x1, squares, tokens, stride0, stride1, head_stride0, head_stride1, width0, width1,
     HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK0: tl.constexpr, BLOCK1: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _square_sum_kernel(
 
 
 @triton.jit
-def _scale_kernel(
+def _norm_scale_kernel(
     x0, x1, weight0, weight1,
     out0, out1,  # [T, width] out
     squares,  # in, or with WHOLE out: all channels are this rank's
@@ -146,7 +146,7 @@ def _scale_kernel(
 
 
 @triton.jit
-def _inner_product_kernel(
+def _norm_products_kernel(
     incoming0, incoming1,  # [T, width] in
     x0, x1, weight0, weight1,
     out0, out1,  # [T, width] out with WHOLE, else not used: gradients of the vectors
@@ -175,7 +175,7 @@ def _inner_product_kernel(
 
 
 @triton.jit
-def _input_gradient_kernel(
+def _norm_backward_kernel(
     incoming0, incoming1,  # [T, width] in
     x0, x1, weight0, weight1,
     out0, out1,  # [T, width] out
@@ -220,9 +220,9 @@ class TritonNorms:
         layout, own = _layout(rows), _sizes(sizes)
         with on_device(rows[0]):
             if reduce is not None:
-                _square_sum_kernel[grid](*_two(rows), squares, tokens, **layout)
+                _norm_squares_kernel[grid](*_two(rows), squares, tokens, **layout)
                 reduce(squares)
-            _scale_kernel[grid](
+            _norm_scale_kernel[grid](
                 *_two(rows), *_two(weights), *_two(outputs), squares, tokens, **layout, **own, WHOLE=reduce is None
             )
         return outputs, squares
@@ -250,12 +250,12 @@ class TritonNorms:
         layout, own = _layout(rows), _sizes(sizes)
         tensors = (*_two(incoming), *_two(rows), *_two(weights), *_two(of_vectors), squares, inner)
         with on_device(rows[0]):
-            _inner_product_kernel[(programs, len(rows))](
+            _norm_products_kernel[(programs, len(rows))](
                 *tensors, partials, tokens, each, **layout, **own, WHOLE=reduce is None
             )
             if reduce is not None:
                 reduce(inner)
-                _input_gradient_kernel[(tokens, len(rows))](*tensors, tokens, **layout, **own)
+                _norm_backward_kernel[(tokens, len(rows))](*tensors, tokens, **layout, **own)
         sums = partials[:, : sum(widths)].sum(0)
         if len({weight.dtype for weight in weights}) == 1:
             sums = sums.to(weights[0].dtype)  # one launch for both

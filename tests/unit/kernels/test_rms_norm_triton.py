@@ -239,7 +239,7 @@ def launched(backend, monkeypatch, *, several: bool) -> tuple[Launches, Launches
     leaves = [tensor.detach().requires_grad_() for tensor in (*whole["vectors"], *whole["weights"])]
     passes = Launches(), Launches()
     for launches in passes:
-        for name in ("_square_sum_kernel", "_scale_kernel", "_inner_product_kernel", "_input_gradient_kernel"):
+        for name in ("_norm_squares_kernel", "_norm_scale_kernel", "_norm_products_kernel", "_norm_backward_kernel"):
             monkeypatch.setattr(rms_norm_triton, name, Recorder(name, launches))
         with launches:
             if launches is passes[0]:
@@ -256,14 +256,14 @@ def test_launches(monkeypatch):
 
     tokens = 7 * 3
     forward, backward = launched(TritonNorms, monkeypatch, several=True)
-    assert forward.kernels == [("_square_sum_kernel", (tokens, 2)), ("_scale_kernel", (tokens, 2))]
-    assert backward.kernels == [("_inner_product_kernel", (2, 2)), ("_input_gradient_kernel", (tokens, 2))]
+    assert forward.kernels == [("_norm_squares_kernel", (tokens, 2)), ("_norm_scale_kernel", (tokens, 2))]
+    assert backward.kernels == [("_norm_products_kernel", (2, 2)), ("_norm_backward_kernel", (tokens, 2))]
     # The programs' sums, and their dtype.
     rest = {"aten.sum.dim_IntList": 1, "aten._to_copy.default": 1}
     assert not forward.operations and backward.operations == rest
     forward, backward = launched(TritonNorms, monkeypatch, several=False)
-    assert forward.kernels == [("_scale_kernel", (tokens, 2))] and not forward.operations
-    assert backward.kernels == [("_inner_product_kernel", (2, 2))] and backward.operations == rest
+    assert forward.kernels == [("_norm_scale_kernel", (tokens, 2))] and not forward.operations
+    assert backward.kernels == [("_norm_products_kernel", (2, 2))] and backward.operations == rest
     before = [one.operations.total() for one in launched(TorchNorms, monkeypatch, several=True)]
     assert before == [23, 35], "as docs/kernels.md says"
 
