@@ -4,7 +4,8 @@
     python scripts/bench_kernels.py --sections loss --tokens 512 --rounds 25
 
 Sections: ``loss``, forward and backward from logits; ``logprob``, no gradient from logits; ``hidden``, no gradient from
-hidden states; ``linear``, forward and backward from hidden states and output weight. In each, all arms take turns in
+hidden states; ``linear``, forward and backward from hidden states and output weight; ``norms``, forward and backward of
+OLMo 2's norms of queries and keys. In each, all arms take turns in
 one process, in an order that rotates, over the same data; the incoming gradient differs from token to token and is 0
 for the first, so that an arm that scales every row alike is found out. Every arm is compared with float64 before it is
 timed, and one that is wrong is reported as wrong in place of a time.
@@ -40,10 +41,18 @@ SECTIONS = {
     "logprob": "no gradient, from logits",
     "hidden": "no gradient, from hidden states",
     "linear": "forward and backward from hidden states and output weight",
+    "norms": "forward and backward of the norms of queries and keys",
 }
+NORMED = ("OLMo 2 1B", "own shape")  # shapes whose models have those
 # Largest error that passes: of a loss in nats beside max(1, loss), of a gradient beside the largest of its kind.
 # Sections from hidden states round their logits, in all arms; a gradient that is scaled wrongly is off by far more.
-BOUNDS = {"loss": (1e-3, 0.01), "logprob": (1e-3, 0.0), "hidden": (0.1, 0.0), "linear": (0.1, 0.05)}
+BOUNDS = {
+    "loss": (1e-3, 0.01),
+    "logprob": (1e-3, 0.0),
+    "hidden": (0.1, 0.0),
+    "linear": (0.1, 0.05),
+    "norms": (0.01, 0.02),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -177,7 +186,7 @@ def run_section(
     """Measures one section at one shape; returns its results, complete."""
     import kernel_arms as arms
     import torch
-    from kernel_problems import LinearProblem, LogitsProblem
+    from kernel_problems import LinearProblem, LogitsProblem, NormProblem
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype)
@@ -191,6 +200,10 @@ def run_section(
             else arms.logprob_arms(device)
         )
         base, tokens = ("copy of the logits", problem.copy), args.tokens
+    elif section == "norms":
+        problem = NormProblem(args.hidden_tokens, hidden, kind, device)
+        found = arms.norm_arms(device, compiled=args.compile or device.type == "cuda")
+        base, tokens = ("copy of queries and keys", problem.copy), args.hidden_tokens
     else:
         problem = LinearProblem(
             args.hidden_tokens, args.sequences, vocabulary, hidden, kind, device, gradient=section == "linear"
@@ -213,7 +226,8 @@ def run_section(
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Markdown of one section at one shape."""
     logits = results[0]["section"] in ("loss", "logprob")
-    last = ["bytes per logit", "of copy bandwidth"] if logits else ["x products"]
+    yardstick = "x copy" if results[0]["section"] == "norms" else "x products"
+    last = ["bytes per logit", "of copy bandwidth"] if logits else [yardstick]
     columns = ["arm", "median ms", "p20", "p80", "x ours", *last, "peak extra MiB", "error of loss", "of gradient"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for result in results:
@@ -246,7 +260,9 @@ def report(args: argparse.Namespace, parts: list[tuple[str, list[dict[str, Any]]
     for shape, results in parts:
         first = results[0]
         what = f"{first['tokens']} tokens, vocabulary {first['vocabulary']}"
-        if first["section"] in ("hidden", "linear"):
+        if first["section"] == "norms":
+            what = f"{first['tokens']} tokens, queries and keys of {first['hidden']} channels each"
+        elif first["section"] in ("hidden", "linear"):
             what += f", hidden size {first['hidden']}, {args.sequences} sequences"
         lines += ["", f"### {shape}: {SECTIONS[first['section']]}, {first['dtype']} ({what})", ""]
         if bandwidth := results[-1].get("copy_bytes_per_second"):
@@ -280,6 +296,8 @@ def main() -> int:
     parts = []
     for name, (vocabulary, hidden) in shapes.items():
         for section in args.sections:
+            if section == "norms" and name not in NORMED:
+                continue
             for dtype in args.dtypes:
                 label = f"{name}, {section}, {dtype}"
                 parts.append((name, run_section(section, vocabulary, hidden, dtype, args, label)))

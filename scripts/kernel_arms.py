@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional
 
-from remit_megatron.kernels import linear_token_loss, token_logprob, token_loss
+from remit_megatron.kernels import linear_token_loss, rms_norms, token_logprob, token_loss
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,11 @@ class Missing:
 LossArm = Callable[[Tensor, Tensor], Tensor]
 # hidden [b, s, h], weight [V, h], labels [b, s], token weights [b, s] to the weighted sum and losses [b, s].
 LinearArm = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Queries and keys [T, n, d], and weights [n * d] of each, to the normed queries and keys [T, n, d]; differentiable.
+NormArm = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 OURS = "ours"
+NORM_EPS = 1e-6  # OLMo 2's
 OTHER_BLOCK = "ours, blocks of 4096"  # forward takes 8192 columns at a time
 
 
@@ -84,13 +87,13 @@ def _plain(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def _compiled(wanted: bool) -> LossArm | Missing:
+def _compiled(function: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor] | Missing:
     if not wanted:
         return Missing("takes a C++ compiler and about a minute: --compile")
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "0"  # patches/ turns it off on a CPU; it is read when a function is wrapped
     try:
-        return torch.compile(_plain)
+        return torch.compile(function)
     finally:
         os.environ["TORCHDYNAMO_DISABLE"] = before or "0"
 
@@ -157,7 +160,7 @@ def loss_arms(device: torch.device, *, compiled: bool) -> dict[str, LossArm | Mi
         "Liger": _liger(device),
         "Liger vocabulary-parallel": _liger_parallel(device),
         "Transformer Engine": _transformer_engine(device),
-        "torch.compile": _compiled(compiled),
+        "torch.compile": _compiled(_plain, compiled),
         "plain torch": _plain,
     }
 
@@ -221,3 +224,52 @@ def linear_arms(device: torch.device) -> dict[str, LinearArm | Missing]:
         "logits, then Megatron native": through(native),
         "Liger fused linear": _gpu_package("liger_kernel.ops.fused_linear_cross_entropy", device) or liger,
     }
+
+
+def norm_arms(device: torch.device, *, compiled: bool) -> dict[str, NormArm | Missing]:
+    """Norms of queries and keys on one rank; "as on several ranks" has the launches of those, and no reduction."""
+    from remit_megatron.kernels import rms_norm
+
+    gpu = device.type == "cuda"
+
+    def ours(impl: str) -> NormArm:
+        def arm(vectors: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            sizes = [(len(weight), NORM_EPS) for weight in weights]
+            return rms_norms(vectors, weights, sizes=sizes, impl=impl)  # type: ignore[arg-type]
+
+        return arm
+
+    def as_several(vectors: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        own = rms_norm._reduction
+        rms_norm._reduction = lambda group: lambda sums: None
+        try:
+            outputs = ours("auto")(vectors, weights)
+        finally:
+            rms_norm._reduction = own
+        return outputs
+
+    def each(norm: Callable[[Tensor, Tensor], Tensor]) -> NormArm:
+        def arm(vectors: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            pairs = zip(vectors, weights, strict=True)
+            return tuple(norm(x.flatten(1), weight).view(x.shape) for x, weight in pairs)
+
+        return arm
+
+    def transformers(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + NORM_EPS)
+        return (weight * (wide * scale)).to(x.dtype)
+
+    def torch_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight, NORM_EPS)
+
+    arms: dict[str, NormArm | Missing] = {
+        OURS: ours("auto"),
+        "ours, torch": ours("torch") if gpu else Missing('is "ours" here'),
+        "ours, as on several ranks": as_several if gpu else Missing("needs a GPU"),
+        "torch's rms_norm": each(torch_norm),
+        "as transformers": each(transformers),
+    }
+    one = _compiled(transformers, compiled)
+    arms["torch.compile"] = one if isinstance(one, Missing) else each(one)
+    return arms

@@ -162,3 +162,58 @@ class LinearProblem:
             rows.append(local + first)
             of_weight.append(gradient[:, local].t() @ hidden)
         return losses, of_hidden, torch.cat(rows), torch.cat(of_weight)
+
+
+class NormProblem:
+    """Queries and keys of an attention layer [T, n, d], weights [n * d] and incoming gradients [T, n, d] of each.
+
+    Both are views of one product, every third head of it, as Megatron has them. Forward and backward.
+    """
+
+    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator(device).manual_seed(hidden)
+        channels = min(128, hidden // 2)
+        heads = hidden // channels
+
+        def normal(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+        product = normal(tokens, heads, 3, channels)
+        self.vectors = tuple(product[:, :, part].requires_grad_() for part in (0, 1))
+        self.weights = tuple(normal(heads * channels).requires_grad_() for _ in range(2))
+        scale = token_weights_of((tokens,), generator, device).to(dtype).view(-1, 1, 1)
+        self.incoming = tuple(normal(tokens, heads, channels) * scale for _ in range(2))
+        self._target = torch.empty(2, tokens, heads, channels, dtype=dtype, device=device)
+
+    def copy(self) -> None:
+        """The yardstick: both read once and written once."""
+        for target, x in zip(self._target, self.vectors, strict=True):
+            target.copy_(x.detach())
+
+    def prepare(self, arm: Callable[..., Any]) -> Callable[[], tuple[Any, Any]]:
+        """A call that runs the arm once: outputs, and gradients of vectors and weights."""
+        leaves = (*self.vectors, *self.weights)
+
+        def call() -> tuple[Any, Any]:
+            outputs = arm(self.vectors, self.weights)
+            return outputs, torch.autograd.grad(outputs, leaves, self.incoming)
+
+        return call
+
+    def errors(self, arm: Callable[..., Any]) -> tuple[float, float]:
+        """Largest error of the outputs and of the gradients, each beside the largest of its kind."""
+        from kernel_arms import NORM_EPS
+
+        outputs, gradients = self.prepare(arm)()
+        exact = [leaf.detach().double().requires_grad_() for leaf in (*self.vectors, *self.weights)]
+        true = []
+        for x, weight in zip(exact[:2], exact[2:], strict=True):
+            flat = x.flatten(1)
+            true.append((flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS) * weight).view(x.shape))
+        of_true = torch.autograd.grad(true, exact, [one.double() for one in self.incoming])
+
+        def largest(found: Any, wanted: Any) -> float:
+            pairs = zip(found, wanted, strict=True)
+            return max(float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max()) for a, b in pairs)
+
+        return largest(outputs, true), largest(gradients, of_true)

@@ -69,13 +69,14 @@ build() {
     headers=$("$python" -c 'import glob, nvidia; print(":".join(d for p in nvidia.__path__ for d in sorted(glob.glob(p + "/*/include"))))')
     say "building transformer-engine-torch $version (log: $log)"
     rm -rf -- "$folder/building"
+    # Not pip's cache: what it holds may have been built against another torch.
     # Of this part only the types are used where there is no GPU: not optimized, it is compiled in about half the time.
     mkdir -p -- "$folder/compiler"
     printf '#!/bin/sh\nexec %s "$@" -O0\n' "$(command -v g++)" > "$folder/compiler/g++"
     chmod +x -- "$folder/compiler/g++"
     PATH="$venv/bin:$PATH" CXX="$folder/compiler/g++" CPATH="$headers${CPATH:+:$CPATH}" CUDA_HOME=$(dirname -- "$(dirname -- "$nvcc")") \
       NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS="${MAX_JOBS:-2}" \
-      nice -n 10 "$python" -m pip wheel --no-deps --no-build-isolation --no-binary transformer-engine-torch \
+      nice -n 10 "$python" -m pip wheel --no-deps --no-build-isolation --no-cache-dir --no-binary transformer-engine-torch \
       --wheel-dir "$folder/building" "transformer-engine-torch==$version" -v > "$log" 2>&1 < /dev/null ||
       fail "building failed: $(grep -E '(^|[ :])[Ee]rror' "$log" | tail -n 1 | cut -c 1-200) (whole text: $log)"
     mkdir -p -- "$folder/wheels"
@@ -97,5 +98,10 @@ if [[ "${1:-}" == --build ]]; then
   exit 0
 fi
 cd -- "$root"
-(($#)) || set -- tests/te
+# Options alone are for these tests, too, and not for all that the repository has.
+named=
+for argument; do
+  [[ "$argument" == -* || ! -e "${argument%%::*}" ]] || named=1
+done
+[[ -n "$named" ]] || set -- tests/te "$@"
 exec "$python" -m pytest "$@"

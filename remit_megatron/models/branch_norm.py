@@ -71,10 +71,8 @@ class BranchNormAttention(SelfAttention):
         """[s, b, n, d], [s, b, g, d], [s, b, g, d] of this rank's heads, queries and keys normalized."""
         projected: Any = super().get_query_key_value_tensors(*args, **kwargs)
         query, key, value = projected  # of three kinds of answer the one that is left without gate and fused rope
-        normalized = sharded_rms_norms(
-            (query.flatten(2), key.flatten(2)), (self.q_norm, self.k_norm), self.pg_collection.tp
-        )
-        return normalized[0].view_as(query), normalized[1].view_as(key), value
+        query, key = sharded_rms_norms((query, key), (self.q_norm, self.k_norm), self.pg_collection.tp)
+        return query, key, value
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the base class; [s, b, h], or [s / tp, b, h] with sequence parallelism."""

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional
 
+from remit_megatron.kernels.rms_norm import TorchNorms, backend_of, rms_norms
+
 
 def _check(config: TransformerConfig) -> None:
     if config.layernorm_zero_centered_gamma:
@@ -100,7 +102,7 @@ class ShardedRMSNorm(torch.nn.Module):
     """RMSNorm over an axis that tensor parallelism has split: each rank holds its part of the vector and of the weight.
 
     The mean square is that of the whole vector, so its sum is reduced over the ranks, and so is the inner product that
-    comes back from it (:class:`_ShardedRMSNormFunction`). The weight is this rank's own: its gradient needs no
+    comes back from it (`remit_megatron.kernels.rms_norm`). The weight is this rank's own: its gradient needs no
     reduction, and with sequence parallelism neither, because the vectors hold all tokens.
 
     Megatron sums the gradients of parameters over the tensor-parallel group by name (``q_layernorm``, ``k_layernorm``)
@@ -127,9 +129,7 @@ class ShardedRMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size / tp] -> the same, in the dtype of ``x``; statistics and product in float32 at least."""
-        if self._tp_group.size() == 1:
-            return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return sharded_rms_norms((x,), (self,), self._tp_group)[0]
+        return sharded_rms_norms((x.unsqueeze(-2),), (self,), self._tp_group)[0].squeeze(-2)
 
     def sharded_state_dict(
         self,
@@ -153,64 +153,23 @@ def sharded_rms_norms(
 ) -> tuple[Tensor, ...]:
     """Several :class:`ShardedRMSNorm` of the same tokens with one reduction over the ranks, forward and backward each.
 
+    On a GPU with Triton the parts around the reductions are one launch each for all of them
+    (`remit_megatron.kernels.rms_norm_triton`).
+
     Args:
-        vectors: [..., hidden_size / tp] of each norm; the leading axes are equal.
+        vectors: [..., n, d] of each norm, n heads of d channels on this rank; the leading axes are equal.
         norms: as many.
         tp_group: theirs.
 
     Returns:
-        What each norm gives, in its vector's dtype.
+        What each norm gives, in its vector's dtype and shape.
     """
-    if tp_group.size() == 1:
-        return tuple(norm(x) for norm, x in zip(norms, vectors, strict=True))
-    weights = [norm.weight for norm in norms]
-    sizes = tuple((norm.hidden_size, norm.eps) for norm in norms)
-    return _ShardedRMSNormFunction.apply(sizes, tp_group, *vectors, *weights)  # pyright: ignore[reportReturnType]
+    if tp_group.size() == 1 and backend_of(vectors, "auto") is TorchNorms:
+        return tuple(_whole(x, norm) for x, norm in zip(vectors, norms, strict=True))
+    sizes = [(norm.hidden_size, norm.eps) for norm in norms]
+    return rms_norms(vectors, [norm.weight for norm in norms], sizes=sizes, tp_group=tp_group)
 
 
-class _ShardedRMSNormFunction(torch.autograd.Function):
-    """y_i = r w_i x_i with r = (sum_j x_j^2 / h + eps)^(-1/2), j over all ranks, i over this one's; of n vectors.
-
-    dL/dx_i = r (g_i - r^2 x_i / h * sum_j g_j x_j) with g_i = w_i dL/dy_i: one more sum over the ranks on the way back.
-    Written out, it keeps only x and one number per vector for the backward pass; composed of Megatron's mappings it
-    keeps several float32 copies of x. The sums of all vectors travel together.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, sizes: tuple[tuple[int, float], ...], group: dist.ProcessGroup, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        vectors, weights = tensors[: len(sizes)], tensors[len(sizes) :]
-        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in vectors]
-        squares = torch.stack([x.square().sum(-1) for x in wide])
-        dist.all_reduce(squares, group=group)
-        scales = [
-            torch.rsqrt(square / hidden_size + eps).unsqueeze(-1)
-            for square, (hidden_size, eps) in zip(squares, sizes, strict=True)
-        ]
-        ctx.save_for_backward(*tensors, *scales)
-        ctx.sizes, ctx.group = sizes, group
-        parts = zip(vectors, wide, scales, weights, strict=True)
-        return tuple((x_wide * scale * weight).to(x.dtype) for x, x_wide, scale, weight in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.sizes)
-        saved = ctx.saved_tensors
-        vectors, weights, scales = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        units = [x.to(scale.dtype) * scale for x, scale in zip(vectors, scales, strict=True)]
-        incoming = [gradient.to(scale.dtype) for gradient, scale in zip(gradients, scales, strict=True)]
-        of_weights = [
-            (gradient * unit).flatten(0, -2).sum(0).to(weight.dtype)
-            for gradient, unit, weight in zip(incoming, units, weights, strict=True)
-        ]
-        weighted = [gradient * weight for gradient, weight in zip(incoming, weights, strict=True)]
-        inner = torch.stack([(one * unit).sum(-1) for one, unit in zip(weighted, units, strict=True)])
-        dist.all_reduce(inner, group=ctx.group)
-        of_vectors = [
-            (scale * (one - unit * (product.unsqueeze(-1) / hidden_size))).to(x.dtype)
-            for x, scale, one, unit, product, (hidden_size, _) in zip(
-                vectors, scales, weighted, units, inner, ctx.sizes, strict=True
-            )
-        ]
-        return None, None, *of_vectors, *of_weights
+def _whole(x: Tensor, norm: ShardedRMSNorm) -> Tensor:
+    weight = norm.weight.to(x.dtype)
+    return functional.rms_norm(x.flatten(-2), weight.shape, weight, norm.eps).view(x.shape)

@@ -12,17 +12,20 @@ from tests.families import VOCABULARY
 from tests.te.machine import activate
 
 TE, LOCAL = "transformer_engine", "local"
+# Layouts on which every rank holds something of every layer, and those that do not.
 LAYOUTS: dict[str, dict[str, Any]] = {"one": {}, "tp2": {"tp": 2}, "tp2_sp": {"tp": 2, "sequence_parallel": True}}
+PIPELINES: dict[str, dict[str, Any]] = {"pp2": {"pp": 2}}
+_ALL = LAYOUTS | PIPELINES
 
 
 def ranks_of(layout: str) -> int:
     """Processes of a layout."""
-    return LAYOUTS[layout].get("tp", 1) * LAYOUTS[layout].get("pp", 1)
+    return _ALL[layout].get("tp", 1) * _ALL[layout].get("pp", 1)
 
 
 def sizes_of(layout: str) -> dict[str, int]:
     """The layout's parallel sizes, by Megatron's names."""
-    sizes = LAYOUTS[layout]
+    sizes = _ALL[layout]
     return {
         "tensor_model_parallel_size": sizes.get("tp", 1),
         "pipeline_model_parallel_size": sizes.get("pp", 1),
@@ -41,7 +44,7 @@ def build(directory: str, groups: Any, layout: str, layers: str, **choices: Any)
     arguments = default_arguments(
         make_vocab_size_divisible_by=8,
         attention_backend=AttnBackend.unfused,  # the one of Transformer Engine's that is plain torch
-        sequence_parallel=LAYOUTS[layout].get("sequence_parallel", False),
+        sequence_parallel=_ALL[layout].get("sequence_parallel", False),
         **({"transformer_impl": layers} | sizes_of(layout) | choices),
     )
     chunks = build_chunks(model_config(source.hf_config, arguments), groups)
@@ -113,7 +116,8 @@ def step(
     documents: list[list[int]] | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
-    """As test_parity's: logits and gradients of two microbatches through Megatron's schedule.
+    """As test_parity's: logits and gradients of two microbatches through Megatron's schedule; of four, of a sequence
+    each, where stages exchange packed sequences.
 
     Args:
         documents: [b, s] numbers of documents that do not see each other; packed sequences for Transformer Engine, a
@@ -131,7 +135,10 @@ def step(
     ids = torch.tensor(tokens)
     item = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": torch.ones(ids[:, 1:].shape)}
     item |= {} if documents is None else {"document_ids": torch.tensor(documents)}
-    microbatches = [{name: tensor[rows] for name, tensor in item.items()} for rows in (slice(2), slice(2, 4))]
+    size = 1 if documents is not None and layout in PIPELINES else 2
+    microbatches = [
+        {name: tensor[first : first + size] for name, tensor in item.items()} for first in range(0, len(ids), size)
+    ]
     results: dict[str, Any] = {}
     with process_groups(**sizes_of(layout)) as groups:
         model_parallel_cuda_manual_seed(1)
@@ -145,12 +152,12 @@ def step(
             logits: list[torch.Tensor] = []
             calls.clear()
             get_forward_backward_func()(
-                forward_step_func=_forward_step(groups, logits, layers, documents is not None),
+                forward_step_func=_forward_step(groups, logits, layers, documents is not None, scale=2 / size),
                 data_iterator=iter(microbatches),
                 model=model,
-                num_microbatches=2,
+                num_microbatches=len(microbatches),
                 seq_length=parity.LENGTH,
-                micro_batch_size=2,
+                micro_batch_size=size,
                 forward_only=False,
             )
             gradients = parity._gradients([model], names_of(directory))
@@ -160,8 +167,8 @@ def step(
     return results
 
 
-def _forward_step(groups: Any, logits: list[torch.Tensor], layers: str, document_mask: bool) -> Any:
-    """Sum of all tokens' losses, by our own way through a model."""
+def _forward_step(groups: Any, logits: list[torch.Tensor], layers: str, document_mask: bool, *, scale: float) -> Any:
+    """Sum of all tokens' losses, by our own way through a model; ``scale`` undoes the mean over more microbatches."""
     from remit_megatron.kernels import token_loss
     from remit_megatron.models.forward import ModelForward
 
@@ -177,7 +184,7 @@ def _forward_step(groups: Any, logits: list[torch.Tensor], layers: str, document
         return token_loss(values, labels, tp_group=groups.tp, vocab_size=VOCABULARY)
 
     def forward_step(iterator: Any, model: Any) -> Any:
-        return forward.run(model, forward.next(iterator), losses), lambda loss: (loss.sum(), {})
+        return forward.run(model, forward.next(iterator), losses), lambda loss: (loss.sum() * scale, {})
 
     return forward_step
 

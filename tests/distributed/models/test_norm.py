@@ -106,7 +106,7 @@ def pair_on_a_rank() -> dict[str, Any]:
         ranks, results, waits = groups.tp.size(), [], []
         norms = tuple(ShardedRMSNorm(config, width, EPS, tp_group=groups.tp) for width in (24, 12))
         generator = torch.Generator().manual_seed(groups.tp.rank())
-        shapes = [(5, 2, width // ranks) for width in (24, 12)]
+        shapes = [(5, 2, 2, width // ranks // 2) for width in (24, 12)]  # two heads
         values = [torch.randn(shape, generator=generator) for shape in shapes]
         incoming = [torch.randn(shape, generator=generator) for shape in shapes]
         for norm in norms:
@@ -119,7 +119,7 @@ def pair_on_a_rank() -> dict[str, Any]:
                 if together:
                     outputs = sharded_rms_norms(vectors, norms, groups.tp)
                 else:
-                    outputs = tuple(norm(vector) for norm, vector in zip(norms, vectors, strict=True))
+                    outputs = tuple(norm(x.flatten(2)).view_as(x) for norm, x in zip(norms, vectors, strict=True))
                 gradients = torch.autograd.grad(outputs, (*vectors, *(norm.weight for norm in norms)), incoming)
                 results.append([tensor.detach().tolist() for tensor in (*outputs, *gradients)])
                 waits.append(counted["reductions"])
