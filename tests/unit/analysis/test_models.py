@@ -246,7 +246,7 @@ def test_dropout_saved_in_a_tokenizer_is_off(tmp_path):
     )
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = models.TextTokenizer(tmp_path, field="tokenizer")
-    assert tokenizer.tokenize(1, "ab" * 50).ids == [2] * 50
+    assert {tuple(tokenizer.tokenize(1, "ab" * 20).ids) for _ in range(50)} == {(2,) * 20}
 
 
 def test_max_tokens_cuts(tiny, tmp_path):
