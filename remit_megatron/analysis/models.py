@@ -39,12 +39,19 @@ class TextModel:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         try:
-            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                self.source.path, dtype=_DTYPES[dtype], local_files_only=True, use_safetensors=True
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                self.source.path,
+                dtype=_DTYPES[dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             found = f"{self.source.path}, which transformers cannot load ({error})"
             raise UserError(field, found, "a causal language model") from None
+        self._model: Any = loaded[0]
+        if missing := sorted(loaded[1]["missing_keys"]):  # which transformers draws at random
+            raise UserError(field, f"no {missing[0]} in {self.source.path}", "every weight that config.json implies")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.eval().requires_grad_(False).to(self._device)
         self._head = self._model.get_output_embeddings()
@@ -53,9 +60,15 @@ class TextModel:
 
     @torch.no_grad()
     def hidden(self, ids: list[int]) -> Tensor:
-        """[s - 1, h] final hidden states from which tokens 1 to s - 1 are predicted."""
+        """[s - 1, h] final hidden states from which tokens 1 to s - 1 are predicted.
+
+        Raises:
+            UserError: they are not finite.
+        """
         tokens = torch.tensor([ids[:-1]], dtype=torch.int64, device=self._device)
-        return self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        self._refuse_not_finite(hidden)
+        return hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -80,11 +93,17 @@ class TextModel:
         return torch.cat(values).cpu()
 
     @torch.no_grad()
+    def _refuse_not_finite(self, values: Tensor) -> None:
+        if not values.isfinite().all():
+            found = f"{self.source.path}, which gives numbers that are not finite"
+            raise UserError(self._field, found, "a model that gives finite ones (its weights may not be)")
+
     def _check_head(self) -> None:
         # Some families scale or cap their logits after the output layer; without this the numbers would be others'.
         ids = torch.arange(1, min(9, self.vocab_size), device=self._device).unsqueeze(0)
         ours = self.logits(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
         theirs = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        self._refuse_not_finite(theirs)
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             kind = type(self._model).__name__
             found = f"{kind}, whose logits are not the output layer of its hidden states"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import parse_json
 
 CLASSES: tuple[str, ...] = ("digits", "operators", "connectives", "code", "words", "punctuation", "space")
 
@@ -65,7 +66,8 @@ def read_texts(path: str, *, text_key: str = "text", max_texts: int | None = Non
             if max_texts is not None and len(texts) == max_texts:
                 break
             try:
-                record = json.loads(raw)
+                record = parse_json(raw)
+                str(record.get(text_key) if isinstance(record, dict) else "").encode()  # half of a surrogate pair
             except ValueError as error:
                 raise UserError(f"{path} line {line}", f"no JSON ({error})", expected) from None
             text = record.get(text_key) if isinstance(record, dict) else None
@@ -94,6 +96,9 @@ class TextTokenizer:
             raise UserError(field, f"{self._path}, which cannot be read ({error})", "a tokenizer.json") from None
         self._backend.no_truncation()
         self._backend.no_padding()
+        model: Any = self._backend.model
+        if getattr(model, "dropout", None) is not None:
+            model.dropout = None  # or two models would be compared on different tokens
 
     def tokenize(self, line: int, text: str) -> TokenizedText:
         """Cuts one text."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from remit_megatron.conversion.checkpoint_files import CheckpointFiles
 from remit_megatron.conversion.shared_reading import Read, read_in_turns
 from remit_megatron.conversion.source import ModelSource
 from remit_megatron.conversion.tensor_files import DTYPES, LazyTensor, TensorFiles
+from remit_megatron.conversion.weight_files import HEAD, IMPLIED
 from remit_megatron.models.build import shape_of, unwrap
 from remit_megatron.models.family import family_of, required
 from remit_megatron.models.mapping import WHOLE, NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
@@ -24,9 +24,6 @@ from remit_megatron.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Buffers that old files hold and that the architecture implies.
-_IMPLIED = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$")
-_HEAD = "lm_head.weight"
 _COMPARED_ROWS = 4096
 
 
@@ -112,21 +109,21 @@ class HuggingFaceWeights:
         self._num_layers: int = required(source.hf_config, "num_hidden_layers")
         known = hf_names(self.names, self._num_layers)
         # A tied model's files may hold the one matrix twice, or under the head's name alone.
-        self._tied = self.names.head is None and _HEAD in self._files.names()
-        unknown = self._files.names() - known - ({_HEAD} if self._tied else set())
-        unknown = sorted(name for name in unknown if not _IMPLIED.search(name))
+        self._tied = self.names.head is None and HEAD in self._files.names()
+        unknown = self._files.names() - known - ({HEAD} if self._tied else set())
+        unknown = sorted(name for name in unknown if not IMPLIED.search(name))
         if unknown:
             raise UserError(
                 f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
             )
         (embedding,) = self.names.embedding.hf
-        self._renamed = {embedding: _HEAD} if self._tied and embedding not in self._files.names() else {}
+        self._renamed = {embedding: HEAD} if self._tied and embedding not in self._files.names() else {}
         if self._tied and not self._renamed:
             self._check_tied(embedding)
 
     def _check_tied(self, embedding: str) -> None:
         """Refuses a head of its own in a model that config.json calls tied; a few rows at a time."""
-        first, second = self._files[embedding], self._files[_HEAD]
+        first, second = self._files[embedding], self._files[HEAD]
         same = first.shape == second.shape
         for start in range(0, first.shape[0] if same else 0, _COMPARED_ROWS):
             part = slice(start, start + _COMPARED_ROWS)
@@ -134,7 +131,7 @@ class HuggingFaceWeights:
                 same = False
                 break
         if not same:
-            found = f"true, and {_HEAD} differs from {embedding} in {self._path}"
+            found = f"true, and {HEAD} differs from {embedding} in {self._path}"
             expected = "false for a head of its own (transformers then does not tie it), or equal weights"
             raise UserError("config.json tie_word_embeddings", found, expected)
 
@@ -147,7 +144,7 @@ class HuggingFaceWeights:
         return [self._tensor(name) for name in sorted(hf_names(self.names, self._num_layers))]
 
     def _tensor(self, name: str) -> LazyTensor:
-        if name == _HEAD and name not in self._files.names():
+        if name == HEAD and name not in self._files.names():
             found = f"no tensor {name}"
             raise UserError(f"weights in {self._path}", found, "one, or config.json with tie_word_embeddings true")
         tensor = self._files[self._renamed.get(name, name)]

@@ -21,7 +21,7 @@ from remit_megatron.runtime.checkpoints import (
     verify,
 )
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import HF_SUBFOLDER, sha256_file
+from remit_megatron.runtime.files import HF_SUBFOLDER, parse_json, sha256_file
 
 # What transformers reads of a tokenizer, as patterns. These files decide ids and belong together: one of another
 # tokenizer among them would make a third.
@@ -145,10 +145,10 @@ def read_config(directory: Path, field: str = "checkpoint") -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(field, f"no {path}", "the model's config.json") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(str(path), f"no JSON ({error})", "the model's configuration") from None
     if not isinstance(config, dict):
         raise UserError(str(path), type(config).__name__, "a JSON object")

@@ -8,8 +8,9 @@ Where it finds nothing, and a single other safetensors file is there, that one i
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import re
 import struct
 from collections.abc import Iterable
 from functools import cache
@@ -17,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.runtime.errors import UserError, show
+from remit_megatron.runtime.files import parse_json
 
 logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+# Buffers that old files hold and that the architecture implies.
+IMPLIED = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Beside a model's weights in many directories, and not the model: adapters, and the same weights under other names.
 _BESIDE = ("adapter_model*.safetensors", "consolidated*.safetensors")
@@ -52,7 +57,7 @@ def _named_in_config(directory: Path) -> Path | None:
     """The file that ``transformers_weights`` of config.json names."""
     path = directory / "config.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("transformers_weights")
+        name = parse_json(path.read_bytes()).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
         return None  # whoever reads the configuration says so
     if name is None:
@@ -61,7 +66,9 @@ def _named_in_config(directory: Path) -> Path | None:
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise UserError(f"{path} transformers_weights", repr(name), expected)
     file = directory / name
-    if not file.resolve().is_relative_to(directory.resolve()) or not file.is_file():
+    # By its name, as there: the files of a hub's cache are links that lead out of the folder.
+    inside = os.path.abspath(file).startswith(os.path.join(os.path.abspath(directory), ""))
+    if not inside or not file.is_file():
         raise UserError(f"{path} transformers_weights", f"{name}, which is not there", expected)
     return file
 
@@ -70,7 +77,7 @@ def _named_in_config(directory: Path) -> Path | None:
 def _warn_of_stale(index: Path) -> None:
     """Once for each; an index of that one file is none of another model's."""
     try:
-        files = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        files = {str(name) for name in parse_json(index.read_bytes())["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         files = set()
     if files != {SINGLE}:
@@ -104,7 +111,7 @@ def _held(files: Iterable[Path]) -> dict[str, Path]:
 
 def _indexed(index: Path) -> dict[str, Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(index.read_bytes())["weight_map"]
         wanted = {name: index.parent / file for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(str(index), f"{type(error).__name__}: {error}", "JSON with a weight_map") from None
@@ -119,7 +126,8 @@ def _indexed(index: Path) -> dict[str, Path]:
             raise UserError(str(index), f"{name}, which is not there", "every file that the index names")
     held = _held(files)
     for name, file in sorted(wanted.items()):
-        if name not in held:
+        # An index may be older than its files: a buffer is not needed, nor is the head of a tied model.
+        if name not in held and name != HEAD and not IMPLIED.search(name):
             raise UserError(str(file), f"no tensor {name}", "the tensors that the index puts there")
     return held
 
@@ -137,7 +145,7 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length), object_pairs_hook=_each_once)
         metadata = header.pop("__metadata__", {})
         if any(not isinstance(text, str) for text in metadata.values()):
             raise ValueError(f"__metadata__ {show(metadata)}")
@@ -147,6 +155,14 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(str(file), f"{error}", "a whole safetensors file") from None
     return 8 + length, header
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which the library takes no name twice and Python the last of them."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError(f"a name twice in {show([name for name, _ in pairs])}")
+    return content
 
 
 def _check_entries(header: dict[str, Any]) -> int:

@@ -87,6 +87,10 @@ class IndexedTokens:
             raise UserError(index_path, f"{index_size} bytes", expected)
         self.dtype = _TYPE_CODES[code]
         index = np.memmap(index_path, mode="r", dtype=np.uint8)
+        edges = np.asarray(index[start + 12 * sequences :]).view("<i8")[[0, -1]].tolist() if ends else []
+        if ends != sequences + 1 or edges != [0, sequences]:
+            found = f"{ends} document ends, from {edges[0]} to {edges[1]}" if ends else "no document ends"
+            raise UserError(index_path, found, f"{sequences + 1} from 0 to {sequences}: each document one sequence")
         self.lengths = np.asarray(index[start : start + 4 * sequences]).view("<i4")
         # The fixed part has 34 bytes, so the 8-byte numbers are not aligned; numpy reads them all the same.
         self._offsets = np.asarray(index[start + 4 * sequences : start + 12 * sequences]).view("<i8")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import parse_json
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 KNOWN_SUFFIXES = (
@@ -164,11 +164,16 @@ def _files_of_directories(directories: Sequence[str], item: str, notes: list[str
 def _files_of_data_set(root: Path) -> list[str] | None:
     """Files that ``save_to_disk`` wrote; None for any other folder."""
     if (root / "dataset_dict.json").exists():
-        splits = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
-        raise UserError("--input", f"{root} with splits {', '.join(splits)}", f"one split, as {root / splits[0]}")
+        try:
+            splits = parse_json((root / "dataset_dict.json").read_bytes())["splits"]
+            example, names = root / splits[0], ", ".join(splits)
+        except (ValueError, LookupError, TypeError) as error:
+            found = f"dataset_dict.json without a list of splits ({type(error).__name__}: {error})"
+            raise UserError(str(root), found, "data sets written by save_to_disk") from None
+        raise UserError("--input", f"{root} with splits {names}", f"one split, as {example}")
     if (root / "state.json").exists():
         try:
-            state = json.loads((root / "state.json").read_text(encoding="utf-8"))
+            state = parse_json((root / "state.json").read_bytes())
             return [str(root / item["filename"]) for item in state["_data_files"]]
         except (ValueError, KeyError, TypeError) as error:
             found = f"state.json without a list of data files ({type(error).__name__}: {error})"

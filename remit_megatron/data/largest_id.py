@@ -15,7 +15,7 @@ import numpy as np
 
 from remit_megatron.data.manifest import Manifest, read_manifest
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.files import parse_json, write_atomic
 
 _PIECE = 1 << 25  # tokens
 
@@ -44,7 +44,7 @@ def largest_id(prefix: str | os.PathLike, manifest: Manifest) -> int:
     """Largest token id of an older data set; -1 for one without tokens."""
     kept = Path(f"{os.fspath(prefix)}.ids.json")
     with suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(kept.read_text())
+        content = parse_json(kept.read_bytes())
         if content["bin"] == manifest.bin.sha256:
             return int(content["largest_id"])
     largest = -1

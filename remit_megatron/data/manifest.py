@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import sha256_file
+from remit_megatron.runtime.files import parse_json, sha256_file
 
 FORMAT = "remit-data"
 FORMAT_VERSION = 1
@@ -85,7 +85,7 @@ def read_manifest(prefix: str | os.PathLike, *, verify: bool = False) -> Manifes
     path = manifest_path(prefix)
     try:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+            content = parse_json(file.read())
     except FileNotFoundError:
         parts = [part for part in (f"{prefix}.bin", f"{prefix}.idx") if os.path.exists(part)]
         found = (

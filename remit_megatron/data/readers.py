@@ -130,12 +130,16 @@ class TextFormat:
             found = "an empty string" if value == "" else f"{type(value).__name__} ({str(value)[:40]})"
             raise BadRecord(f"{found} in field {name!r}", "a string that is not empty")
         text = record[self.fields[0]] if self._template is None else self._template.format_map(record)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"half of a surrogate pair at character {error.start} of the text"
-            raise BadRecord(found, "text that can be written in UTF-8") from None
+        _check_surrogates(text)
         return text
+
+
+def _check_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"half of a surrogate pair at character {error.start} of the text"
+        raise BadRecord(found, "text that can be written in UTF-8") from None
 
 
 def _raise_not_utf8(data: bytes, where: str = "") -> NoReturn:
@@ -299,8 +303,15 @@ def iter_records(inputs: Sequence[str | os.PathLike], *, fields: Sequence[str]) 
 
 
 def _plain(value: Any) -> Any:
-    """A parsed value without the pairs that objects are read as."""
+    """A parsed value without the pairs that objects are read as; text that cannot be written in UTF-8 is none."""
+    if isinstance(value, bytes):
+        _raise_not_utf8(value)
+    if isinstance(value, str):
+        _check_surrogates(value)
+        return value
     if isinstance(value, _Pairs):
+        for name, _ in value:
+            _check_surrogates(name)
         record = {name: _plain(inner) for name, inner in value}
         if len(record) != len(value):
             raise BadRecord(f"an object with a field twice ({', '.join(name for name, _ in value)})", "each field once")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 from remit_megatron.data.tokenizer_files import CONFIG, SPECIAL_TOKENS, largest_id, open_directory, open_file
 from remit_megatron.data.tokenizer_identity import digest_of, former_digest
 from remit_megatron.runtime.errors import UserError, show
-from remit_megatron.runtime.files import HF_SUBFOLDER
+from remit_megatron.runtime.files import HF_SUBFOLDER, parse_json
 
 # Looked for, in this order, where no configuration file names an end-of-text token.
 _WELL_KNOWN_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -110,7 +109,7 @@ class Tokenizer:
 
     def _eod_from(self, path: Path) -> int | None:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(self._field, f"{path}, which cannot be read ({error})", "a JSON object") from None
         if not isinstance(content, dict):

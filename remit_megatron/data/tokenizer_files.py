@@ -9,7 +9,6 @@ used: the general class, and no token that the file does not have.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import parse_json
 
 FILE, CONFIG, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
@@ -114,8 +114,8 @@ def _json(path: Path, field: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(field, f"{path}, which cannot be read ({error})", "a JSON object") from None
     if not isinstance(content, dict):
         raise UserError(field, f"{path}, which holds a {type(content).__name__}", "a JSON object")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from remit_megatron.runtime.errors import UserError, show
 
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
@@ -59,12 +62,20 @@ class RequestCache:
         self._file.close()
 
     def add(self, method: str, arguments: Any, answer: Any) -> None:
-        """Keeps one answer: in the file before the next one is made."""
+        """Keeps one answer: in the file before the next one is made.
+
+        Raises:
+            UserError: it is no number, which would be ranked among others as if it was.
+        """
         if _random(arguments):
             return
         key = request_key(method, arguments)
         if key in self._answers:
             return
+        value = answer[0] if isinstance(answer, tuple | list) else answer
+        if isinstance(value, float) and math.isnan(value):
+            found = f"a log-probability of {value} of {show(arguments)}"
+            raise UserError("MODEL", found, "a model that gives numbers (its weights may not be)")
         answer = list(answer) if isinstance(answer, tuple) else answer
         self._answers[key] = answer
         self._file.write(json.dumps([_checksum(key, answer), key, answer]).encode() + b"\n")

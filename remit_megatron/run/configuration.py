@@ -35,6 +35,7 @@ from remit_megatron.run.schema import (
     WandbConfig,
 )
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
+from remit_megatron.runtime.files import parse_json
 from remit_megatron.runtime.installed import config_names, find_config
 from remit_megatron.runtime.settings_files import first_line, merge_settings, read_layers, read_settings, read_text
 
@@ -121,9 +122,10 @@ def load_model_description(model: str | Mapping[str, Any]) -> dict[str, Any]:
         file = _find_model(model)
         if file.suffix == ".json":
             try:
-                values = json.loads(read_text(file))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{error.lineno}", error.msg, "valid JSON") from None
+                values = parse_json(read_text(file))
+            except ValueError as error:
+                line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+                raise UserError(f"{file}{line}", getattr(error, "msg", error), "valid JSON") from None
         else:
             values = read_layers(file, named=_NAMED)
         where = str(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import threading
@@ -11,11 +12,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from remit_megatron.runtime.errors import UserError
 
 # Folder of a checkpoint with config.json, the tokenizer and what else a Hugging Face model has besides weights.
 HF_SUBFOLDER = "hf"
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """``json.loads`` of what somebody else wrote, in UTF-8.
+
+    Raises:
+        ValueError: it is no JSON, or no UTF-8; also where it is nested more deeply than can be read.
+    """
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def fsync_directory(directory: str | os.PathLike) -> None:

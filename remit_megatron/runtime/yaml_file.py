@@ -23,6 +23,8 @@ def parse_yaml(text: str) -> Any:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except AssertionError:  # which is how it refuses a bare number, flag or date
         raise yaml.YAMLError("one value alone") from None
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def read_yaml(path: Path, *, field: str, expected: str) -> Any:

@@ -25,11 +25,12 @@ from remit_megatron.run.configuration import ObjectiveConfig, RunConfig
 from remit_megatron.run.prepare import Prepared
 from remit_megatron.run.samples import open_datasets
 from remit_megatron.runtime import parallel
-from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.errors import EXIT_DONE, DoNotRestart, UserError
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.progress import Progress
 from remit_megatron.scoring.batches import round_size, score_samples
 from remit_megatron.scoring.command import forward_layout, prepare_forward
+from remit_megatron.scoring.finite import Scored
 from remit_megatron.scoring.guidance import Difference, TextGuidance, compare_text, mean_difference, verdict
 from remit_megatron.scoring.requests import EncodedSuite, RequestScorer, encode_suite
 
@@ -59,6 +60,7 @@ def check_reference(config: RunConfig, *, samples: int, output: str | None = Non
 
     Raises:
         UserError: the input is wrong.
+        DoNotRestart: one of the models gives losses that are not finite.
     """
     if config.init is None:
         raise UserError("init", "nothing", "the student that is compared")
@@ -104,8 +106,12 @@ class _Comparison:
         self._suite: EncodedSuite | None = None
         if (settings := prepared.config.evaluation) is not None:
             with parallel.same_fate("reading the evaluation's requests"):
-                length = prepared.arguments.seq_length
-                self._suite = encode_suite(read_suite(settings), prepared.tokenizer, sequence_length=length)
+                self._suite = encode_suite(
+                    read_suite(settings),
+                    prepared.tokenizer,
+                    sequence_length=prepared.arguments.seq_length,
+                    vocab_size=prepared.hf_config["vocab_size"],
+                )
         sources: tuple[ModelSource | None, ...] = (prepared.init, prepared.reference)
         self._models: list[LiveReference] = []
         for name, source in zip(_MODELS, sources, strict=True):
@@ -144,6 +150,7 @@ class _Comparison:
     def _figures(self, items: Sequence[Item], student: np.ndarray, reference: np.ndarray) -> TextGuidance:
         tokens = torch.stack([torch.cat((item["tokens"], item["labels"][-1:])) for item in items])
         mask = torch.stack([item["loss_mask"] for item in items])
+        self._refuse_not_finite(mask.numpy() > 0, student, reference)
         documents = document_ids_of(tokens[:, :-1], self._prepared.tokenizer.eod_id)
         objective = self._objective
         weights = token_weights(
@@ -156,6 +163,16 @@ class _Comparison:
         )
         arrays = (weights.numpy(), (mask > 0).numpy(), documents.numpy(), tokens.numpy())
         return compare_text(student, reference, *arrays, epsilon=objective.epsilon, seed=self._prepared.config.seed)
+
+    def _refuse_not_finite(self, counted: np.ndarray, student: np.ndarray, reference: np.ndarray) -> None:
+        """Of the student no loss may be missing, of the reference as many as a run allows; on all ranks alike."""
+        settings = self._prepared.config.reference
+        assert settings is not None
+        total = int(counted.sum())
+        for name, losses, limit in (("init", student, 0.0), ("reference.checkpoint", reference, settings.max_dropped)):
+            found = Scored(total, int((counted & ~np.isfinite(losses)).sum()))
+            if found.share > limit:
+                raise DoNotRestart(f"{name}: found {found}; expected at most {limit:.2%}")
 
     def _losses(self, model: LiveReference, items: Sequence[Item]) -> list[np.ndarray]:
         """[s] float32 losses of each item on the last stage; nothing before it."""

@@ -63,11 +63,14 @@ class EncodedSuite:
     cut: int  # requests whose beginning did not fit
 
 
-def encode_suite(suite: RequestSuite, tokenizer: Tokenizer, *, sequence_length: int) -> EncodedSuite:
+def encode_suite(suite: RequestSuite, tokenizer: Tokenizer, *, sequence_length: int, vocab_size: int) -> EncodedSuite:
     """Encodes every request: context and continuation each by itself, after what the tokenizer puts before a text.
 
+    Args:
+        vocab_size: rows of the model's embedding.
+
     Raises:
-        UserError: a continuation alone is longer than a sequence, or gives no token.
+        UserError: a continuation alone is longer than a sequence, or gives no token; or the model has no row for one.
     """
     around = own_special_tokens(tokenizer)
     before = () if around is None else around.before
@@ -83,6 +86,9 @@ def encode_suite(suite: RequestSuite, tokenizer: Tokenizer, *, sequence_length: 
             tokens = [*before, *context, *continuation]
             if len(tokens) == len(continuation):
                 raise UserError(task.name, "a request without context", "one token or more before the answer")
+            if max(tokens) >= vocab_size:
+                expected = f"below {vocab_size}, the rows of the model's embedding"
+                raise UserError(f"{task.name}: {choice.continuation[:40]!r}", f"ids up to {max(tokens)}", expected)
             cut += len(tokens) > sequence_length + 1
             requests.append(EncodedRequest(tuple(tokens[-sequence_length - 1 :]), len(continuation)))
     return EncodedSuite(suite, requests, cut)

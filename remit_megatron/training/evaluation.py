@@ -33,11 +33,10 @@ class RunEvaluation:
         assert settings is not None
         self._settings, self._arguments, self._total = settings, prepared.arguments, total_steps
         suite = read_suite(settings)
-        encoded = encode_suite(suite, prepared.tokenizer, sequence_length=prepared.arguments.seq_length)
+        rows, length = prepared.hf_config["vocab_size"], prepared.arguments.seq_length
+        encoded = encode_suite(suite, prepared.tokenizer, sequence_length=length, vocab_size=rows)
         self.name, self.requests, self.cut = suite.name, len(encoded.requests), encoded.cut
-        self._scorer = RequestScorer(
-            encoded, prepared.arguments, groups=self._megatron_groups, vocab_size=prepared.hf_config["vocab_size"]
-        )
+        self._scorer = RequestScorer(encoded, prepared.arguments, groups=self._megatron_groups, vocab_size=rows)
         self._groups: Any = None
         self._started = time.monotonic()
         self._spent = 0.0

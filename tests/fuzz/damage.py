@@ -59,7 +59,7 @@ def damaged(draw: Any, original: bytes, *, edits: int = 3) -> bytes:
     for _ in range(draw(st.integers(1, edits))):
         place = draw(st.integers(0, max(len(data) - 1, 0)))
         length = draw(st.integers(1, 16))
-        kind = draw(st.sampled_from(("change", "bit", "cut", "remove", "repeat", "insert", "extreme")))
+        kind = draw(st.sampled_from(("change", "bit", "cut", "remove", "repeat", "insert", "extreme", "deep")))
         if kind == "change":
             data[place : place + length] = draw(st.binary(min_size=length, max_size=length))
         elif kind == "bit" and data:
@@ -72,6 +72,8 @@ def damaged(draw: Any, original: bytes, *, edits: int = 3) -> bytes:
             data[place:place] = data[place : place + length]
         elif kind == "insert":
             data[place:place] = draw(st.binary(min_size=1, max_size=length))
+        elif kind == "deep":  # deeper than any parser's stack, where the file is a text of brackets
+            data[place:place] = draw(st.sampled_from((b"[" * 9000, b'{"a":' * 9000, b"{a: " * 2000)))
         elif kind == "extreme":
             word = draw(st.sampled_from((b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f", b"\0" * 7 + b"\x80")))
             data[place : place + 8] = word

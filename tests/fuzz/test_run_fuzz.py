@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ patches.apply()
 
 from remit_megatron.run.configuration import RunConfig, load_config  # noqa: E402
 from remit_megatron.run.dry_run import dry_run  # noqa: E402
+from remit_megatron.run.megatron_args import _known_arguments  # noqa: E402
+from remit_megatron.run.megatron_keys import ARCHITECTURE, OWNED, UNSUPPORTED  # noqa: E402
 from remit_megatron.runtime.errors import UserError  # noqa: E402
 from tests.fuzz.damage import REFUSED, altered, damaged, examples, handled, odd_values  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
@@ -92,6 +95,88 @@ def test_altered_run(folder, data):
 @given(data=st.data())
 def test_altered_megatron_arguments(folder, data):
     use(folder, RUN | {"megatron": data.draw(altered(RUN["megatron"], edits=1))})
+
+
+def plausible(action: argparse.Action) -> st.SearchStrategy[Any]:
+    """Values of an argument's own kind, among them some that no run can have."""
+    if action.nargs == 0:
+        return st.booleans()
+    if action.choices:
+        one: st.SearchStrategy[Any] = st.sampled_from(list(action.choices))
+    elif action.type is int:
+        one = st.sampled_from((0, 1, 2, 3, 4, 5, 8, 10, 64, 1000, -1))
+    elif action.type is float:
+        one = st.sampled_from((0.0, 1e-8, 1e-5, 0.1, 0.5, 0.999, 1.0, 2.0, -1.0, 1e30, 1))
+    else:
+        one = st.sampled_from(("x", "1", "a,b", "[1, 0]", "auto", ""))
+    if action.nargs in ("+", "*") or isinstance(action.nargs, int):
+        return st.lists(one, min_size=1, max_size=3)
+    return one
+
+
+ARGUMENTS = {
+    name: action
+    for name, action in sorted(_known_arguments()[0].items())
+    if name not in ARCHITECTURE | OWNED.keys() | UNSUPPORTED.keys() | {"help"}
+}
+# Those of optimizer, schedule and batches are drawn as often as all the others: they depend on each other.
+RELATED = [
+    name
+    for name in ARGUMENTS
+    if name.startswith(
+        ("lr", "min_lr", "adam", "sgd", "muon", "weight_decay", "start_w", "end_w", "loss_scale", "initial_l")
+    )
+    or name
+    in (
+        "optimizer",
+        "fp16",
+        "bf16",
+        "train_samples",
+        "train_iters",
+        "global_batch_size",
+        "micro_batch_size",
+        "clip_grad",
+    )
+    or name
+    in ("use_distributed_optimizer", "decoupled_lr", "decoupled_min_lr", "hysteresis", "eval_iters", "save_interval")
+]
+
+
+@examples(40)
+@given(data=st.data())
+def test_arguments_of_their_own_kind(folder, data):
+    """Any three of Megatron's arguments, each with a value that its parser takes."""
+    names = data.draw(
+        st.lists(st.sampled_from(RELATED) | st.sampled_from(sorted(ARGUMENTS)), min_size=1, max_size=3, unique=True)
+    )
+    values = {name: data.draw(plausible(ARGUMENTS[name])) for name in names}
+    shown = use(folder, RUN | {"megatron": RUN["megatron"] | values})
+    assert shown is REFUSED or all(name in shown for name in values)
+
+
+# What people write for a number, and what it is as YAML; None where it is none.
+SPELLINGS = {
+    "1e-3": 1e-3, "1.0e-3": 1e-3, ".001": 1e-3, "1E-3": 1e-3, "+1e-3": 1e-3, "0.001 # comment": 1e-3, "1_0e-4": 1e-3,
+    '"1e-3"': None, "1,0e-3": None, "1e-3s": None, "!!float 1e-3": 1e-3, "!!str 1e-3": None, "~": None, "yes": None,
+    "0x10": 16, "1:30": 90, "2001-01-01": None, "[1e-3]": None, "{a: 1e-3}": None, "&lr 1e-3": 1e-3, "*lr": None,
+    ".inf": None, "-.nan": None, "1e-3\n  lr: 2e-3": None, "${oc.env:NOWHERE}": None, "${seed}": 7, "|\n  1e-3": None,
+    "${missing}": None, "${": None, "'${seed}'": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS)
+def test_spellings_of_a_number(folder, spelled):
+    """A learning rate is the number that was written, or is refused."""
+    text = yaml.safe_dump({key: value for key, value in RUN.items() if key != "megatron"})
+    rest = yaml.safe_dump({key: value for key, value in RUN["megatron"].items() if key not in ("lr", "min_lr")})
+    text += "megatron:\n" + "".join(f"  {line}\n" for line in rest.splitlines()) + f"  lr: {spelled}\n"
+    (folder / "run.yaml").write_text(text)
+    shown = use(folder, text.encode())
+    if shown is REFUSED:
+        assert SPELLINGS[spelled] is None
+    else:
+        found = yaml.safe_load(shown.split("\n\n")[0])["megatron"]["lr"]
+        assert SPELLINGS[spelled] is not None and float(found) == SPELLINGS[spelled]
 
 
 @examples(20)

@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from remit_megatron.data.special_tokens import special_tokens
 from remit_megatron.data.tokenizer import load_tokenizer
-from tests.fuzz.damage import altered, damaged, examples, handled
+from remit_megatron.runtime.errors import UserError
+from tests.fuzz.damage import REFUSED, altered, damaged, examples, handled
+from tests.fuzz.tokenizer_kinds import TEXTS as MORE_TEXTS
+from tests.fuzz.tokenizer_kinds import directories, write_files
 
 TEXTS = ["Hello, world", "  a  b\n", "<|endoftext|>x<|im_start|>", "é€\x00", ""]
 CONFIG = {
@@ -113,3 +117,32 @@ def test_altered_configuration(tmp_path, content, data):
     generation = data.draw(altered({"eos_token_id": [0, 1], "bos_token_id": 0}))
     (directory / "generation_config.json").write_text(json.dumps(generation))
     handled(lambda: use(directory))
+
+
+@examples(150)
+@given(files=directories())
+def test_valid_directories(tmp_path, files):
+    """Ids with and without special tokens, and the end of text, are those of transformers wherever it loads the files;
+    the digest does not depend on who wrote the file."""
+    directory = write_files(tmp_path / "t", files)
+    tokenizer = handled(lambda: load_tokenizer(directory))
+    try:
+        theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception:
+        return  # read or refused; `same_as_transformers` of the unit tests has what is known
+    assert tokenizer is not REFUSED, "transformers loads it"
+    ids = tokenizer.encode_batch(MORE_TEXTS)
+    assert ids == [theirs(text, add_special_tokens=False)["input_ids"] for text in MORE_TEXTS]
+    around = handled(lambda: special_tokens(tokenizer))
+    if around is not REFUSED:
+        whole = [[*around.before, *each, *around.after] for each in ids]
+        assert whole == [theirs(text, add_special_tokens=True)["input_ids"] for text in MORE_TEXTS]
+    if theirs.eos_token is not None:
+        try:
+            assert tokenizer.eod_id == theirs.eos_token_id
+        except UserError:  # one that transformers appends to the vocabulary
+            assert theirs.eos_token not in tokenizer._backend.get_vocab() or tokenizer._eos[2]
+    theirs.save_pretrained(tmp_path / "saved")
+    if (tmp_path / "saved" / "tokenizer.json").exists():
+        again = handled(lambda: load_tokenizer(tmp_path / "saved"))
+        assert again is REFUSED or again.encode_batch(MORE_TEXTS) == ids

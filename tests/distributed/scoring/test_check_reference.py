@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,31 @@ def test_figures_are_those_of_transformers(pool, material, truth, tmp_path, name
     gold = next(task for task in found["tasks"] if task["task"] == "sums/gold")
     assert gold["difference"]["value"] == pytest.approx(gold["student"] - gold["reference"])  # fewer bits are better
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"data_cache"}, "nothing is trained"
+
+
+def refused(directory: str, config: dict[str, Any]) -> str:
+    """What the command says on this rank, instead of figures."""
+    from remit_megatron.runtime.errors import DoNotRestart
+
+    with pytest.raises(DoNotRestart) as caught:
+        checked(directory, config, str(Path(directory) / "found.json"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("role", "layout"), [("reference", "one"), ("reference", "dp2"), ("student", "one")])
+def test_models_that_give_no_numbers(pool, material, tmp_path, role, layout):
+    """A letter that the reference has no numbers for: its figures would be those of the other tokens alone."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    world_size, arguments = (1, {}) if layout == "one" else LAYOUTS[layout]
+    broken = tmp_path / "broken"
+    shutil.copytree(material[role], broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][2] = torch.inf
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = configuration(material, tmp_path / "run", {"name": "remit"}, **arguments)
+    config |= {"init": str(broken)} if role == "student" else {"reference": {"checkpoint": str(broken)}}
+    lines = pool.run(refused, world_size=world_size, directory=str(tmp_path), config=config)
+    field = "init" if role == "student" else "reference.checkpoint"
+    assert all(line.startswith(f"{field}: found ") and "without a finite score" in line for line in lines), lines

@@ -202,6 +202,8 @@ def test_bad_input_is_one_line(tiny, tmp_path, capsys, changes, said):
         ("{", "line 2: found no JSON"),
         ('{"text": 3}', "line 2: found text 3"),
         ("[]", "line 2: found list"),
+        ('{"text": "half a pair \\ud83d"}', "line 2: found no JSON"),
+        ('{"text": ' + "[" * 100_000, "line 2: found no JSON (nested too deeply)"),
         (json.dumps({"text": "a" * 130}), "line 2: found 130 tokens; expected at most 128"),
     ],
 )
@@ -211,6 +213,40 @@ def test_bad_lines_are_named(tiny, tmp_path, capsys, line, said):
     words += ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out"]
     assert main([str(word) for word in words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["heatmap", "kl"])
+def test_a_model_without_numbers_or_weights_is_refused(tiny, tmp_path, capsys, name):
+    """A NaN would be a hole in the figures, and what is missing transformers draws at random."""
+    from safetensors.torch import load_file, save_file
+
+    cases = {"nan": "model.norm.weight", "one": "model.embed_tokens.weight"}
+    for directory, change in (cases | {"missing": "model.layers.1.mlp.up_proj.weight"}).items():
+        shutil.copytree(tiny["reference"], tmp_path / directory)
+        file = tmp_path / directory / "model.safetensors"
+        weights = load_file(file)
+        if directory != "missing":
+            weights[change][-1] = torch.nan  # of the matrix, the row of one letter
+        else:
+            del weights[change]
+        save_file(weights, file, metadata={"format": "pt"})
+        words = ["analyze", name, "--student", tiny["student"], "--reference", tmp_path / directory]
+        words += ["--input", tiny["texts"], "--output", tmp_path / "out"]
+        assert main([str(word) for word in words]) == 2
+        said = {"missing": f"found no {change}"}.get(directory, "which gives numbers that are not finite")
+        error = capsys.readouterr().err
+        assert error.startswith("error: --reference: found ") and said in error and error.count("\n") == 1, error
+
+
+def test_dropout_saved_in_a_tokenizer_is_off(tmp_path):
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], dropout=0.5)
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = models.TextTokenizer(tmp_path, field="tokenizer")
+    assert {tuple(tokenizer.tokenize(1, "ab" * 20).ids) for _ in range(50)} == {(2,) * 20}
 
 
 def test_max_tokens_cuts(tiny, tmp_path):

@@ -112,6 +112,26 @@ def index_that_misplaces(directory: Path, other: Path) -> None:
     (directory / INDEX).write_text(json.dumps(content))
 
 
+def older_index(directory: Path, other: Path) -> None:
+    """An index from before buffers, and the copy of a tied head, were left out of the files."""
+    shard(tensors_of(directory), directory)
+    (directory / SINGLE).unlink()
+    content = json.loads((directory / INDEX).read_text())
+    gone = (HEAD, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    content["weight_map"] |= dict.fromkeys(gone, next(iter(content["weight_map"].values())))
+    (directory / INDEX).write_text(json.dumps(content))
+
+
+def links_of_a_hub(directory: Path, other: Path) -> None:
+    """Each file a link to one elsewhere, as in a cache of the hub, and the weights by another name."""
+    named_in_config(directory, other)
+    blobs = directory.parent / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(directory.iterdir())):
+        shutil.move(file, blobs / str(number))
+        file.symlink_to(Path("..", "blobs", str(number)))
+
+
 def named_in_config(directory: Path, other: Path) -> None:
     shutil.move(directory / SINGLE, directory / "own.safetensors")
     shutil.copy(other / SINGLE, directory / SINGLE)
@@ -131,7 +151,9 @@ def named_in_config(directory: Path, other: Path) -> None:
         variant_beside,
         sharded,
         index_that_misplaces,
+        older_index,
         named_in_config,
+        links_of_a_hub,
     ],
 )
 def test_the_files_are_those_of_transformers(tmp_path, models, beside, caplog):
@@ -214,6 +236,32 @@ def test_what_is_no_model_here_is_refused_by_name(tmp_path, models, change, foun
     with pytest.raises(UserError) as refused:
         resolve(directory)
     assert found in str(refused.value) and "\n" not in str(refused.value)
+
+
+def name_twice(directory: Path) -> None:
+    content = (directory / SINGLE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(b"{", b'{"__metadata__":{},', 1)
+    (directory / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (name_twice, "a name twice in"),
+        (lambda directory: (directory / "config.json").write_text("[" * 100_000), "nested too deeply"),
+        (lambda directory: (directory / "config.json").write_text("\ufeff{}"), "no JSON"),
+    ],
+    ids=["a name twice", "depth", "mark"],
+)
+def test_texts_that_are_not_read_alike(tmp_path, models, change, found):
+    """What the libraries of other programs refuse, is not taken here."""
+    directory = copy(models["m"], tmp_path / "m")
+    change(directory)
+    with pytest.raises(UserError, match=found):
+        resolve(directory)
+    with pytest.raises(Exception):  # noqa: B017 - of any kind, but for safetensors its own
+        transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from remit_megatron.evaluation import lm
 from remit_megatron.evaluation.request_cache import RequestCache, through_cache
 from remit_megatron.evaluation.runner import _cache_folder
+from remit_megatron.runtime.errors import UserError
 
 GREEDY = {"until": ["\n"], "do_sample": False}
 
@@ -109,3 +113,22 @@ def test_another_setting_of_the_prompt_or_the_model_is_another_answer(tmp_path):
         for length in (None, 128)
     }
     assert len(folders) == 8
+
+
+@pytest.mark.parametrize("method", ["loglikelihood", "loglikelihood_rolling"])
+def test_an_answer_that_is_no_number_is_refused(tmp_path, method):
+    """It would be ranked among others as if it was one, and every accuracy be that of the first choice."""
+
+    class Broken(Model):
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return self._answer("loglikelihood", requests, lambda n: (math.nan if n == 3 else -1.0, False))
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            return self._answer("loglikelihood_rolling", requests, lambda n: math.nan if n == 3 else -1.0)
+
+    requests = [(f"context {number}", " answer") for number in range(5)]
+    with pytest.raises(UserError, match=r"MODEL: found a log-probability of nan of \('context 2'"):
+        ask(Broken(), tmp_path, method, requests)
+    good = Model()
+    ask(good, tmp_path, method, requests)
+    assert len(good.asked) == 3, "what was whole is kept, the other is not"

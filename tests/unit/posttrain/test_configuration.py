@@ -166,6 +166,9 @@ def test_what_is_written_down(content: Callable[..., dict[str, Any]]) -> None:
         ("rlvr", '{"prompt": "a", "answer": "1", "verifier_args": 3}', "verifier_args 3"),
         ("rlvr", '{"prompt": "a", "answer": "1", "answer": "2"}', "'answer' 2 times"),
         ("rlvr", "[1]", "JSON list"),
+        ("sft", '{"text": "half a pair \\ud83d"}', "half of a surrogate pair at character 12"),
+        ("sft", '{"messages": [{"role": "user", "content": "\\udc00"}]}', "half of a surrogate pair"),
+        ("dpo", '{"prompt": "a", "chosen": "b", "rejected": ' + "[" * 100_000, "text that is not JSON"),
     ],
 )
 def test_a_bad_line_is_named(stage: str, line: str, says: str, tmp_path: Path) -> None:

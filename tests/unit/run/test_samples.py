@@ -13,11 +13,13 @@ from remit_megatron.data.build import build_dataset
 from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.tokenizer import load_tokenizer
+from remit_megatron.evaluation.requests import Choice, Question, RequestSuite, RequestTask
 from remit_megatron.run.configuration import load_config
 from remit_megatron.run.dry_run import dry_run
 from remit_megatron.run.samples import open_datasets
 from remit_megatron.run.score_cache import _tokenizer_digest
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.scoring.requests import encode_suite
 from tests.tiny import make_llama
 from tests.unit.data.test_tokenizer import make_tokenizer
 
@@ -89,6 +91,19 @@ def test_ids_without_a_row_are_refused_before_the_start(material, tmp_path, trai
     prepared.config = good
     train_data, _ = open_datasets(prepared, 1)  # pyright: ignore[reportArgumentType]
     assert len(train_data) == 1
+
+
+def test_a_suite_of_ids_without_a_row_is_refused(material):
+    """What a run would only meet between two steps, or before its first."""
+    tokenizer = load_tokenizer(material / "more")
+    for number, right in ((9, True), (39, False)):
+        choices = (Choice("the", f" {EXTRA[number]}"), Choice("the", " thing"))
+        suite = RequestSuite("own", (RequestTask("a/b", "acc", None, (Question(0, choices, 1),), ""),))
+        if right:
+            assert len(encode_suite(suite, tokenizer, sequence_length=64, vocab_size=ROWS).requests) == 2
+            continue
+        with pytest.raises(UserError, match=r"a/b: ' <extra_39>': found ids up to 299; expected below 270"):
+            encode_suite(suite, tokenizer, sequence_length=64, vocab_size=ROWS)
 
 
 def test_data_of_the_former_digest_is_the_run_s(material, tmp_path):
