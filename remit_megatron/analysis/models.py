@@ -92,12 +92,12 @@ class TextModel:
         ]
         return torch.cat(values).cpu()
 
-    @torch.no_grad()
     def _refuse_not_finite(self, values: Tensor) -> None:
         if not values.isfinite().all():
             found = f"{self.source.path}, which gives numbers that are not finite"
             raise UserError(self._field, found, "a model that gives finite ones (its weights may not be)")
 
+    @torch.no_grad()
     def _check_head(self) -> None:
         # Some families scale or cap their logits after the output layer; without this the numbers would be others'.
         ids = torch.arange(1, min(9, self.vocab_size), device=self._device).unsqueeze(0)
