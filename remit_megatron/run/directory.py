@@ -45,6 +45,7 @@ class RunLock(DirectoryLock):
         metrics = self._run_dir / "metrics.jsonl"
         if checkpoints.iterations(self._run_dir / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
             return
+        self.withdraw()
         for name in _MADE_AT_START:
             path = self._run_dir / name
             if name in self._before or not path.exists():

@@ -36,11 +36,17 @@ def fsync_file(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that nobody else has. The number of the process would not do: containers of several hosts,
+    which write into one directory, may all have the same."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces ``path`` by ``content``: a reader sees the old file or the new one, also after a power cut."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -60,7 +66,7 @@ def temporary_sibling(path: str | os.PathLike) -> Iterator[Path]:
     On an exception the temporary file is removed and ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         fsync_file(temporary)
@@ -139,8 +145,7 @@ def create_once(path: str | os.PathLike, fill: Callable[[int], None]) -> bool:
     path = Path(path)
     if path.exists():
         return False
-    # A process number is not enough: containers of several hosts may all have the same.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_name(path)
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         try:
