@@ -60,9 +60,17 @@ def handled_by(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
 
 
 def say_stopped(number: int) -> None:
-    """One line on standard error: stopped in the set-up."""
+    """One line on standard error: stopped in the set-up. Also out of a signal's handler."""
     name = signal.Signals(number).name
-    sys.stderr.write(f"stopped by {name} before the first step, nothing is lost; start it again to go on\n")
+    line = f"stopped by {name} before the first step, nothing is lost; start it again to go on\n"
+    try:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    except RuntimeError:  # the signal came in the middle of another line, and Python's streams are not entered twice
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+    except (OSError, ValueError):  # nobody listens any more
+        pass
 
 
 def launcher_environment() -> dict[str, str]:
@@ -158,7 +166,7 @@ class StopInSetUp:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             say_stopped(number)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # as in say_stopped
                 stream.flush()
         # No exception: libraries that are being imported swallow those, and are half there afterwards.
         _leave(EXIT_START_ME_AGAIN)

@@ -151,13 +151,13 @@ def test_a_stop_as_ranks_are_started(tmp_path, number, moment):
     """It is a stop with 75 and one line, whether ranks can handle the signal yet or not."""
     (tmp_path / "program.py").write_text(RANK)
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}", "MOMENT": moment}
-    result = subprocess.run(
-        [sys.executable, "-c", LAUNCHER],
-        env=environment | {"NUMBER": str(int(number))},
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
+    environment["NUMBER"] = str(int(number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup has started the tests
+    try:
+        command = [sys.executable, "-c", LAUNCHER]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
     name = "SIGTERM" if number == signal.SIGHUP else number.name  # to ranks, a terminal that is gone
     assert result.returncode == 75, result.stderr
     assert result.stderr == f"stopped by {name} before the first step, nothing is lost; start it again to go on\n"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,14 @@ import pytest
 from remit_megatron.runtime.stop import StopInSetUp, handled_by, stop_signals
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def own_terminal() -> Iterator[None]:
+    """Tests that nohup has started hand its SIGHUP on to their processes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def process(source: str, **environment: str) -> subprocess.Popen[str]:
@@ -36,7 +46,7 @@ def wait():
     print("ready", flush=True)
     time.sleep(60)
 def theirs(number, frame):
-    print("theirs", flush=True)
+    os.write(1, b"theirs\\n")
 with StopInSetUp(leave_seconds={leave}):
     {body}
 """
@@ -61,6 +71,33 @@ def test_a_stop_in_the_set_up(number: signal.Signals, rank: str) -> None:
     _, said = child.communicate(timeout=60)
     assert child.returncode == 75
     assert said == (said_line(number) if rank == "0" else "")
+
+
+class Signalling(io.RawIOBase):
+    """A terminal; the process is told to stop while it writes there."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return os.write(self._descriptor, data)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stop_in_the_middle_of_a_line(stream: str) -> None:
+    """Python's streams refuse to be entered twice: no traceback comes of it, and the line is said."""
+    body = (
+        "import io; from tests.unit.runtime.test_stop import Signalling; os.write(1, b'ready\\n')\n"
+        f"    terminal = io.BufferedWriter(Signalling(sys.{stream}.fileno()))\n"
+        f"    sys.{stream} = io.TextIOWrapper(terminal, write_through=True)\n"
+        f"    print('half a', file=sys.{stream}, flush=True)"
+    )
+    _, said = (child := in_set_up(body)).communicate(timeout=60)
+    assert child.returncode == 75 and said_line(signal.SIGTERM) in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -145,7 +182,7 @@ def test_at_no_moment_nobody_handles_a_stop(monkeypatch) -> None:
         with handled_by(dict.fromkeys(stop_signals(), print)):
             monkeypatch.undo()
             assert there and signal.SIG_DFL not in there
-            assert [signal.getsignal(number) for number in stop_signals()] == [print] * 3
+            assert [signal.getsignal(number) for number in stop_signals()] == [print] * len(stop_signals())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
