@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -73,30 +72,31 @@ def test_a_stop_in_the_set_up(number: signal.Signals, rank: str) -> None:
     assert said == (said_line(number) if rank == "0" else "")
 
 
+# A terminal; the process is told to stop while it writes there.
+SIGNALLING = """
+import io, os, signal
 class Signalling(io.RawIOBase):
-    """A terminal; the process is told to stop while it writes there."""
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-
-    def writable(self) -> bool:
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+    def writable(self):
         return True
-
-    def write(self, data) -> int:
+    def write(self, data):
         os.kill(os.getpid(), signal.SIGTERM)
-        return os.write(self._descriptor, data)
+        return os.write(self.descriptor, data)
+"""
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_stop_in_the_middle_of_a_line(stream: str) -> None:
     """Python's streams refuse to be entered twice: no traceback comes of it, and the line is said."""
     body = (
-        "import io; from tests.unit.runtime.test_stop import Signalling; os.write(1, b'ready\\n')\n"
+        "os.write(1, b'ready\\n')\n"
         f"    terminal = io.BufferedWriter(Signalling(sys.{stream}.fileno()))\n"
         f"    sys.{stream} = io.TextIOWrapper(terminal, write_through=True)\n"
         f"    print('half a', file=sys.{stream}, flush=True)"
     )
-    _, said = (child := in_set_up(body)).communicate(timeout=60)
+    child = process(SIGNALLING + SET_UP.format(body=body, leave=LATE))
+    _, said = child.communicate(timeout=60)
     assert child.returncode == 75 and said_line(signal.SIGTERM) in said and "Traceback" not in said
 
 
