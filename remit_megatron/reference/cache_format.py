@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import create_once
+from remit_megatron.runtime.files import create_once, read_whole
 
 FORMAT = "remit-scores"
 FORMAT_VERSION = 1
@@ -204,7 +204,7 @@ def _text_writer(content: dict[str, Any]):
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_whole(path))
     except ValueError as error:
         expected = "a file in JSON; remove it, and filling the cache makes it again"
         raise UserError(str(path), f"a damaged file ({error})", expected) from None

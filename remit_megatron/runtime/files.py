@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,6 +58,22 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def read_whole(path: str | os.PathLike) -> bytes:
+    """The contents of a file that another node may replace at this moment.
+
+    Over a network a file can be gone between its name and its contents (ESTALE, seen on GlusterFS); the new one is
+    there then.
+    """
+    for _ in range(20):
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        time.sleep(0.05)
+    return Path(path).read_bytes()
 
 
 @contextmanager
@@ -158,6 +175,8 @@ def create_once(path: str | os.PathLike, fill: Callable[[int], None]) -> bool:
         return False
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            if path.exists():  # sshfs says EPERM where another node was first
+                return False
             raise UserError(str(path.parent), "a file system without hard links", "one that has them") from None
         raise
     finally:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from remit_megatron.runtime.errors import EXIT_BAD_INPUT, StartAgain, UserError
+from remit_megatron.runtime.files import read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ def _newest(directory: Path) -> int:
 def _read(path: Path) -> Holder | None:
     """What a holder says of itself; None where it is gone, or about to write."""
     try:
-        return Holder(**json.loads(path.read_text()))
+        return Holder(**json.loads(read_whole(path)))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -281,7 +282,9 @@ def _touched(path: Path) -> float | None:
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_mtime
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
         return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from remit_megatron.runtime.files import read_whole
 from tests.image.small_run import main as write_small_run
 from tests.integration.test_resume import losses, tensors
 from tests.network_files.conftest import Node
@@ -100,7 +101,7 @@ def test_a_file_is_replaced_whole(nodes):
     there = nodes[1].files / "file"
     writer, seen = nodes[0].start("-c", WRITER, path), set()
     while writer.poll() is None:
-        content = there.read_bytes()
+        content = read_whole(there)
         assert len(content) == 50_000 and len(set(content)) == 1
         seen.add(content[0])
     ended(writer)
