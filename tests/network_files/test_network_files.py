@@ -152,7 +152,7 @@ def test_a_score_cache_that_two_nodes_fill(nodes):
             assert cache.damaged == 0
 
 
-STEPS = 8
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def straight(tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("straight")
     write_small_run(folder)
     config = json.loads((folder / "run.yaml").read_text())
-    config["megatron"] |= {"tensor_model_parallel_size": 1, "train_iters": STEPS, "save_interval": 2}
+    config["megatron"] |= {"tensor_model_parallel_size": 1, "train_iters": STEPS, "save_interval": 4}
     path = write(folder / "run.yaml", config)
     node = Node("n0", folder, Path("/proc/sys/kernel/random/boot_id"))
     ended(node.remit("train", path))
@@ -175,12 +175,9 @@ def test_a_run_that_is_killed_goes_on_on_the_other_node(nodes, straight):
     local, words = straight
     first = nodes[0].remit(*words, f"run_dir={run_dirs[0]}")
     metrics = run_dirs[0] / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 10:
         assert first.poll() is None, first.communicate()
         time.sleep(0.01)
-    second = nodes[1].remit(*words, f"run_dir={run_dirs[1]}")
-    (said,) = ended(second, code=2)
-    assert f"in use by process {first.pid} on n1" in said
     first.kill()
     first.communicate()
     (said,) = ended(nodes[1].remit(*words, f"run_dir={run_dirs[1]}"))
