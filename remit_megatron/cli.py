@@ -22,7 +22,7 @@ from remit_megatron.runtime.errors import (
     UserError,
 )
 from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, say_once, use_own_patches
-from remit_megatron.runtime.stop import StopInSetUp
+from remit_megatron.runtime.stop import StopInSetUp, follow_launcher
 
 # command -> (room, one line for --help). What a command NAME takes and does is in the room's command.py:
 # add_NAME_arguments and run_NAME.
@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Before the imports, which take longest.
         with StopInSetUp() if argv[:1] in _STARTED_AGAIN else contextlib.nullcontext():
+            follow_launcher()
             namespace, room, run = _parse(argv)
             if room != "doctor":  # which reports it
                 foreign = use_own_patches()

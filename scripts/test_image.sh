@@ -192,7 +192,7 @@ say "remit doctor: $(last)"
 uv=$(command -v uv || printf '%s' "$root/.venv-tools/bin/uv")
 logged "$uv" pip install --python "$python" --no-deps --target "$tools" --requirement "$folder/tools.txt" || fail "pytest: $(last)"
 # Tests of kernels in Triton's interpreter start a Python with a path of its own, where pytest is not.
-logged inside PYTHONPATH=/tmp/tools HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis HOME=/tmp python -m pytest -q -p no:cacheprovider \
+logged inside PYTHONPATH=/tmp/tools HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis HOME=/tmp python -m pytest -q -n 2 -p no:cacheprovider \
   --ignore-glob='*_triton.py' "${tests[@]}" ||
   fail "unit tests: $(last)"
 say "unit tests: $(last)"

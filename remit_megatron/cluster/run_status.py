@@ -18,6 +18,7 @@ import yaml
 from remit_megatron.run.events import EVENTS_FILE
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+from remit_megatron.runtime.files import read_whole
 from remit_megatron.runtime.progress import format_count, format_duration
 
 _RECENT_STEPS = 50  # that rate and time left are taken from
@@ -248,7 +249,7 @@ def _checkpoints(root: Path) -> tuple[tuple[int, float] | None, list[int]]:
 
 def _total_steps(config: Path, steps: list[dict[str, Any]]) -> int | None:
     try:
-        megatron = (yaml.safe_load(config.read_text()) or {}).get("megatron") or {}
+        megatron = (yaml.safe_load(read_whole(config)) or {}).get("megatron") or {}
     except (OSError, yaml.YAMLError, AttributeError):
         return None
     values = {str(name).replace("-", "_"): value for name, value in megatron.items()}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import fsync_directory, fsync_file
+from remit_megatron.runtime.files import fsync_directory, fsync_file, temporary_name
 
 
 @contextmanager
@@ -34,8 +34,7 @@ def complete_directory(path: str | os.PathLike, *, field: str, needed_bytes: int
             raise UserError(
                 field, f"{free / 1e9:.1f} GB free in {path.parent}", f"at least {needed_bytes / 1e9:.1f} GB"
             )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = temporary_name(path)
         temporary.mkdir()
     except OSError as error:
         raise UserError(field, f"{path} ({error.strerror})", "a place that can be written") from None

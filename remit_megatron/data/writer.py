@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 from array import array
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from remit_megatron.data.indexed import write_index
 from remit_megatron.data.manifest import FileRecord, Manifest, manifest_path, read_manifest
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import fsync_directory
+
+logger = logging.getLogger(__name__)
 
 _OUT_OF_SPACE = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
 
@@ -156,6 +159,10 @@ class DatasetWriter:
                 file.close()
                 found = f"{self.prefix}, which another process is writing"
                 raise UserError("--output", found, "a prefix of its own for each build") from None
+            except OSError as error:  # a file system without locks
+                logger.warning(
+                    "%s cannot be locked (%s): nothing keeps a second build of it out", self.prefix, error.strerror
+                )
             # The writer before may have renamed or removed the file between the opening and the lock.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(file.fileno())):

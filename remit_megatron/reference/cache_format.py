@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from remit_megatron.runtime.errors import UserError, show
-from remit_megatron.runtime.files import create_once, parse_json
+from remit_megatron.runtime.files import create_once, parse_json, read_whole
 
 FORMAT = "remit-scores"
 FORMAT_VERSION = 1
@@ -156,7 +156,7 @@ def read_manifest(path: Path) -> tuple[CacheIdentity, str]:
         identity, dtype = CacheIdentity(**content["identity"]), content["dtype"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(str(path), f"{type(error).__name__}: {error}", "the fields of a score cache") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{path} (dtype)", dtype, " or ".join(DTYPES))
     return identity, dtype
 
@@ -208,7 +208,7 @@ def _text_writer(content: dict[str, Any]):
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_whole(path))
     except ValueError as error:
         expected = "a file in JSON; remove it, and filling the cache makes it again"
         raise UserError(str(path), f"a damaged file ({error})", expected) from None

@@ -44,6 +44,9 @@ _HEADER = struct.Struct("<8sII32s32sQQII")
 _CODES = {"uint16": 1, "float32": 2}
 
 
+_PAGE = os.sysconf("SC_PAGESIZE")
+
+
 def samples_per_shard(sequence_length: int, dtype: str) -> int:
     """About 256 MiB of scores."""
     return max(1, SHARD_BYTES // (sequence_length * DTYPES[dtype].itemsize))
@@ -159,6 +162,14 @@ class Shard:
         Raises:
             UserError: the file has become shorter.
         """
+        found = self._read_known(sample)
+        if isinstance(found, bool):
+            self._ask_again(self.key.complete_at(sample), 1)
+            self._ask_again(self.key.entry_at(sample), self.key.entry_bytes)
+            found = self._read_known(sample)
+        return found
+
+    def _read_known(self, sample: int) -> tuple[bytes, bytes] | bool:
         if self._fetch(self.key.complete_at(sample), 1) != b"\1":
             return False
         entry = self._fetch(self.key.entry_at(sample), self.key.entry_bytes)
@@ -187,6 +198,7 @@ class Shard:
 
     def completeness(self) -> np.ndarray:
         """bool [count], as the file says now; from the map alone."""
+        self._ask_again(HEADER_BYTES, self.key.count)
         return np.frombuffer(self._fetch(HEADER_BYTES, self.key.count), dtype=np.uint8) == 1
 
     def flush(self) -> None:
@@ -211,6 +223,13 @@ class Shard:
         with suppress(OSError):  # a file system without locks has no such client either
             fcntl.flock(writer, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return writer
+
+    def _ask_again(self, offset: int, size: int) -> None:
+        """Lets go of the pages that this machine keeps: clients of GlusterFS never look whether another node has
+        written there since."""
+        first = offset // _PAGE * _PAGE
+        with suppress(OSError):
+            os.posix_fadvise(self._reader, first, -(-(offset + size - first) // _PAGE) * _PAGE, os.POSIX_FADV_DONTNEED)
 
     def _fetch(self, offset: int, size: int) -> bytes:
         data = os.pread(self._reader, size, offset)

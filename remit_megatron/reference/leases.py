@@ -16,6 +16,8 @@ import time
 import uuid
 from pathlib import Path
 
+from remit_megatron.runtime.locks import kernel
+
 STALE_SECONDS = 600.0
 
 
@@ -56,7 +58,7 @@ class Leases:
                     taken = Taken.ABANDONED
                 continue
             with os.fdopen(descriptor, "w") as file:
-                json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+                json.dump({"host": socket.gethostname(), "kernel": kernel(), "process": os.getpid()}, file)
             return taken
         return None
 
@@ -81,7 +83,9 @@ class Leases:
             return True  # given back a moment ago
         except (OSError, ValueError):
             owner = {}
-        if owner.get("host") == socket.gethostname() and not _alive(owner.get("process")):
+        # Containers of several machines may have one name, and on one machine numbers of their own.
+        ours = owner.get("host") == socket.gethostname() and owner.get("kernel", [*kernel()]) == [*kernel()]
+        if ours and not _alive(owner.get("process")):
             return True
         return self._now() - touched > self._stale_seconds
 

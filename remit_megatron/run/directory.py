@@ -13,7 +13,7 @@ from pathlib import Path
 
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.files import read_whole, write_atomic
 from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.parallel import broadcast_object, gather_objects, same_fate
 from remit_megatron.runtime.progress import format_count
@@ -45,6 +45,7 @@ class RunLock(DirectoryLock):
         metrics = self._run_dir / "metrics.jsonl"
         if checkpoints.iterations(self._run_dir / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
             return
+        self.withdraw()
         for name in _MADE_AT_START:
             path = self._run_dir / name
             if name in self._before or not path.exists():
@@ -116,7 +117,7 @@ def require_space(directory: Path, needed: float, *, what: str) -> None:
 def read_config(run_dir: Path) -> str | None:
     """The configuration that the run was trained with so far, as written; None for a new run."""
     path = run_dir / "config.yaml"
-    return path.read_text() if path.exists() else None
+    return read_whole(path).decode() if path.exists() else None
 
 
 def write_config(run_dir: Path, text: str) -> None:

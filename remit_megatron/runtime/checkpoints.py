@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import fsync_directory, fsync_file, parse_json, sha256_file, write_atomic
+from remit_megatron.runtime.files import (
+    fsync_directory,
+    fsync_file,
+    parse_json,
+    read_whole,
+    sha256_file,
+    write_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +111,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_whole(path))
         if content["version"] != MANIFEST_VERSION:
             raise DamagedCheckpoint(f"{path}: found version {content['version']}; expected {MANIFEST_VERSION}")
         files, properties = content["files"], content["properties"]

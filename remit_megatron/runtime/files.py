@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -50,11 +51,17 @@ def fsync_file(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that nobody else has. The number of the process would not do: containers of several hosts,
+    which write into one directory, may all have the same."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces ``path`` by ``content``: a reader sees the old file or the new one, also after a power cut."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -67,6 +74,22 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     fsync_directory(path.parent)
 
 
+def read_whole(path: str | os.PathLike) -> bytes:
+    """The contents of a file that another node may replace at this moment.
+
+    Over a network a file can be gone between its name and its contents (ESTALE, seen on GlusterFS); the new one is
+    there then.
+    """
+    for _ in range(20):
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        time.sleep(0.05)
+    return Path(path).read_bytes()
+
+
 @contextmanager
 def temporary_sibling(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary name beside ``path``; what was written there is synced and renamed on a clean exit.
@@ -74,7 +97,7 @@ def temporary_sibling(path: str | os.PathLike) -> Iterator[Path]:
     On an exception the temporary file is removed and ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         fsync_file(temporary)
@@ -153,8 +176,7 @@ def create_once(path: str | os.PathLike, fill: Callable[[int], None]) -> bool:
     path = Path(path)
     if path.exists():
         return False
-    # A process number is not enough: containers of several hosts may all have the same.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_name(path)
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         try:
@@ -167,6 +189,8 @@ def create_once(path: str | os.PathLike, fill: Callable[[int], None]) -> bool:
         return False
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            if path.exists():  # sshfs says EPERM where another node was first
+                return False
             raise UserError(str(path.parent), "a file system without hard links", "one that has them") from None
         raise
     finally:

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import IO
 
 from remit_megatron.runtime import stop
-from remit_megatron.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE
+from remit_megatron.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_START_ME_AGAIN
 from remit_megatron.runtime.parallel import started_by_srun
 
 _GRACE_SECONDS = 20.0
@@ -95,53 +95,82 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
     first to fail: its error is the cause of the others'. A mistake in the input, which all find alike, is said once.
 
     Returns:
-        0 if every rank returned 0, else the exit code of the first that did not (128 + number for a signal).
+        0 if every rank returned 0, else the exit code of the first that did not (128 + number for a signal). A stop
+        signal that met ranks before they could handle it is 75 where the command goes on when it is started again.
     """
-    stop.take_over()
-    environment = dict(os.environ)
+    goes_on = stop.in_set_up()
+    environment = dict(os.environ) | stop.launcher_environment()
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(nproc))
     cores = len(os.sched_getaffinity(0))
     environment |= openmp_settings(environment, nproc=nproc, load=os.getloadavg()[0], cores=cores)
     processes: list[subprocess.Popen] = []
     captured: list[IO[bytes] | None] = []
-    forwarded: dict[int, object] = {}
+    asked: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        # A terminal that is gone is none of theirs, which have sessions of their own.
+        asked.append(signal.SIGTERM if number == signal.SIGHUP else number)
         for process in processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(asked[-1])
 
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            forwarded[number] = signal.signal(number, forward)
-        for rank in range(nproc):
-            errors = tempfile.TemporaryFile() if rank else None  # noqa: SIM115 - read when the ranks are done
-            captured.append(errors)
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *_path_options(), "-m", module, *argv],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stderr=errors,
-                    start_new_session=True,  # Ctrl-C reaches the ranks once, through forward()
+    with stop.handled_by(dict.fromkeys((signal.SIGINT, signal.SIGUSR1, *stop.stop_signals()), forward)):
+        try:
+            for rank in range(nproc):
+                if asked:
+                    break
+                errors = tempfile.TemporaryFile() if rank else None  # noqa: SIM115 - read when the ranks are done
+                captured.append(errors)
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *_path_options(), "-m", module, *argv],
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stderr=errors,
+                        start_new_session=True,  # Ctrl-C reaches the ranks once, through forward()
+                    )
                 )
-            )
-        first = _wait(processes)
-        if first is not None:
+            if asked:  # one of them was being made, and did not get it
+                return _stopped_in_start(processes, asked[0], goes_on=goes_on)
+            first = _wait(processes)
+            if first is None:
+                return EXIT_DONE
             hung = _stop(processes)
-            code = processes[first].returncode
-            if not code == processes[0].returncode == EXIT_BAD_INPUT:  # else rank 0 has said it
+            codes = [process.returncode for process in processes]
+            if not codes[first] == codes[0] == EXIT_BAD_INPUT:  # else rank 0 has said it
                 _show(first, captured[first])
             for rank in hung:
                 _show(rank, captured[rank])
-            return 128 - code if code < 0 else code
-        return EXIT_DONE
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        for number, handler in forwarded.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            return _exit_code(codes, first, asked, goes_on=goes_on)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+
+def _stopped_in_start(processes: list[subprocess.Popen], number: int, *, goes_on: bool) -> int:
+    """Ends the ranks that are there already, which have begun nothing; the others are not started."""
+    for process in processes:
+        process.kill()
+        process.wait()
+    return _exit_code([-number], 0, [number], goes_on=goes_on)
+
+
+def _exit_code(codes: Sequence[int], first: int, asked: Sequence[int], *, goes_on: bool) -> int:
+    """The exit code of a job whose rank ``first`` failed first, and the line that rank 0 could not write.
+
+    Args:
+        codes: of the ranks, as subprocess gives them.
+        asked: signals that were passed on to them.
+        goes_on: what was stopped goes on when it is started again.
+    """
+    code = codes[first]
+    unhandled = {-code for code in codes} & set(asked) & set(stop.stop_signals())
+    if goes_on and unhandled and (code == EXIT_START_ME_AGAIN or -code in unhandled):
+        if codes[0] != EXIT_START_ME_AGAIN:  # else it has said so
+            stop.say_stopped(asked[0])
+        return EXIT_START_ME_AGAIN
+    return 128 - code if code < 0 else code
 
 
 def _path_options() -> list[str]:

@@ -1,33 +1,96 @@
 """What a rank does with signals: stops at a good moment, and says where it stands.
 
-SIGTERM and SIGUSR2 ask a run to stop. While it trains, Megatron's own handler notes that and the step is finished and
-saved. Before that, while a run is set up, there is nothing to save: :class:`StopInSetUp` leaves with exit code 75.
+SIGTERM and SIGUSR2 ask a run to stop, and so does SIGHUP, a terminal that is gone, unless the process was started to
+outlive it (nohup). While it trains, Megatron's own handler notes that and the step is finished and saved. Before that,
+while a run is set up, there is nothing to save: :class:`StopInSetUp` leaves with exit code 75. Whoever handles the
+signals afterwards takes them over with :func:`handled_by`, so that at no moment nobody does.
 SIGQUIT writes the stacks of all threads to standard error and the process goes on (``kill -QUIT PID``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
+from typing import Any
 
 from remit_megatron.runtime.errors import EXIT_START_ME_AGAIN
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 _LEAVE_SECONDS = 20.0
+_PR_SET_PDEATHSIG = 1
+_LAUNCHER = "REMIT_LAUNCHER_PID"
 _in_set_up: StopInSetUp | None = None
 _leave = os._exit
 
+Handler = Callable[[int, FrameType | None], Any]
 
-def take_over() -> None:
-    """The set-up is over: who calls this handles the stop signals, or leaves them as they were."""
-    if _in_set_up is not None:
-        _in_set_up.release()
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask this process to stop.
+
+    SIGTERM and SIGUSR2 are among them also where the process was started with those ignored, as shells and supervisors
+    do; SIGHUP is not where it was ignored.
+    """
+    hang_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGTERM, signal.SIGUSR2, *hang_up)
+
+
+def in_set_up() -> bool:
+    """Whether a stop signal ends this process with exit code 75: its command goes on when it is started again."""
+    return _in_set_up is not None and _in_set_up.active
+
+
+@contextlib.contextmanager
+def handled_by(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """The set-up is over: from here on these handle the signals; afterwards what did before the set-up."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    set_up = {} if _in_set_up is None else _in_set_up.release()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, set_up.get(number, handler))  # type: ignore[arg-type]
+
+
+def say_stopped(number: int) -> None:
+    """One line on standard error: stopped in the set-up. Also out of a signal's handler."""
+    name = signal.Signals(number).name
+    line = f"stopped by {name} before the first step, nothing is lost; start it again to go on\n"
+    try:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    except RuntimeError:  # the signal came in the middle of another line, and Python's streams are not entered twice
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+    except (OSError, ValueError):  # nobody listens any more
+        pass
+
+
+def launcher_environment() -> dict[str, str]:
+    """What :func:`follow_launcher` needs to know, for the environment of ranks that this process starts."""
+    return {_LAUNCHER: str(os.getpid())}
+
+
+def follow_launcher() -> None:
+    """A rank whose launcher is killed is asked to stop. It would go on alone, and hold the directory of the run."""
+    launcher = os.environ.pop(_LAUNCHER, None)  # what this process starts has another parent
+    if launcher is None or not launcher.isdecimal():
+        return
+    with contextlib.suppress(OSError, AttributeError):  # a system other than Linux
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        os.kill(int(launcher), 0)
+    except ProcessLookupError:  # it was killed before this
+        os.kill(os.getpid(), signal.SIGTERM)
+    except PermissionError:
+        pass
 
 
 def write_stacks_when_asked() -> None:
@@ -46,16 +109,21 @@ def write_stacks_when_asked() -> None:
 class StopInSetUp:
     """While a run is set up, a stop signal ends this process with exit code 75: nothing is lost, start it again.
 
-    A context manager, around a whole command; :func:`take_over` ends it earlier. A process that waits for others inside
-    of a library, where no Python runs, ends after ``leave_seconds``. In a thread that is not the main one it does
-    nothing.
+    A context manager, around a whole command; :func:`handled_by` ends it earlier. A process that waits for others
+    inside of a library, where no Python runs, ends after ``leave_seconds``. In a thread that is not the main one it
+    does nothing.
     """
 
     def __init__(self, *, leave_seconds: float = _LEAVE_SECONDS):
         self._leave_seconds = leave_seconds
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._wakeup = -1
+
+    @property
+    def active(self) -> bool:
+        """Whether it is there and not released."""
+        return self._pipe is not None
 
     def __enter__(self) -> StopInSetUp:
         if threading.current_thread() is not threading.main_thread():
@@ -66,38 +134,45 @@ class StopInSetUp:
         for end in self._pipe:
             os.set_blocking(end, False)
         os.set_blocking(self._pipe[0], True)
-        self._before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+        numbers = stop_signals()
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True, name="stop in set-up").start()
+        self._before = {number: signal.signal(number, self._stop) for number in numbers}
+        threading.Thread(target=self._watch, args=(self._pipe[0], numbers), daemon=True, name="stop in set-up").start()
+        # Whoever started this process may have blocked them; what was sent meanwhile arrives now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.release()
 
-    def release(self) -> None:
-        """From here on stop signals are not ours."""
+    def release(self) -> dict[signal.Signals, Any]:
+        """From here on stop signals are not ours. Those that nobody has taken over get the handlers that they had.
+
+        Returns:
+            The handlers that were there before, the first time; then nothing.
+        """
         if self._pipe is None:
-            return
+            return {}
         _, write = self._pipe
         self._pipe = None
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._stop:  # else somebody has taken it over
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                signal.signal(number, handler)
         os.close(write)  # which ends the thread; it closes its own end
+        return self._before
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            name = signal.Signals(number).name
-            sys.stderr.write(f"stopped by {name} before the first step, nothing is lost; start it again to go on\n")
+            say_stopped(number)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # as in say_stopped
                 stream.flush()
         # No exception: libraries that are being imported swallow those, and are half there afterwards.
         _leave(EXIT_START_ME_AGAIN)
 
-    def _watch(self, read: int) -> None:
-        watched = {int(number) for number in STOP_SIGNALS}
+    def _watch(self, read: int, numbers: tuple[signal.Signals, ...]) -> None:
+        watched = {int(number) for number in numbers}
         try:
             while data := os.read(read, 64):
                 if watched & set(data):

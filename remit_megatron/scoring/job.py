@@ -35,7 +35,7 @@ from remit_megatron.reference.source import ScoreSource
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.progress import Progress
-from remit_megatron.runtime.stop import STOP_SIGNALS, take_over
+from remit_megatron.runtime.stop import handled_by, stop_signals
 from remit_megatron.scoring.batches import round_size, score_samples
 from remit_megatron.scoring.finite import Scored, look_at
 
@@ -388,15 +388,10 @@ class ScoringJob:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR2, SIGINT and SIGUSR1 end the work after the microbatches that are being scored."""
+        """SIGTERM, SIGUSR2, SIGHUP, SIGINT and SIGUSR1 end the work after the microbatches that are being scored."""
 
         def stop(*_: object) -> None:
             self._stopped = True
 
-        take_over()
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGUSR1, *STOP_SIGNALS)}
-        try:
+        with handled_by(dict.fromkeys((signal.SIGINT, signal.SIGUSR1, *stop_signals()), stop)):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -274,6 +274,25 @@ def _train(
     events: RunEvents,
 ) -> int:
     from megatron.training import global_vars
+
+    arguments = prepared.arguments
+    if environment.rank == environment.world_size - 1:  # which writes both
+        resume_logs(prepared.config, resumed_at=progress.iteration)
+    global_vars.set_global_variables(arguments, build_tokenizer=False)
+    # Megatron's handler is there now, of one signal.
+    with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else stop.handled_by({}):
+        return _train_until_stopped(prepared, environment, progress, datasets, scores, evaluation, events)
+
+
+def _train_until_stopped(
+    prepared: Prepared,
+    environment: parallel.RankEnvironment,
+    progress: Progress,
+    datasets: tuple[Any, Any],
+    scores: RunScores,
+    evaluation: RunEvaluation | None,
+    events: RunEvents,
+) -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from patches.quiet_megatron import redirect
@@ -283,10 +302,6 @@ def _train(
     from remit_megatron.training.metrics import RunRecorder
 
     arguments, config = prepared.arguments, prepared.config
-    if environment.rank == environment.world_size - 1:  # which writes both
-        resume_logs(config, resumed_at=progress.iteration)
-    global_vars.set_global_variables(arguments, build_tokenizer=False)
-    stop.take_over()  # Megatron's handler is there now
     student = model_config(prepared.hf_config, arguments)
     resumed_at = progress.iteration
     engine = Engine(
@@ -351,8 +366,7 @@ def _pretrain(arguments: argparse.Namespace, container: Any, provider: Any, forw
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else nullcontext():
-            pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
+        pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as ended:
         if ended.code not in (0, None):
             raise
@@ -369,19 +383,15 @@ def _others_as(number: signal.Signals) -> Iterator[None]:
     """Ctrl-C and the other stop signals do what Megatron's exit signal does: the step is finished and saved. The second
     Ctrl-C interrupts."""
 
+    interrupted = signal.getsignal(signal.SIGINT)
+
     def pass_on(received: int, _: FrameType | None) -> None:
         if received == signal.SIGINT:
-            signal.signal(received, before[received])
+            signal.signal(received, interrupted)
         os.kill(os.getpid(), number)
 
-    before = {}
-    for other in {signal.SIGINT, *stop.STOP_SIGNALS} - {number}:
-        before[other] = signal.signal(other, pass_on)
-    try:
+    with stop.handled_by(dict.fromkeys({signal.SIGINT, *stop.stop_signals()} - {number}, pass_on)):
         yield
-    finally:
-        for other, handler in before.items():
-            signal.signal(other, handler)
 
 
 def _require_space(arguments: argparse.Namespace, chunks: list, world_size: int) -> None:

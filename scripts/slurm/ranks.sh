@@ -146,6 +146,11 @@ run_ranks() {
   code=0
   srun "${flags[@]}" "$remit" "$@" 2> >(watch_tasks) || code=$?
   wait || true
+  # Ended by SIGTERM or SIGUSR2: a rank that has begun handles both, so that it had not.
+  if ((code == 143 || code == 140)); then
+    say "stopped before it had begun"
+    code=75
+  fi
   after "$code"
   exit "$code"
 }

@@ -145,7 +145,7 @@ def test_two_runs_in_one_directory(config_for, remit, tmp_path):
         assert result.returncode == 2
         assert len(result.stderr.strip().splitlines()) == 1
         assert_words(result.stderr, "run_dir", "in use", str(holder.pid))
-        assert sorted(p.name for p in run_dir.iterdir()) == [".lock"]
+        assert {p.name for p in run_dir.iterdir()} == {".lock", ".lock.1"}, "what the holder has put there"
     finally:
         assert holder.stdin is not None
         holder.stdin.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -313,6 +314,18 @@ def test_killed_build_leaves_no_output_and_no_workers_and_the_next_one_succeeds(
     build_dataset([small], tokenizer, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, tokenizer, monkeypatch, caplog):
+    """Lustre mounted without flock: one line, and the build goes on."""
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("remit_megatron.data.writer.fcntl.flock", none)
+    build_dataset([write_lines(tmp_path / "small.jsonl", ["a", "b"])], tokenizer, tmp_path / "out")
+    assert read_manifest(tmp_path / "out")
+    assert "cannot be locked (Function not implemented): nothing keeps a second build of it out" in caplog.text
 
 
 _KILLED_AT_RENAME = """

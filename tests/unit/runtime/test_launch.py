@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -91,6 +92,75 @@ def test_a_rank_that_hangs_says_where(run):
 
 def test_codes_pass_through(run):
     assert run("sys.exit(75)")[0].returncode == 75
+
+
+# A signal that comes as ranks are started, at a moment of the launcher's (each a line of Python) or of a rank's.
+LAUNCHER = """
+import os, signal, subprocess, sys
+from remit_megatron.runtime import launch
+from remit_megatron.runtime.stop import StopInSetUp
+number, moment = signal.Signals(int(os.environ["NUMBER"])), os.environ["MOMENT"]
+def send(): os.kill(os.getpid(), number)
+port, popen, started = launch.free_port, subprocess.Popen, []
+def free_port():
+    if moment == "before the ranks": send()
+    return port()
+def start(*args, **named):
+    if moment == f"as rank {len(started)} is made": send()
+    started.append(popen(*args, **named))
+    if moment == f"when rank {len(started) - 1} is made": send()
+    return started[-1]
+launch.free_port, subprocess.Popen = free_port, start
+with StopInSetUp():
+    code = launch.launch(2, [], module="program")
+sys.exit(code)
+"""
+# A rank that imports for a while before it handles signals; ``both`` is written when both do.
+RANK = """
+import os, sys, time
+rank, moment, here = os.environ["RANK"], os.environ["MOMENT"], os.path.dirname(__file__)
+def come(name):
+    open(f"{here}/{name}.{rank}", "w").close()
+    while not os.path.exists(f"{here}/{name}.{1 - int(rank)}"): time.sleep(0.01)
+come("begun")
+def ask():
+    if rank == "0": os.kill(os.getppid(), int(os.environ["NUMBER"]))
+    time.sleep(60)
+if moment == "while both import" or (moment, rank) == ("while rank 1 imports", "1"): ask()
+from remit_megatron.runtime.stop import StopInSetUp
+with StopInSetUp():
+    if moment == "while rank 1 imports": ask()
+    come("both")
+    ask()
+"""
+MOMENTS = [
+    "before the ranks",
+    *(f"{when} rank {rank} is made" for rank in range(2) for when in ("as", "when")),
+    "while both import",
+    "while rank 1 imports",
+    "when both wait",
+]
+
+
+STARTS = [(signal.SIGTERM, moment) for moment in MOMENTS]
+STARTS += [(number, "while rank 1 imports") for number in (signal.SIGUSR2, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize(("number", "moment"), STARTS)
+def test_a_stop_as_ranks_are_started(tmp_path, number, moment):
+    """It is a stop with 75 and one line, whether ranks can handle the signal yet or not."""
+    (tmp_path / "program.py").write_text(RANK)
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}", "MOMENT": moment}
+    environment["NUMBER"] = str(int(number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup has started the tests
+    try:
+        command = [sys.executable, "-c", LAUNCHER]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    name = "SIGTERM" if number == signal.SIGHUP else number.name  # to ranks, a terminal that is gone
+    assert result.returncode == 75, result.stderr
+    assert result.stderr == f"stopped by {name} before the first step, nothing is lost; start it again to go on\n"
 
 
 def test_threads_sleep_where_others_compute():
