@@ -144,13 +144,15 @@ def _hooked(model: Any) -> bool:
 
 
 def _mean_loss(losses: list[dict[str, Tensor]]) -> float:
-    """The unweighted loss of the global batch, nats; the same on all ranks, of which the last stages' know losses.
+    """The unweighted loss of the global batch, nats; the same on all ranks, of which the last stages' know it.
 
-    Tensor-parallel ranks each add the same sum and the same count.
+    Args:
+        losses: the report of the step (``TrainingStep._of_the_step``), of which those ranks each add the same.
     """
     total = torch.zeros(2, dtype=torch.float64, device=parallel.device())
-    for microbatch in losses:
-        total += microbatch["lm_loss"].double()
+    for report in losses:
+        loss = report["lm_loss"].double()
+        total += torch.stack((loss, torch.ones_like(loss)))
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     summed, count = total.tolist()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from remit_megatron.kernels.token_loss import token_loss
 from remit_megatron.models.batch import Batch
@@ -172,7 +173,8 @@ class TrainingStep:
 
         Returns:
             The sum to differentiate, the number of tokens in the denominator (int32), and for the log [sum, count]
-            pairs that Megatron adds over microbatches and ranks before it divides.
+            pairs that are added over microbatches and ranks before they are divided (:meth:`_of_the_step`, in
+            evaluation Megatron itself).
         """
         if applied is not None:
             assert applied.losses is not None
@@ -221,7 +223,7 @@ class TrainingStep:
             self.clock.start()
             source = self.scores
             if source is None or forward_only:
-                return schedule(
+                reports = schedule(
                     forward_step_func=forward_step_func,
                     data_iterator=data_iterator,
                     model=model,
@@ -229,6 +231,7 @@ class TrainingStep:
                     forward_only=forward_only,
                     **settings,
                 )
+                return reports if forward_only else self._of_the_step(reports)
             sources = data_iterator if isinstance(data_iterator, list) else [data_iterator]
             buffers = self._read(sources, num_microbatches)
             self.clock.mark()
@@ -245,7 +248,7 @@ class TrainingStep:
                 if self.objective.needs_global_batch:
                     _attach(buffers, "selected", self._select(schedule, model, buffers, **shared))
                 iterators = [iter(buffer) for buffer in buffers]
-                return schedule(
+                reports = schedule(
                     forward_step_func=forward_step_func,
                     data_iterator=iterators if isinstance(data_iterator, list) else iterators[0],
                     model=model,
@@ -253,8 +256,27 @@ class TrainingStep:
                     forward_only=False,
                     **settings,
                 )
+            return self._of_the_step(reports)
 
         return scored_schedule
+
+    def _of_the_step(self, reports: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """One report of all microbatches and replicas, in one reduction. Megatron makes one for each figure, each of
+        which waits for the other ranks; of a single number it makes none.
+
+        Args:
+            reports: of the microbatches, figures as [sum, count]; empty but on the last pipeline stage.
+
+        Returns:
+            One report of sum / count, 0-dimensional; or nothing.
+        """
+        if not reports:
+            return []
+        with torch.no_grad():
+            totals = torch.stack([torch.stack(tuple(report.values())) for report in reports]).sum(0)
+            if (group := self.groups.dp_cp).size() > 1:
+                dist.all_reduce(totals, group=group)
+            return [dict(zip(reports[0], (totals[:, 0] / totals[:, 1]).unbind(), strict=True))]
 
     def _read(self, sources: list[Iterator[Item]], microbatches: int) -> list[list[Item]]:
         """The next microbatches, per model chunk; those that were read ahead come first."""
