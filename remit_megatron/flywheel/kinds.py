@@ -140,7 +140,7 @@ def check_arguments(stage: Stage, filling: Filling) -> None:
         from remit_megatron.posttrain.configuration import load_settings
 
         found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
-        if found.trl:
+        if found.trl and found.engine == "trl":  # the others have checks of their own, and need no TRL
             from remit_megatron.posttrain.trl_arguments import check_names
 
             check_names(found)

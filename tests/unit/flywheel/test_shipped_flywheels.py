@@ -80,3 +80,12 @@ def test_a_flywheel_with_a_wrong_argument_starts_nothing(elsewhere, monkeypatch)
     with pytest.raises(UserError, match="max_stepz"):
         Runner(plan, start=lambda *_: pytest.fail("nothing is started")).run()
     assert not list((plan.run_dir / "stages").glob("*"))
+
+
+def test_only_a_stage_that_trl_runs_asks_trl(elsewhere, monkeypatch) -> None:
+    """Where another engine does the work TRL need not be installed, and its arguments are not the measure."""
+    from remit_megatron.posttrain import trl_arguments
+
+    monkeypatch.setattr(trl_arguments, "config_class", lambda stage: pytest.fail("TRL is asked"))
+    plan = Plan("configs/flywheels/toy.yaml", ["stages.rlvr.set.engine=nemo_rl"])
+    plan.check_arguments(plan.standing())
