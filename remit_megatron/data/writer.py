@@ -9,9 +9,7 @@ the temporary manifest, which is how the next writer knows that the files withou
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
-import logging
 import os
 from array import array
 from collections.abc import Iterator
@@ -25,8 +23,7 @@ from remit_megatron.data.indexed import write_index
 from remit_megatron.data.manifest import FileRecord, Manifest, manifest_path, read_manifest
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import fsync_directory
-
-logger = logging.getLogger(__name__)
+from remit_megatron.runtime.locks import keep_out
 
 _OUT_OF_SPACE = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
 
@@ -153,16 +150,10 @@ class DatasetWriter:
         path = self._temporary["bin"]
         while True:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not keep_out(file, what=self.prefix, second="build of it"):
                 file.close()
                 found = f"{self.prefix}, which another process is writing"
-                raise UserError("--output", found, "a prefix of its own for each build") from None
-            except OSError as error:  # a file system without locks
-                logger.warning(
-                    "%s cannot be locked (%s): nothing keeps a second build of it out", self.prefix, error.strerror
-                )
+                raise UserError("--output", found, "a prefix of its own for each build")
             # The writer before may have renamed or removed the file between the opening and the lock.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(file.fileno())):

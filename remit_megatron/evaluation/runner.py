@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ from remit_megatron.evaluation.suites import Suite, known_suites
 from remit_megatron.evaluation.task_files import Planned, plan_suite, write_task_files
 from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.files import sha256_file
+from remit_megatron.runtime.locks import keep_out
 
 logger = logging.getLogger(__name__)
 
@@ -380,12 +380,8 @@ def _only_one(output: Path, rank: int) -> Iterator[None]:
         yield
         return
     with open(output / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("--output", f"{output}, in use by another evaluation", "a directory of its own") from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): nothing keeps a second evaluation out", output, error.strerror)
+        if not keep_out(file, what=output, second="evaluation"):
+            raise UserError("--output", f"{output}, in use by another evaluation", "a directory of its own")
         yield
 
 

@@ -18,12 +18,11 @@ from remit_megatron.flywheel.references import Reference, filled, only
 from remit_megatron.run.configuration import load_config
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.installed import find_config
+from remit_megatron.scoring.verdicts import GAIN, beginning
 
 POSTTRAIN = ("sft", "dpo", "rlvr")
 # Where the kinds that take a run's or a post-training's configuration put it.
 RUN = "run"
-# How `remit check reference` begins where it expects one.
-GAIN = "Expect a gain"
 _OWN_SETTINGS = {
     "run_dir": "nothing: the flywheel has a directory for each stage",
     "init": "the key `model` of the stage",
@@ -198,7 +197,7 @@ def verdict(stage: Stage, directory: Path) -> str:
         sentence = str(json.loads(place.read_text(encoding="utf-8"))["verdict"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{place}: found no verdict ({error!r})"
-    return "" if sentence.startswith(GAIN) else f"require: ahead: {sentence}"
+    return "" if beginning(sentence) == GAIN else f"require: ahead: {sentence}"
 
 
 def _set(stage: Stage, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:

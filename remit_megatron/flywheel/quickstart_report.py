@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from remit_megatron.flywheel.toy import ToyText
 from remit_megatron.flywheel.toy_chain import AGAIN, ARMS, Chain, Lengths
 from remit_megatron.flywheel.toy_evaluation import SAMPLES
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.scoring.verdicts import beginning
 
 MEASURES = {"greedy": "greedy", "sampled": "temperature 1", "book": "telephone book"}
 NAMES = {
@@ -42,8 +42,6 @@ ABOUT = {
     "kd": "distilled from the reference",
     "control": "remit, guided by the base itself",
 }
-# How a verdict of `remit check reference` begins.
-_EXPECTED = re.compile(r"Expect (a gain|harm|nothing|what next-token prediction gives)")
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ class Report:
         verdicts = [result.verdict for result in self.results]
         said = verdicts[0]
         if len(verdicts) > 1:
-            counts = Counter(match[0] if (match := _EXPECTED.match(verdict)) else verdict for verdict in verdicts)
+            counts = Counter(map(beginning, verdicts))
             said = "; ".join(f"{words}, of {count} of {len(verdicts)}" for words, count in counts.most_common())
         return f"`remit check reference` had said, before mid-training: {said.rstrip('.')}."
 

@@ -20,11 +20,13 @@ from remit_megatron.flywheel.toy_chain import AGAIN, ARMS, NEXT, Arm, Chain, Len
 from remit_megatron.flywheel.toy_controls import SHUFFLED
 from remit_megatron.flywheel.toy_stages import Stage
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.scoring.verdicts import GAIN, HARM, beginning
 
 MAIN = "main"
 NOISES = (0.35, 0.45, 0.5, 0.6, 0.65)
 STRENGTHS = (5, 10, 20)  # steps of reinforcement learning
 BASES = (150, 300)  # steps of a base that is not done learning
+UNCLIPPED = ("no-clip", "rho1")  # arms that follow a reference further than the clip of 0.2 lets `remit` do
 _NTP, _REMIT, _RHO1 = ARMS["ntp"], ARMS["remit"], ARMS["rho1"]
 
 
@@ -218,16 +220,13 @@ def predictions(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                 models = entry["models"]
                 if arm not in models or "ntp" not in models:
                     continue
-                # Those that follow a reference further than the clip of 0.2 lets `remit` do.
-                further = ("no-clip", "rho1") if arm == "remit" else ()
-                gains = {
-                    name: models[name]["sampled"] - models["ntp"]["sampled"]
-                    for name in (arm, *further)
-                    if name in models
-                }
-                said = int(check["verdict"].startswith("Expect a gain")) - check["verdict"].startswith("Expect harm")
-                found.append({"cell": cell, "seed": seed, "reference": reference, "said": said, "gain": gains.pop(arm)})
-                found[-1]["further"] = gains
+                gains = {name: model["sampled"] - models["ntp"]["sampled"] for name, model in models.items()}
+                further = {name: gains[name] for name in UNCLIPPED if arm == "remit" and name in gains}
+                said = {GAIN: 1, HARM: -1}.get(beginning(check["verdict"]), 0)
+                found.append(
+                    {"cell": cell, "seed": seed, "reference": reference}
+                    | {"said": said, "gain": gains[arm], "further": further}
+                )
     return found
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from remit_megatron.flywheel.toy_study import MAIN, STRENGTHS, Comparison, compare, difference, predictions
+from remit_megatron.flywheel.toy_study import MAIN, STRENGTHS, UNCLIPPED, Comparison, compare, difference, predictions
 
 _LEVEL = 0.05
 
@@ -136,7 +136,7 @@ def _predictions(data: Mapping[str, Any]) -> str:
         if told:
             gains = [row["gain"] for row in told]
             cells = [f"{sum(gain > 0 for gain in gains)}", f"{statistics.fmean(gains):+.3f}"]
-            for name in ("no-clip", "rho1"):
+            for name in UNCLIPPED:
                 others = [row["further"][name] for row in told if name in row["further"]]
                 cells.append(f"{sum(gain > 0 for gain in others)} of {len(others)}" if others else "–")
             lines.append(f"| {words} | {len(told)} | {' | '.join(cells)} |")

@@ -84,7 +84,8 @@ class Leases:
         except (OSError, ValueError):
             owner = {}
         # Containers of several machines may have one name, and on one machine numbers of their own.
-        ours = owner.get("host") == socket.gethostname() and owner.get("kernel", [*kernel()]) == [*kernel()]
+        here = [*kernel()]
+        ours = owner.get("host") == socket.gethostname() and owner.get("kernel", here) == here
         if ours and not _alive(owner.get("process")):
             return True
         return self._now() - touched > self._stale_seconds

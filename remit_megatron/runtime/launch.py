@@ -129,8 +129,8 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
                         start_new_session=True,  # Ctrl-C reaches the ranks once, through forward()
                     )
                 )
-            if asked:  # one of them was being made, and did not get it
-                return _stopped_in_start(processes, asked[0], goes_on=goes_on)
+            if asked:  # one of them was being made, and did not get it; none has begun, and all are ended below
+                return _exit_code([-asked[0]], 0, asked, goes_on=goes_on)
             first = _wait(processes)
             if first is None:
                 return EXIT_DONE
@@ -146,14 +146,6 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "remit_megatron") -
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-
-
-def _stopped_in_start(processes: list[subprocess.Popen], number: int, *, goes_on: bool) -> int:
-    """Ends the ranks that are there already, which have begun nothing; the others are not started."""
-    for process in processes:
-        process.kill()
-        process.wait()
-    return _exit_code([-number], 0, [number], goes_on=goes_on)
 
 
 def _exit_code(codes: Sequence[int], first: int, asked: Sequence[int], *, goes_on: bool) -> int:

@@ -288,6 +288,20 @@ def _touched(path: Path) -> float | None:
         return None
 
 
+def keep_out(file: IO, *, what: object, second: str) -> bool:
+    """Locks an open file, which ends with the process; False where another process has it.
+
+    Where the file system has no locks, one line says that nothing keeps a ``second`` user of ``what`` out.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): nothing keeps a second %s out", what, error.strerror, second)
+    return True
+
+
 def kernel() -> tuple[str, str]:
     """The boot of this machine's kernel, and the namespace of process numbers in it. The name of a host is not enough:
     many containers have the same."""

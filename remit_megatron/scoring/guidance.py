@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.scoring.verdicts import AS_PLAIN, GAIN, HARM, NOTHING
 
 _SPLITS = 20
 _RESAMPLES = 2000
@@ -198,22 +199,20 @@ def verdict(text: TextGuidance, suite: Sequence[Difference] = (), *, held_out: b
         suite: differences of a suite's tasks, positive where the reference is ahead; they decide where they are clear.
     """
     if text.weight_std < FLAT:
-        return (
-            f"Expect what next-token prediction gives: the weights hardly differ from 1 (spread {text.weight_std:.4f})."
-        )
+        return f"{AS_PLAIN}: the weights hardly differ from 1 (spread {text.weight_std:.4f})."
     ahead = sum(difference.ahead is True for difference in suite)
     behind = sum(difference.ahead is False for difference in suite)
     if ahead != behind:
         clear = f"on {max(ahead, behind)} of {len(suite)} tasks the difference is clear"
         if ahead > behind:
-            return f"Expect a gain: the reference is ahead on the suite ({clear})."
-        return f"Expect harm: the reference is behind on the suite ({clear})."
+            return f"{GAIN}: the reference is ahead on the suite ({clear})."
+        return f"{HARM}: the reference is behind on the suite ({clear})."
     what = "held-out text" if held_out else "the corpus"
     if text.loss_difference.ahead is True:
-        return f"Expect a gain: the reference is ahead on {what} by {text.loss_difference.value:.3f} nats a token."
+        return f"{GAIN}: the reference is ahead on {what} by {text.loss_difference.value:.3f} nats a token."
     if text.loss_difference.ahead is False:
         return (
-            f"Expect harm where this text is what you want to learn: the reference is behind on it by "
+            f"{HARM} where this text is what you want to learn: the reference is behind on it by "
             f"{-text.loss_difference.value:.3f} nats a token. Where it is not (a corpus with mistakes), ask a suite."
         )
-    return f"Expect nothing: the reference is neither ahead nor behind on {what}."
+    return f"{NOTHING}: the reference is neither ahead nor behind on {what}."

@@ -181,7 +181,8 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
     events.start(step=resumed_at, ranks=environment.world_size)
     reached = partial(getattr, arguments, "curr_iteration", resumed_at - 1)
     try:
-        code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation, events)
+        with _megatron_started(prepared, environment, progress):
+            code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation, events)
     except BaseException as error:
         code = EXIT_DO_NOT_RESTART if isinstance(error, DoNotRestart) else None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
@@ -264,27 +265,20 @@ class Progress:
     spikes: dict[str, Any] | None = None
 
 
-def _train(
-    prepared: Prepared,
-    environment: parallel.RankEnvironment,
-    progress: Progress,
-    datasets: tuple[Any, Any],
-    scores: RunScores,
-    evaluation: RunEvaluation | None,
-    events: RunEvents,
-) -> int:
+@contextmanager
+def _megatron_started(prepared: Prepared, environment: parallel.RankEnvironment, progress: Progress) -> Iterator[None]:
+    """Megatron's globals; with them comes its handler of one signal, and the others do what that does."""
     from megatron.training import global_vars
 
     arguments = prepared.arguments
     if environment.rank == environment.world_size - 1:  # which writes both
         resume_logs(prepared.config, resumed_at=progress.iteration)
     global_vars.set_global_variables(arguments, build_tokenizer=False)
-    # Megatron's handler is there now, of one signal.
     with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else stop.handled_by({}):
-        return _train_until_stopped(prepared, environment, progress, datasets, scores, evaluation, events)
+        yield
 
 
-def _train_until_stopped(
+def _train(
     prepared: Prepared,
     environment: parallel.RankEnvironment,
     progress: Progress,

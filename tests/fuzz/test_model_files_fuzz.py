@@ -4,6 +4,7 @@ config.json gives arguments or is refused by a field's name."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,20 @@ def test_damaged_bytes(tmp_path, data):
     same(directory)
 
 
+def with_header(directory: Path, change: Callable[[dict[str, Any]], bytes]) -> None:
+    """Gives the file of weights another header before the same bytes of tensors."""
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change(json.loads(content[8 : 8 + length]))
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
 @examples(200)
 @given(data=st.data())
 def test_altered_header(tmp_path, data):
     directory = write(tmp_path / "m")
-    file = directory / "model.safetensors"
-    content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.dumps(data.draw(altered(json.loads(content[8 : 8 + length])))).encode()
-    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with_header(directory, lambda header: json.dumps(data.draw(altered(header))).encode())
     same(directory)
 
 
@@ -154,11 +160,7 @@ def headers(draw: Any, header: dict[str, Any]) -> bytes:
 @given(data=st.data())
 def test_nearly_right_header(tmp_path, data):
     directory = write(tmp_path / "m")
-    file = directory / "model.safetensors"
-    content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = data.draw(headers(json.loads(content[8 : 8 + length])))
-    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with_header(directory, lambda header: data.draw(headers(header)))
     same(directory)
 
 

@@ -16,21 +16,15 @@ from tests.integration.test_resume import losses, tensors
 from tests.network_files.conftest import Node
 from tests.unit.reference.test_cache import DATASET, losses_of, tokens_of
 from tests.unit.reference.test_cache import make as make_cache
+from tests.unit.runtime.test_locks import HOLD
 
-HOLDER = """
+HOLDER = f"""
 import sys
 from pathlib import Path
 from remit_megatron.run.directory import RunLock
 from remit_megatron.runtime.errors import UserError
-try:
-    lock = RunLock(Path(sys.argv[1]))
-except UserError as error:
-    print(f"refused: {error}", flush=True)
-    sys.exit(2)
-print("held", flush=True)
-sys.stdin.read()
-lock.release()
-"""
+take = lambda: RunLock(Path(sys.argv[1]))
+{HOLD}"""
 
 
 def says(child: subprocess.Popen[str]) -> str:

@@ -209,7 +209,7 @@ def benchmarks(scores: list[Score]) -> Part | None:
         cells, signed = [], []
         for model in models:
             score = table.get((task, model))
-            cells.append("–" if score is None else _interval(score))
+            cells.append("–" if score is None else show_score(score.metric, score.score, score.half))
             signed.append(None if score is None else score.score if score.higher_is_better else -score.score)
         bold += _best_cells(signed, row=len(rows))
         rows.append([some.column or task, details, "–" if some.items is None else str(some.items), *cells])
@@ -241,10 +241,6 @@ def _best_cells(values: Sequence[float | None], *, row: int) -> list[list[int]]:
     if len(known) < 2:
         return []
     return [[row, 3 + column] for column, value in enumerate(values) if value == max(known)]
-
-
-def _interval(score: Score) -> str:
-    return show_score(score.metric, score.score, score.half)
 
 
 def throughput(runs: list[Run]) -> Part:

@@ -322,7 +322,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, tokenizer, monkeypatch, c
     def none(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("remit_megatron.data.writer.fcntl.flock", none)
+    monkeypatch.setattr("remit_megatron.runtime.locks.fcntl.flock", none)
     build_dataset([write_lines(tmp_path / "small.jsonl", ["a", "b"])], tokenizer, tmp_path / "out")
     assert read_manifest(tmp_path / "out")
     assert "cannot be locked (Function not implemented): nothing keeps a second build of it out" in caplog.text

@@ -3,10 +3,7 @@
 As in test_token_loss_triton.py, all cases run in one process of their own, which leaves its results in a file.
 """
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ import torch
 from remit_megatron.kernels import kl_divergence
 from remit_megatron.kernels.kl_divergence import distillation_loss
 from remit_megatron.kernels.vocab_shard import VocabShard
+from tests.unit.kernels.interpreter import run_interpreted
 
 EPS = {"float32": torch.finfo(torch.float32).eps, "bfloat16": torch.finfo(torch.bfloat16).eps}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -112,17 +110,7 @@ def work(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    file = tmp_path_factory.mktemp("triton") / "results.pt"
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run([sys.executable, __file__, str(file)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(file)
+    return run_interpreted(__file__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

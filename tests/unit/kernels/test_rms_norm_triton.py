@@ -4,12 +4,9 @@ is launched.
 As in test_token_loss_triton.py, all cases run in one process of their own, which leaves its results in a file.
 """
 
-import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remit_megatron.kernels import rms_norms
 from remit_megatron.kernels.rms_norm import TorchNorms, _RMSNorms, backend_of
+from tests.unit.kernels.interpreter import run_interpreted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-6
@@ -121,17 +119,7 @@ def work(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, tuple[Tensor, ...]]:
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    file = tmp_path_factory.mktemp("triton") / "results.pt"
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run([sys.executable, __file__, str(file)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(file)
+    return run_interpreted(__file__, tmp_path_factory.mktemp("triton"))
 
 
 def definition(x: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

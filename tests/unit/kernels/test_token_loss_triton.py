@@ -5,11 +5,8 @@ run in one process of their own (this file run as a script) that leaves its resu
 Speed and memory, and the compiled kernels themselves, are for tests/gpu.
 """
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ import torch
 from remit_megatron.kernels import reference_token_loss, token_logprob, token_loss
 from remit_megatron.kernels.token_loss import TorchBackend
 from remit_megatron.kernels.vocab_shard import VocabShard
+from tests.unit.kernels.interpreter import run_interpreted
 
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,19 +128,7 @@ def work(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    file = tmp_path_factory.mktemp("triton") / "results.pt"
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, str(file)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(file)
+    return run_interpreted(__file__, tmp_path_factory.mktemp("triton"), timeout=300)
 
 
 @pytest.mark.parametrize("case, dtype", ALL, ids=IDS)

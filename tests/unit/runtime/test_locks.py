@@ -38,8 +38,12 @@ def flock(*_):  # "granted": to whoever asks on this machine
         raise OSError(getattr(errno, system), os.strerror(getattr(errno, system)))
 if system:
     fcntl.flock = flock
+take = lambda: locks.DirectoryLock(Path(directory))
+"""
+# Of a program that has said how it takes its lock: holds it until its standard input is closed.
+HOLD = """
 try:
-    lock = locks.DirectoryLock(Path(directory))
+    lock = take()
 except UserError as error:
     print(f"refused: {error}", flush=True)
     sys.exit(2)
@@ -53,7 +57,7 @@ def start(directory: Path, machine: str = "", system: str = "", *, watch: float 
     """Another process that wants the directory; holds it until its standard input is closed."""
     environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(directory), machine, system],
+        [sys.executable, "-c", PROGRAM + HOLD, str(directory), machine, system],
         env=environment | {"PYTHONPATH": str(REPOSITORY), "WATCH": str(watch)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
