@@ -117,6 +117,9 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         files, properties = content["files"], content["properties"]
         if not isinstance(files, dict) or not all(_is_described(entry) for entry in files.values()):
             raise ValueError("files without sizes and SHA-256 digests")
+        for name in files:
+            if not _is_inside(name):
+                raise ValueError(f"{name[:80]!r}, which no file below a directory is called")
         if not isinstance(properties, dict) or type(properties.get("iteration", 0)) is not int:
             raise ValueError("properties that are none")
         return Manifest(files=files, properties=properties)
@@ -130,6 +133,12 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
 def _is_described(entry: Any) -> bool:
     return isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file below a directory can have this relative name on Linux."""
+    parts = os.fsencode(name).split(b"/")  # a ValueError where a name holds half of a surrogate pair
+    return all(0 < len(part) <= 255 and part not in (b".", b"..") and b"\0" not in part for part in parts)
 
 
 def verify(directory: str | os.PathLike, *, digests: bool = True, part: int = 0, parts: int = 1) -> Manifest:

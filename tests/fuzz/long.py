@@ -49,7 +49,7 @@ def main() -> int:
         if total[door] >= 60 * arguments.minutes:
             return 0
         began = processor_seconds()
-        words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout", "36000"]
+        words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout", "36000", "--show-capture", "no"]
         done = subprocess.run(
             [sys.executable, *words, str(FOLDER / f"test_{door}_fuzz.py")],
             env={**os.environ, "REMIT_FUZZ": str(EXAMPLES), "OMP_NUM_THREADS": "1"},
@@ -61,7 +61,7 @@ def main() -> int:
         with open(arguments.record, "a") as file:
             file.write(json.dumps({"door": door, "processor_seconds": took, "passed": done.returncode == 0}) + "\n")
         if done.returncode:
-            print(done.stdout[-20000:], done.stderr[-5000:], sep="\n")
+            print(done.stdout[-8000:], done.stderr[-5000:], sep="\n")
             return 1
 
 
