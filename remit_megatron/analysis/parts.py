@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.extras import require
 from remit_megatron.runtime.files import write_atomic
 
 FORMAT = "remit_megatron report part"
@@ -188,15 +189,10 @@ def output_directory(path: str) -> Path:
     Raises:
         UserError: neither.
     """
-    from importlib.util import find_spec
-
     output = Path(path)
     if output.exists() and not output.is_dir():
         raise UserError("--output", f"{path} (a file)", "a directory")
-    if find_spec("matplotlib") is None:
-        raise UserError(
-            "matplotlib", "no such package", "the extra of this package: pip install 'remit-megatron[analysis]'"
-        )
+    require("matplotlib", field="remit analyze")
     output.mkdir(parents=True, exist_ok=True)
     return output
 

@@ -119,7 +119,7 @@ def _checkpoint(path: Path, field: str, digests: bool) -> ModelSource:
         path=path,
         hf_config=read_config(hf, field),
         tokenizer=_tokenizer(hf),
-        iteration=int(manifest.properties.get("iteration", 0)),
+        iteration=manifest.properties.get("iteration", 0),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from remit_megatron.data.manifest import Manifest, read_manifest
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import parse_json, write_atomic
+from remit_megatron.runtime.files import parse_json, whole, write_atomic
 
 _PIECE = 1 << 25  # tokens
 
@@ -46,7 +46,7 @@ def largest_id(prefix: str | os.PathLike, manifest: Manifest) -> int:
     with suppress(OSError, ValueError, KeyError, TypeError):
         content = parse_json(kept.read_bytes())
         if content["bin"] == manifest.bin.sha256:
-            return int(content["largest_id"])
+            return whole(content["largest_id"])
     largest = -1
     if manifest.bin.size:
         tokens = np.memmap(f"{os.fspath(prefix)}.bin", mode="r", dtype=np.dtype(manifest.dtype).newbyteorder("<"))

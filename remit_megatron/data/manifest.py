@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import parse_json, sha256_file
+from remit_megatron.runtime.files import parse_json, sha256_file, whole
 
 FORMAT = "remit-data"
 FORMAT_VERSION = 1
@@ -109,18 +109,18 @@ def _parse(path: str, content: Any) -> Manifest:
     try:
         return Manifest(
             tokenizer_digest=str(content["tokenizer_digest"]),
-            vocab_size=int(content["vocab_size"]),
-            eod_id=None if content["eod_id"] is None else int(content["eod_id"]),
+            vocab_size=whole(content["vocab_size"]),
+            eod_id=None if content["eod_id"] is None else whole(content["eod_id"]),
             dtype=str(content["dtype"]),
-            documents=int(content["documents"]),
-            tokens=int(content["tokens"]),
-            skipped=int(content["skipped"]),
-            bin=FileRecord(size=int(content["bin"]["size"]), sha256=str(content["bin"]["sha256"])),
-            idx=FileRecord(size=int(content["idx"]["size"]), sha256=str(content["idx"]["sha256"])),
+            documents=whole(content["documents"]),
+            tokens=whole(content["tokens"]),
+            skipped=whole(content["skipped"]),
+            bin=FileRecord(size=whole(content["bin"]["size"]), sha256=str(content["bin"]["sha256"])),
+            idx=FileRecord(size=whole(content["idx"]["size"]), sha256=str(content["idx"]["sha256"])),
             inputs=tuple(map(str, content["inputs"])),
-            sample_length=None if content.get("sample_length") is None else int(content["sample_length"]),
+            sample_length=None if content.get("sample_length") is None else whole(content["sample_length"]),
             origin=None if content.get("origin") is None else dict(content["origin"]),
-            largest_id=None if content.get("largest_id") is None else int(content["largest_id"]),
+            largest_id=None if content.get("largest_id") is None else whole(content["largest_id"]),
             special_tokens=_sides(content.get("special_tokens")),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -130,7 +130,7 @@ def _parse(path: str, content: Any) -> Manifest:
 def _sides(content: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     if content is None:
         return None
-    before, after = (tuple(map(int, ids)) for ids in content)
+    before, after = (tuple(map(whole, ids)) for ids in content)
     return before, after
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from remit_megatron.runtime import launch
 from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.extras import require
 
 _COMPARE = "compare"
 
@@ -152,6 +153,7 @@ def _compare(args: argparse.Namespace) -> int:
     for name in ("suite", "data", "limit"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name}", getattr(args, name), "nothing: compare takes results as they are")
+    require("scipy", "statsmodels", field="remit evaluate compare")
     from remit_megatron.evaluation import compare
 
     sides = compare.find_sides(args.models[1:])

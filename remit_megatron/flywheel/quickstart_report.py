@@ -12,7 +12,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from remit_megatron.analysis.results import Z_95
 from remit_megatron.flywheel.toy import ToyText
 from remit_megatron.flywheel.toy_chain import AGAIN, ARMS, Chain, Lengths
 from remit_megatron.flywheel.toy_evaluation import SAMPLES
+from remit_megatron.runtime.extras import is_installed
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.scoring.verdicts import beginning
 
@@ -237,7 +237,7 @@ class Report:
         page = build(runs, [], [], title="One turn of the flywheel")
         page.parts.insert(0, self.part())
         write_atomic(output / "report.html", fitted(page))
-        if find_spec("matplotlib") is not None:
+        if is_installed("matplotlib"):
             write_atomic(output / "quickstart.png", self.picture())
 
     def part(self) -> Any:
@@ -327,7 +327,7 @@ class Report:
 
 def _p_value(gains: Sequence[float]) -> str:
     """Of a paired t-test against no difference; nothing with fewer than three seeds or without scipy."""
-    if len(gains) < 3 or find_spec("scipy") is None or statistics.stdev(gains) < 1e-9:
+    if len(gains) < 3 or not is_installed("scipy") or statistics.stdev(gains) < 1e-9:
         return ""
     from scipy import stats
 

@@ -9,6 +9,7 @@ import sys
 from remit_megatron.posttrain.configuration import PosttrainSettings, load_settings
 from remit_megatron.runtime import launch
 from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.extras import require
 
 
 def add_sft_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +65,7 @@ def _run(stage: str, args: argparse.Namespace) -> int:
 
 
 def _run_trl(settings: PosttrainSettings, args: argparse.Namespace) -> int:
+    require("trl", field="engine trl")
     from remit_megatron.posttrain import trl_engine
 
     if args.nproc > 1 and not launch.under_launcher():

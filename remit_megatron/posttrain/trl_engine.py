@@ -154,7 +154,7 @@ def _run_in(run_dir: Path, prepared: Prepared, rank: int) -> int:
         found = newest_whole(run_dir / "checkpoints", remove=True) if rank == 0 else None
         if found is not None:
             compare_identity(found[1].properties, prepared.identity, run_dir)
-            checkpoint, step = str(found[0]), int(found[1].properties["iteration"])
+            checkpoint, step = str(found[0]), found[1].properties["iteration"]
     checkpoint, step = parallel.broadcast_object((checkpoint, step))
     with parallel.same_fate("writing the configuration"):
         if rank == 0:

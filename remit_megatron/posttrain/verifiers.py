@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
+from remit_megatron.runtime.extras import is_installed, missing
 
 Verifier = Callable[..., float]
 
@@ -194,6 +195,8 @@ def _check_gsm8k(answer: str) -> None:
 def _check_math(answer: str) -> None:
     if not answer.strip():
         raise ValueError("an empty answer; expected an expression")
+    if not is_installed("math_verify"):
+        raise ValueError("; expected ".join(missing("math_verify")))
 
 
 def _check_ifeval(

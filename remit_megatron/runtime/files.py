@@ -33,6 +33,17 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def whole(value: Any) -> int:
+    """``value`` of a JSON file where it is an integer of 64 bits; no text that looks like one, no 3.0, no true.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{str(value)[:40]!r} is no integer of 64 bits")
+    return value
+
+
 def fsync_directory(directory: str | os.PathLike) -> None:
     """Makes renames inside ``directory`` durable."""
     descriptor = os.open(directory, os.O_RDONLY)

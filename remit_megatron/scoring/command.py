@@ -25,6 +25,7 @@ from remit_megatron.run.samples import open_datasets
 from remit_megatron.run.score_cache import open_cache
 from remit_megatron.runtime import launch, parallel
 from remit_megatron.runtime.errors import EXIT_DONE, UserError
+from remit_megatron.runtime.extras import require
 
 # Beginnings of Megatron's arguments that belong to training; a job that only runs forward has none of them.
 _TRAINING = (
@@ -238,6 +239,7 @@ def run_reference(args: argparse.Namespace) -> int:
     """Runs ``remit check reference``; returns the exit code."""
     if args.samples < 1:
         raise UserError("--samples", args.samples, "1 or more")
+    require("scipy", field="remit check reference")
     config = load_config(args.config, args.overrides)
     if args.nproc > 1 and not launch.under_launcher():
         command = ["check", "reference", args.config, *args.overrides, "--samples", str(args.samples)]

@@ -129,16 +129,9 @@ def compare_text(
 
 def mean_difference(values: NDArray[np.floating], units: NDArray[np.integer], *, seed: int = 0) -> Difference:
     """Mean of ``values`` [n] with a 95% interval: the percentile bootstrap of scipy over ``units`` [n], whose values
-    come and go together.
+    come and go together; scipy comes with the extra `evaluate`."""
+    from scipy import stats
 
-    Raises:
-        UserError: scipy is not installed.
-    """
-    try:
-        from scipy import stats
-    except ImportError:
-        expected = "the extra `evaluate` of this package (pip install 'remit-megatron[evaluate]')"
-        raise UserError("scipy", "no such package", expected) from None
     mean = float(values.mean())
     sums = np.bincount(units, weights=values)
     counts = np.bincount(units).astype(np.float64)
