@@ -194,11 +194,11 @@ def _coerce_one(action: argparse.Action, value: Any, *, field: str) -> Any:
         hint = did_you_mean(str(value), [str(choice) for choice in choices])
         raise UserError(field, show(value), f"one of {', '.join(map(str, choices))}{hint}")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
-        raise UserError(field, show(value), "a number of 64 bits")
     if action.type is int:
-        if not number or not math.isfinite(value) or value != int(value) or abs(value) > _LARGEST:
-            raise UserError(field, show(value), "a whole number of 64 bits")
+        if not number or not math.isfinite(value) or value != int(value):
+            raise UserError(field, show(value), "a whole number")
+        if abs(value) > _LARGEST:
+            raise UserError(field, show(value), "a number of 64 bits")
         return int(value)
     if action.type is float:
         if not number:

@@ -11,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from remit_megatron.runtime.errors import UserError
 
+_TOO_LARGE = "an integer of more than 64 bits"
+
 
 def parse_yaml(text: str) -> Any:
     """The lists, dicts and values of a YAML text.
@@ -20,11 +22,26 @@ def parse_yaml(text: str) -> Any:
         OmegaConfBaseException: it holds what OmegaConf does not take.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        _refuse_large(content)
+        return content
     except AssertionError:  # which is how it refuses a bare number, flag or date
         raise yaml.YAMLError("one value alone") from None
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:  # Python's limit of 4,300 digits, or a date that is none
+        raise yaml.YAMLError(_TOO_LARGE if "digits" in str(error) else str(error)) from None
+
+
+def _refuse_large(content: Any) -> None:
+    """Nothing here counts beyond 64 bits, and arithmetic with such integers ends in an OverflowError somewhere."""
+    if isinstance(content, dict | list):
+        for item in content if isinstance(content, list) else (*content, *content.values()):
+            _refuse_large(item)
+    elif isinstance(content, int) and not -(2**63) <= content < 2**63:
+        raise yaml.YAMLError(_TOO_LARGE)
 
 
 def read_yaml(path: Path, *, field: str, expected: str) -> Any:

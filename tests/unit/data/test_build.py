@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -393,3 +394,14 @@ def test_no_space_left(tmp_path, tokenizer, big):
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "rc=2\n", done
     assert "--output: found no space left in" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("value", ["1e999", "NaN", '"3"', "3.0", "true", "9" * 5000, str(2**63)])
+@pytest.mark.parametrize("name", ["vocab_size", "eod_id", "documents", "tokens", "skipped", "largest_id", "size"])
+def test_a_manifest_with_a_number_that_is_none(tmp_path, tokenizer, name, value):
+    source = write_lines(tmp_path / "c.jsonl", ["ab"])
+    build_dataset([source], tokenizer, tmp_path / "out")
+    path = tmp_path / "out.json"
+    path.write_text(re.sub(rf'("{name}"): \d+', rf"\1: {value}", path.read_text()))
+    with pytest.raises(UserError, match=r"damaged manifest|Exceeds the limit"):
+        read_manifest(tmp_path / "out")

@@ -179,6 +179,20 @@ def test_a_bare_value_is_not_a_configuration(tmp_path, text):
     assert line_of(run).startswith(f"{blend}: found one value alone; expected ")
 
 
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000, str(2**63)])
+def test_integers_of_more_than_64_bits(tmp_path, number):
+    """Python writes no integer of more than 4,300 digits, and makes no float of one above 1e308."""
+    path = write(tmp_path / "run.yaml", f"objective: {{epsilon: {number}}}\n")
+    assert line_of(path) == f"{path}: found an integer of more than 64 bits; expected valid YAML"
+    with pytest.raises(UserError, match="override seed: found an integer of more than 64 bits"):
+        load_config(write(tmp_path / "run.yaml"), [f"seed={number}"])
+
+
+def test_a_date_that_is_none(tmp_path):
+    path = write(tmp_path / "run.yaml", "seed: !!timestamp 2001-99-99\n")
+    assert line_of(path) == f"{path}: found month must be in 1..12; expected valid YAML"
+
+
 def test_a_mapping_is_no_blend(tmp_path):
     text = "model: tiny_llama\nrun_dir: r\ndata: {{tokenizer: t, train: a, valid: {}}}\n"
     path = write(tmp_path / "run.yaml", text.format("{a: 1}"))

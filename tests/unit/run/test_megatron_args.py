@@ -160,6 +160,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "type": ({"lr": "fast"}, 1, "megatron.lr: found 'fast'; expected a number"),
     "fraction of a step": ({"train_iters": 1.5}, 1, "megatron.train_iters: found 1.5; expected a whole number"),
+    "beyond 64 bits": ({"train_iters": 1e308}, 1, "megatron.train_iters: found 1e+308; expected a number of 64 bits"),
     "flag": ({"bias_swiglu_fusion": 1}, 1, "megatron.bias_swiglu_fusion: found 1; expected true or false"),
     "choice": (
         {"lr_decay_style": "cosin"},
