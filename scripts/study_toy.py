@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, default=Path("docs/study/toy.json"), help="default: %(default)s")
     parser.add_argument("--tables", action="store_true", help="train nothing: collect, and print the tables")
+    parser.add_argument("--picture", type=Path, metavar="F.png", help="the main cell as the quickstart's picture")
     parser.add_argument("--trial", type=int, metavar="N", help="trainings of N steps, to see that all of it runs")
     args = parser.parse_args()
 
@@ -24,7 +26,8 @@ def main() -> int:
     from remit_megatron.flywheel.toy_chain import Lengths
     from remit_megatron.flywheel.toy_stages import Stages
     from remit_megatron.flywheel.toy_study import PARTS, PARTS_B, Study, write_data
-    from remit_megatron.flywheel.toy_study_tables import markdown
+    from remit_megatron.flywheel.toy_study_tables import markdown, picture
+    from remit_megatron.runtime.files import write_atomic
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -44,8 +47,13 @@ def main() -> int:
         stages = study.stages()
         say(f"{len(stages)} stages, about {sum(stage.seconds for stage in stages) / cores / 60:.0f} minutes when quiet")
         code = Stages(args.output, stages, cores, say).run()
-    data = write_data(args.output, args.data)
+    if args.tables and not args.output.is_dir():  # a fresh clone: what was measured before
+        data = json.loads(args.data.read_text())
+    else:
+        data = write_data(args.output, args.data)
     say(markdown(data))
+    if args.picture is not None:
+        write_atomic(args.picture, picture(data))
     return code
 
 

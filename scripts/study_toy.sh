@@ -4,6 +4,7 @@
 #   scripts/study_toy.sh                                  everything: about an hour on two quiet cores
 #   scripts/study_toy.sh --part a --seeds 1-2             a part of it; the same directory may get the rest later
 #   scripts/study_toy.sh --tables                         what there is so far, as tables
+#   scripts/study_toy.sh --tables --picture docs/images/quickstart.png    and the README's picture of it
 #
 # Stopped at any moment, it goes on where it was. Every model comes out of the commands that the quickstart uses; what was
 # measured is collected in docs/study/toy.json.

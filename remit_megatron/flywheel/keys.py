@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,7 @@ def posttrain_content(kind: str, path: str, overrides: list[str], digests: Diges
     The number of ranks is part of it: TRL's batch is so many times the one of a device.
     """
     from remit_megatron.posttrain.configuration import load_settings
+    from remit_megatron.posttrain.verifiers import verifier_source
 
     settings = load_settings(path, overrides, stage=kind)
     values = without(settings.to_plain(), _POSTTRAIN_WITHOUT)
@@ -204,7 +207,36 @@ def posttrain_content(kind: str, path: str, overrides: list[str], digests: Diges
     file = (settings.verifier or "").rpartition(":")[0]
     if file.endswith(".py"):
         values["verifier_file"] = digests.of(file, field="verifier")
+    named = set() if kind != "rlvr" else _verifiers_of_lines(settings.data.train + settings.data.valid)
+    if settings.verifier and not file.endswith(".py"):
+        named.add(settings.verifier)
+    sources = {name: verifier_source(name) for name in sorted(named)}
+    values["verifiers"] = {name: digests.of(path, field="verifier") for name, path in sources.items() if path}
+    if settings.engine == "command":
+        files = [word for word in _words(settings.command.get("run")) if Path(word).is_file()]
+        values["command_files"] = {word: digests.of(word, field="command.run") for word in files}
     return {**values, "ranks": nproc}
+
+
+def _verifiers_of_lines(inputs: Sequence[str]) -> set[str]:
+    """Names of the verifiers that lines ask for; of no file that is not there yet, or that the stage itself refuses."""
+    from remit_megatron.posttrain.examples import read_examples
+
+    names = set()
+    for name in inputs:
+        with suppress(UserError, OSError):
+            if not name.startswith(STAGE):
+                names |= {
+                    example.fields.get("verifier", "") for example in read_examples([name], stage="rlvr", field="data")
+                }
+    return names - {""}
+
+
+def _words(run: Any) -> list[str]:
+    try:
+        return shlex.split(run) if isinstance(run, str) else [word for word in run or () if isinstance(word, str)]
+    except ValueError:
+        return []  # the stage refuses it
 
 
 def suite_content(name: str, digests: Digests) -> Any:

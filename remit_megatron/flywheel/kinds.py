@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.flywheel.chain import WITHOUT_REFERENCE, Stage
-from remit_megatron.flywheel.keys import Digests, posttrain_content, run_content, suite_content
+from remit_megatron.flywheel.keys import STAGE, Digests, posttrain_content, run_content, suite_content
 from remit_megatron.flywheel.references import Reference, filled, only
 from remit_megatron.run.configuration import load_config
 from remit_megatron.runtime.errors import UserError, show
@@ -169,18 +169,53 @@ def step_problem(stage: Stage, step: int, filling: Filling) -> tuple[str, str] |
     if stage.kind in POSTTRAIN:
         from remit_megatron.posttrain.configuration import load_settings
 
-        every = load_settings(
-            settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind
-        ).keep.every
-        kept = every is not None and step % every == 0
-        return None if kept else (f"keep.every {show(every)}", f"keep.every, a number that divides {step}")
+        found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
+        every = found.keep.every
+        if every is None or step % every:
+            return f"keep.every {show(every)}", f"keep.every, a number that divides {step}"
+        last = found.trl.get("max_steps", -1)
+        if isinstance(last, int) and 0 < last < step:
+            return f"trl.max_steps {last}", f"trl.max_steps of {step} or more"
+        return None
     config = load_config(settings["config"], _run_overrides(stage, settings, filling))
     interval = config.megatron.get("save_interval")
     if not interval or step % interval:
         return f"megatron.save_interval {show(interval)}", f"megatron.save_interval, a number that divides {step}"
     if config.checkpoint.keep is not None:
         return f"checkpoint.keep {config.checkpoint.keep}", "checkpoint.keep null"
+    last = config.megatron.get("train_iters")
+    if isinstance(last, int) and last < step:
+        return f"megatron.train_iters {last}", f"megatron.train_iters of {step} or more"
     return None
+
+
+def token_data(stage: Stage, filling: Filling) -> list[str]:
+    """Prefixes of the data sets from outside that a stage reads.
+
+    Args:
+        filling: as for :func:`content`.
+    """
+    if stage.kind not in ("train", "score", "check"):
+        return []
+    settings = filled(stage.settings, filling.fill, field=stage.field)
+    data = load_config(settings["config"], _run_overrides(stage, settings, filling)).data
+    found = [entry if isinstance(entry, str) else entry[1] for entry in (*data.train, *data.valid)]
+    return [prefix for prefix in found if not prefix.startswith(STAGE)]
+
+
+def job_of_its_own(stage: Stage, filling: Filling) -> str | None:
+    """The engine of a post-training that submits itself to Slurm, and ends with 75 until its job is done.
+
+    Args:
+        filling: as for :func:`content`.
+    """
+    if stage.kind not in POSTTRAIN:
+        return None
+    from remit_megatron.posttrain.configuration import load_settings
+
+    settings = filled(stage.settings, filling.fill, field=stage.field)
+    found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
+    return found.engine if found.engine == "nemo_rl" else None
 
 
 def finished(stage: Stage, directory: Path) -> bool:

@@ -145,6 +145,23 @@ class Plan:
                 with _naming(planned.stage):
                     kinds.check_arguments(planned.stage, self._filling(planned.stage))
 
+    def check_jobs(self, standing: dict[str, Standing]) -> None:
+        """Refuses to submit a stage whose engine submits a job of its own: 75 would requeue it until that has ended.
+
+        Raises:
+            UserError: naming the stage and the engine.
+        """
+        for id_, planned in self.planned.items():
+            engine = kinds.job_of_its_own(planned.stage, self._filling(planned.stage))
+            if engine and standing[id_].status != "done":
+                found = f"{engine} with --slurm, which waits for a job of its own"
+                raise UserError(f"{id_}: engine", found, "trl or command; or remit flywheel without --slurm")
+
+    def token_data(self) -> list[str]:
+        """Prefixes of all token files from outside, each once."""
+        found = (kinds.token_data(one.stage, self._filling(one.stage)) for one in self.planned.values())
+        return list(dict.fromkeys(prefix for prefixes in found for prefix in prefixes))
+
     def resolved(self) -> str:
         """The flywheel's file with what it starts from and what the command line says, as YAML."""
         content = dataclasses.asdict(self.config) | {"run_dir": str(self.run_dir)}

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from remit_megatron.data.manifest import read_manifest
 from remit_megatron.flywheel import kinds, outputs
 from remit_megatron.flywheel.chain import Stage
 from remit_megatron.flywheel.keys import source_digest
@@ -129,11 +130,13 @@ class Runner:
         return code
 
     def check_results(self, only: list[str] | None = None) -> None:
-        """Looks at what is done: sizes and times, or contents with ``verify``.
+        """Looks at what is done: sizes and times, or contents with ``verify``; then those of token files, too.
 
         Raises:
-            UserError: a file is not as its stage left it.
+            UserError: a file is not as its stage, or `remit data build`, left it.
         """
+        for prefix in self.plan.token_data() if self.verify and only is None else ():
+            read_manifest(prefix, verify=True)
         for planned in self.plan.planned.values():
             if only is not None and planned.stage.id not in only:
                 continue

@@ -36,6 +36,7 @@ def submit(plan: Plan, *, retry: bool = False) -> int:
         standing = plan.standing()
         plan.check_inputs(standing)
         plan.check_arguments(standing)
+        plan.check_jobs(standing)
         plan.make_directory()
         return _submit_all(plan, retry=retry)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def dry_run(plan: Plan, name: str | None = None) -> str:
     for id_, planned in plan.planned.items():
         if wanted in (None, id_):
             lines.append(f"{id_}: {standing[id_].status}, {planned.directory}")
-            lines.append(f"  {' '.join(planned_words(plan, planned))}")
+            lines.append(f"  {shlex.join(planned_words(plan, planned))}")
             lines += [f"  not found here: {what} (the stage needs it)" for what in planned.absent]
     return "\n".join(lines) + "\n"
 

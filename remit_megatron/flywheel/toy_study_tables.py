@@ -17,6 +17,19 @@ def markdown(data: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def picture(data: Mapping[str, Any]) -> bytes:
+    """The main cell as the quickstart draws it, PNG: the picture of the README."""
+    from remit_megatron.flywheel.quickstart_report import Report, SeedResult
+    from remit_megatron.flywheel.toy import ToyText
+    from remit_megatron.flywheel.toy_chain import Lengths
+
+    results = [
+        SeedResult(int(seed), found["models"], found["after_rl"], found["checks"]["reference"]["verdict"])
+        for seed, found in sorted(data["cells"][MAIN].items(), key=lambda item: int(item[0]))
+    ]
+    return Report(results, Lengths(), ToyText.documents).picture()
+
+
 def _models(data: Mapping[str, Any]) -> str:
     lines = ["| cell | model | seeds | greedy | temperature 1 | book |", "|---|---|---|---|---|---|"]
     for cell, seeds in sorted(data["cells"].items()):

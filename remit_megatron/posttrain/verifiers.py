@@ -161,6 +161,23 @@ def find_verifier(name: str, *, field: str = "verifier") -> Verifier:
     return cast(Verifier, found)
 
 
+def verifier_source(name: str) -> str | None:
+    """The file that a verifier of yours is written in; None for one of ``VERIFIERS``, and where there is no file.
+
+    The module itself is not imported, the packages that it is in are.
+    """
+    place, colon, _ = name.rpartition(":")
+    if not colon or name in VERIFIERS:
+        return None
+    if place.endswith(".py"):
+        return place
+    try:
+        found = importlib.util.find_spec(place)
+    except Exception:  # whatever a package of somebody else raises
+        return None
+    return found.origin if found is not None and found.has_location else None
+
+
 def _module(place: str, field: str) -> Any:
     expected = "a module that can be imported, or a file that ends in .py"
     try:

@@ -102,7 +102,7 @@ def plausible(action: argparse.Action) -> st.SearchStrategy[Any]:
     if action.nargs == 0:
         return st.booleans()
     if action.choices:
-        one: st.SearchStrategy[Any] = st.sampled_from(list(action.choices))
+        one: st.SearchStrategy[Any] = st.sampled_from([getattr(choice, "name", choice) for choice in action.choices])
     elif action.type is int:
         one = st.sampled_from((0, 1, 2, 3, 4, 5, 8, 10, 64, 1000, -1))
     elif action.type is float:

@@ -33,6 +33,7 @@ def warm() -> None:
     import megatron.training.training  # noqa: F401
 
     import remit_megatron.conversion.loading
+    import remit_megatron.evaluation.runner
     import remit_megatron.posttrain.trl_trainers
     import remit_megatron.training.engine  # noqa: F401
 

@@ -143,6 +143,46 @@ def test_a_verifier_of_the_user_s_own_counts_by_its_content(files, flywheel) -> 
     assert key(flywheel, stage) != before
 
 
+@pytest.mark.parametrize("where", ["line", "module", "module of a line"])
+def test_a_verifier_counts_by_its_content_wherever_it_is_named(files, flywheel, where, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(files))
+    name = "mine_of_lines.py:reward" if where == "line" else "mine_of_lines:reward"
+    (files / "mine_of_lines.py").write_text("def reward(completion, answer): return 1.0\n")
+    stage: dict = {"kind": "rlvr", "config": "rlvr.yaml"}
+    if where == "module":
+        stage["set"] = {"verifier": name}
+    else:
+        lines = ({"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": "3", "verifier": name})
+        (files / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = key(flywheel, stage)
+    assert key(flywheel, stage) == before
+    (files / "mine_of_lines.py").write_text("def reward(completion, answer): return 0.0\n")
+    assert key(flywheel, stage) != before
+
+
+def test_files_that_an_engine_s_command_names_count_by_their_content(files, flywheel) -> None:
+    (files / "train.sh").write_text("cp -r $1 $2\n")
+    command = {"run": "bash train.sh {model_in} {model_out}"}
+    stage = {"kind": "rlvr", "config": "rlvr.yaml", "set": {"engine": "command", "command": command}}
+    (files / "rlvr.yaml").write_text(json.dumps({k: v for k, v in POSTTRAIN.items() if k not in ("trl", "keep")}))
+    before = key(flywheel, stage)
+    (files / "train.sh").write_text("cp -r $1/. $2\n")
+    assert key(flywheel, stage) != before
+
+
+def test_token_files_are_read_where_contents_are_asked_for(files, flywheel, monkeypatch) -> None:
+    """Their digests in the key are those of their manifest, which is not read against the files at every start."""
+    asked = []
+    monkeypatch.setattr(
+        "remit_megatron.flywheel.runner.read_manifest", lambda prefix, verify: asked.append((prefix, verify))
+    )
+    plan = Plan(flywheel({"a": train(), "b": {**train(seed=2), "model": "${stage:a}"}}))
+    Runner(plan).check_results()
+    assert asked == []
+    Runner(plan, verify=True).check_results()
+    assert asked == [("corpus", True)]
+
+
 def test_the_seed_and_the_code(files, flywheel, monkeypatch) -> None:
     before = key(flywheel, train())
     assert key(flywheel, train(), seed=1234) == before  # the default of a run
@@ -175,6 +215,11 @@ def test_what_an_objective_has_no_use_for_is_no_part_of_its_key(files, flywheel)
         ({"kind": "rlvr", "config": "rlvr.yaml", "set": {"keep": None}}, r"keep\.every nothing"),
         (train(**{"megatron.save_interval": 7, "checkpoint.keep": None}), r"megatron\.save_interval 7; expected"),
         (train(), r"checkpoint\.keep 2; expected checkpoint\.keep null"),
+        (
+            {"kind": "rlvr", "config": "rlvr.yaml", "set": {"trl.max_steps": 12}},
+            r"trl\.max_steps 12; expected trl\.max_steps of 20 or more",
+        ),
+        (train(**{"checkpoint.keep": None}), r"megatron\.train_iters 6; expected megatron\.train_iters of 20 or more"),
     ],
 )
 def test_a_step_that_would_not_be_kept(files, flywheel, producer, message) -> None:

@@ -35,6 +35,19 @@ def test_a_shipped_flywheel(path, elsewhere) -> None:
             assert find_config(namespace.config).is_file()
 
 
+@pytest.mark.parametrize("name", ["paper_fig5a", "paper_fig5b", "remit_squared", "paper_fig15"])
+def test_batches_of_post_training_are_the_published_ones(name, elsewhere) -> None:
+    """OLMo 2's: 128 sequences, 128 pairs, 48 prompts of 16 completions, whatever the number of GPUs."""
+    found: dict[str, set[int]] = {}
+    for planned in Plan(f"configs/flywheels/{name}.yaml").planned.values():
+        if planned.stage.kind in ("sft", "dpo", "rlvr"):
+            trl = planned.content["config"]["trl"]
+            ranks = planned.content["config"]["ranks"]
+            batch = ranks * trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"]
+            found.setdefault(planned.stage.kind, set()).add(batch)
+    assert found["rlvr"] == {768} and found.get("sft", {128}) == found.get("dpo", {128}) == {128}
+
+
 def test_the_figures_are_what_they_say(elsewhere) -> None:
     plain, whole, squared = (
         Plan(f"configs/flywheels/{name}.yaml") for name in ("paper_fig5a", "paper_fig5b", "remit_squared")
@@ -80,6 +93,15 @@ def test_a_flywheel_with_a_wrong_argument_starts_nothing(elsewhere, monkeypatch)
     with pytest.raises(UserError, match="max_stepz"):
         Runner(plan, start=lambda *_: pytest.fail("nothing is started")).run()
     assert not list((plan.run_dir / "stages").glob("*"))
+
+
+def test_a_stage_that_submits_a_job_of_its_own_is_not_submitted(elsewhere) -> None:
+    """It ends with 75 until that job has ended, and every job that ends with 75 is put into the queue again."""
+    plan = Plan("configs/flywheels/toy.yaml", ["stages.rlvr.set.engine=nemo_rl"])
+    with pytest.raises(UserError, match=r"round1/ntp/rlvr: engine: found nemo_rl with --slurm"):
+        plan.check_jobs(plan.standing())
+    plan = Plan("configs/flywheels/toy.yaml")
+    plan.check_jobs(plan.standing())
 
 
 def test_only_a_stage_that_trl_runs_asks_trl(elsewhere, monkeypatch) -> None:

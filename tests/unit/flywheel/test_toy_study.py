@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from scipy import stats
 
 from remit_megatron.flywheel.toy_stages import Stages
 from remit_megatron.flywheel.toy_study import MAIN, PARTS, Study, collect, compare, difference, predictions
-from remit_megatron.flywheel.toy_study_tables import _CLAIMS, curve_difference, markdown, verdict
+from remit_megatron.flywheel.toy_study_tables import _CLAIMS, curve_difference, markdown, picture, verdict
 
 
 def keys(root: Path, *parts: str) -> dict[str, str]:
@@ -90,6 +92,14 @@ def test_collected_compared_and_tabled(tmp_path) -> None:
     _, p = stats.ttest_1samp([0.1, 0.2, 0.3], 0)
     row = f"| remit beats ntp at temperature 1 | +0.200 | [-0.048, +0.448] | 3 of 3 | {p:.1g} | not shown |"
     assert row in tables
+
+
+def test_the_readme_s_picture_is_of_the_committed_data() -> None:
+    """Byte for byte with the matplotlib that made it; with another, letters may differ by a pixel."""
+    root = Path(__file__).resolve().parents[3]
+    drawn = imread(io.BytesIO(picture(json.loads((root / "docs/study/toy.json").read_text()))))
+    kept = imread(root / "docs/images/quickstart.png")
+    assert drawn.shape == kept.shape and abs(drawn - kept).mean() < 0.01
 
 
 @pytest.mark.parametrize(
