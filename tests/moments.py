@@ -18,6 +18,17 @@ def send():
     rank = os.environ.get("RANK")
     target = os.getpid() if rank is None else os.getppid()
     os.kill(target, int(os.environ["MOMENT_SIGNAL"]))
+    if rank is not None:  # it comes back from there; a rank that leaves does not get here
+        import time
+        deadline = time.monotonic() + 60
+        while not noted() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+def noted():
+    stop = sys.modules.get("remit_megatron.runtime.stop")
+    globals_of_megatron = sys.modules.get("megatron.training.global_vars")
+    handler = getattr(globals_of_megatron, "_GLOBAL_SIGNAL_HANDLER", None)
+    return (stop is not None and stop.held()) or (handler is not None and handler._signal_received)
 
 class Hook:
     def __init__(self, module, function):

@@ -27,7 +27,8 @@ from remit_megatron.runtime import first_signals
 from remit_megatron.runtime.errors import EXIT_START_ME_AGAIN
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-_LEAVE_SECONDS = 20.0
+_LEAVE_SECONDS = 5.0
+_FINISH_SECONDS = 20.0  # for ranks that wait for each other, and for cleaning up
 _PR_SET_PDEATHSIG = 1
 _LAUNCHER = "REMIT_LAUNCHER_PID"
 _in_set_up: StopInSetUp | None = None
@@ -53,10 +54,13 @@ def in_set_up() -> bool:
 
 @contextlib.contextmanager
 def handled_by(handlers: Mapping[signal.Signals, Handler], *, to_the_end: bool = False) -> Iterator[None]:
-    """The set-up is over: from here on these handle the signals; afterwards what did before the set-up.
+    """The set-up is over: from here on these handle the signals, also those that were held.
+
+    Afterwards a stop signal ends the program at once, with 75, unless it only ends anyway. What is a part of another
+    process gets the handlers of before the set-up.
 
     Args:
-        handlers: get what was held, too.
+        handlers: of each signal.
         to_the_end: afterwards the program only ends, with an exit code that stands: stop signals change nothing then.
     """
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -68,9 +72,11 @@ def handled_by(handlers: Mapping[signal.Signals, Handler], *, to_the_end: bool =
         yield
     finally:
         for number, handler in before.items():
-            after = released.get(number, handler)
-            over = to_the_end and first_signals.is_program and number in STOP_SIGNALS
-            signal.signal(number, signal.SIG_IGN if over else after)  # type: ignore[arg-type]
+            after: Any = released.get(number, handler)
+            if released and first_signals.is_program and number in STOP_SIGNALS:
+                assert _in_set_up is not None
+                after = signal.SIG_IGN if to_the_end else _in_set_up.leave_at_the_end
+            signal.signal(number, after)
 
 
 def hold() -> None:
@@ -163,7 +169,8 @@ class StopInSetUp:
         when: the rest of the line that says that it was stopped.
         cleans_up: :class:`Stopped` is raised in place of leaving, also on Ctrl-C: for a command that would leave
             something behind. Libraries that are being imported may swallow it; the process then ends as one that waits.
-        leave_seconds: how long a process has that does not leave by itself.
+        leave_seconds: how long a process has that does not leave by itself. More (20 s) while signals are held, and
+            for cleaning up.
 
     Attributes:
         when: as given.
@@ -203,7 +210,8 @@ class StopInSetUp:
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._stop) for number in numbers}
         self._before = {number: first_signals.inherited(number, handler) for number, handler in before.items()}
-        threading.Thread(target=self._watch, args=(self._pipe[0], numbers), daemon=True, name="stop in set-up").start()
+        arguments = (self._pipe[0], {int(number) for number in numbers})
+        threading.Thread(target=self._watch, args=arguments, daemon=True, name="stop in set-up").start()
         # Whoever started this process may have blocked them; what was sent meanwhile arrives now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         return self
@@ -231,6 +239,13 @@ class StopInSetUp:
         os.close(write)  # which ends the thread; it closes its own end
         return self._before
 
+    def leave_at_the_end(self, number: int, _frame: FrameType | None) -> None:
+        """The handler of what comes after a command's work, as long as it takes."""
+        self.when = "at the end, nothing is lost; start it again"
+        if first_signals.speaks():
+            say_stopped(number)
+        leave()
+
     def take_held(self) -> int | None:
         """What was noted, once."""
         held, self.held, self.holding = self.held, None, False
@@ -249,14 +264,18 @@ class StopInSetUp:
             say_stopped(number)
         leave()
 
-    def _watch(self, read: int, numbers: tuple[signal.Signals, ...]) -> None:
-        watched = {int(number) for number in numbers}
+    def _watch(self, read: int, watched: set[int]) -> None:
         try:
             while data := os.read(read, 64):
-                if watched & set(data):
-                    time.sleep(self._leave_seconds)
-                    if self._pipe is not None:
-                        os._exit(EXIT_START_ME_AGAIN)
+                if not (numbers := watched & set(data)):
+                    continue
+                time.sleep(self._leave_seconds)
+                if self.holding or self._stopping:
+                    time.sleep(max(0.0, _FINISH_SECONDS - self._leave_seconds))
+                if self._pipe is not None:
+                    if first_signals.speaks():
+                        say_stopped(min(numbers))
+                    os._exit(EXIT_START_ME_AGAIN)
         finally:
             os.close(read)
 

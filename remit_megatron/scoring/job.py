@@ -394,5 +394,5 @@ class ScoringJob:
             self._stopped = True
 
         parallel.leave_set_up_together()
-        with handled_by(dict.fromkeys((signal.SIGINT, signal.SIGUSR1, *stop_signals()), stop), to_the_end=True):
+        with handled_by(dict.fromkeys((signal.SIGINT, signal.SIGUSR1, *stop_signals()), stop)):
             yield

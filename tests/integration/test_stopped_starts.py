@@ -35,7 +35,8 @@ MOMENTS: list[tuple[str, str, signal.Signals, int, str]] = [
     ("1", "remit_megatron.training.curves:resume_logs", TERM, 0, "stopped"),
     ("0", "megatron.training.training:setup_model_and_optimizer", TERM, 1, "stopped"),
     ("1", "remit_megatron.run.directory:newest_verified", USR2, 1, "stopped"),
-    ("0", "remit_megatron.runtime.checkpoints:describe_files", TERM, 2, "stopped"),
+    # In the save of step 2: the step after it is made and saved as well.
+    ("0", "remit_megatron.runtime.checkpoints:describe_files", TERM, 3, "stopped"),
 ]
 
 
