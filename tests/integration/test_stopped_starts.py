@@ -32,7 +32,8 @@ MOMENTS: list[tuple[str, str, signal.Signals, int, str]] = [
     ("1", "torch", TERM, 0, ""),
     ("0", "torch.distributed:init_process_group", USR2, 0, ""),
     # Only the last rank does this, while the other waits for it: it is after this that Megatron handles the signal.
-    ("1", "remit_megatron.training.curves:resume_logs", TERM, 0, "stopped"),
+    # The other may be where nothing has been written of this start yet.
+    ("1", "remit_megatron.training.curves:resume_logs", TERM, 0, "stopped or not started"),
     ("0", "megatron.training.training:setup_model_and_optimizer", TERM, 1, "stopped"),
     ("1", "remit_megatron.run.directory:newest_verified", USR2, 1, "stopped"),
     # In the save of step 2: the step after it is made and saved as well.
@@ -69,7 +70,7 @@ def test_each_start_is_stopped_at_a_later_moment(config_for, pool, tmp_path):
         assert [path for path in tmp_path.rglob("*.tmp") if folder not in path.parents] == [], what
         latest = run_dir / "checkpoints" / "latest"
         assert (json.loads(latest.read_text())["iteration"] if latest.exists() else 0) == step, what
-        assert state(run_dir) == says, what
+        assert state(run_dir) in says.split(" or "), what
     status = run_status(run_dir)
     assert (status.crashes, status.faults) == (0, []), status.faults
     assert losses(run_dir) == losses(straight)
