@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from remit_megatron import __version__
+from remit_megatron.runtime import first_signals
 from remit_megatron.runtime.errors import (
     EXIT_BAD_INPUT,
     EXIT_DO_NOT_RESTART,
@@ -22,7 +23,7 @@ from remit_megatron.runtime.errors import (
     UserError,
 )
 from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, say_once, use_own_patches
-from remit_megatron.runtime.stop import StopInSetUp, follow_launcher
+from remit_megatron.runtime.stop import StopInSetUp, Stopped, follow_launcher, leave, say_stopped
 
 # command -> (room, one line for --help). What a command NAME takes and does is in the room's command.py:
 # add_NAME_arguments and run_NAME.
@@ -70,9 +71,6 @@ _GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "analyze": ("real checkpoints, texts and runs to figures", _ANALYZE_COMMANDS),
     "posttrain": ("a model to a better one: by examples, preferences, verified rewards", _POSTTRAIN_COMMANDS),
 }
-
-# Commands that are stopped by a signal and go on when they are started again.
-_STARTED_AGAIN = (["train"], ["score"])
 
 # What somebody can mend outside the program; every other OSError is a fault and keeps its traceback.
 _USER_ERRNOS = {
@@ -131,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         # Before the imports, which take longest.
-        with StopInSetUp() if argv[:1] in _STARTED_AGAIN else contextlib.nullcontext():
+        with _stop(argv):
             follow_launcher()
             namespace, room, run = _parse(argv)
             if room != "doctor":  # which reports it
@@ -145,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenInstallation as error:
         _one_line(str(error))
         return EXIT_DO_NOT_RESTART
+    except Stopped as stop:
+        if first_signals.speaks():
+            say_stopped(stop.number)
+        leave()
+        return EXIT_START_ME_AGAIN
     except StartAgain as stop:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(" ".join(str(stop).split()) + "\n")
@@ -168,6 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _one_line(str(error))
             return EXIT_DO_NOT_RESTART
         raise
+
+
+def _stop(argv: Sequence[str]) -> contextlib.AbstractContextManager[Any]:
+    """What stop signals do to a command until it does something else with them."""
+    found = first_signals.STOPPED.get(argv[0]) if argv else None
+    return contextlib.nullcontext() if found is None else StopInSetUp(cleans_up=found[0], when=found[1])
 
 
 def _one_line(text: str) -> None:

@@ -19,6 +19,7 @@ from remit_megatron.run.events import EVENTS_FILE
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_START_ME_AGAIN, UserError
 from remit_megatron.runtime.files import read_whole
+from remit_megatron.runtime.locks import lives
 from remit_megatron.runtime.progress import format_count, format_duration
 
 _RECENT_STEPS = 50  # that rate and time left are taken from
@@ -42,7 +43,8 @@ class RunStatus:
     Attributes:
         run_dir: the run's directory, absolute.
         state: ``done``, ``running``, ``quiet`` (should be running and says nothing), ``starting``, ``stopped`` (saved;
-            start it again), ``failed`` (with exit code 70), ``crashed`` or ``not started``.
+            start it again), ``failed`` (with exit code 70), ``crashed`` (also killed, as soon as that can be told) or
+            ``not started``.
         step, total_steps: done, and of the whole run.
         consumed_tokens: so far.
         seconds_since: the last step.
@@ -114,7 +116,10 @@ def run_status(run_dir: str | os.PathLike, *, now: float | None = None) -> RunSt
     """
     folder = Path(run_dir)
     now = time.time() if now is None else now
+    held = lives(folder, now=now)
     if not (folder / "config.yaml").is_file():
+        if held:  # the first start of it, that is being set up
+            return RunStatus(run_dir=str(folder.absolute()), state="starting")
         raise UserError("RUN", f"{folder}, which has no config.yaml", "the run_dir of a run that has started")
     metrics = folder / "metrics.jsonl"
     steps = _records(metrics)
@@ -129,7 +134,9 @@ def run_status(run_dir: str | os.PathLike, *, now: float | None = None) -> RunSt
     complete, incomplete = _checkpoints(folder / "checkpoints")
     validation = [r for r in _records(folder / "validation.jsonl") if r.get("lm_loss") is not None]
     reference = [r["reference_seconds"] / r["step_seconds"] for r in recent if r.get("step_seconds")]
-    state = _state(events, step=step, total=total, written=written, seconds=seconds, checkpoint=complete, now=now)
+    state = _state(
+        events, held=held, step=step, total=total, written=written, seconds=seconds, checkpoint=complete, now=now
+    )
     left = None if seconds is None or total is None else seconds * max(total - step, 0)
     return RunStatus(
         run_dir=str(folder.absolute()),
@@ -213,6 +220,7 @@ class _Events:
 def _state(
     events: _Events,
     *,
+    held: bool | None,
     step: int,
     total: int | None,
     written: float | None,
@@ -221,10 +229,14 @@ def _state(
     now: float,
 ) -> str:
     end = events.last_end
-    if not events.starts and written is None:
-        return "not started"
     if total is not None and checkpoint is not None and checkpoint[0] >= total:
         return "done"
+    if held and (end is not None or not events.starts):
+        return "starting"  # a start that has not come to its first event
+    if not events.starts and written is None:
+        return "not started"
+    if end is None and events.starts and held is False:
+        return "crashed"  # killed: it says nothing of its end
     if end is not None:
         return {EXIT_DONE: "done", EXIT_START_ME_AGAIN: "stopped", EXIT_DO_NOT_RESTART: "failed"}.get(
             end.get("code", -1), "crashed"
@@ -289,7 +301,7 @@ _MEANING = {
     "starting": "setting up",
     "stopped": "stopped on purpose and saved; start it again to go on",
     "failed": "ended with exit code 70; starting it again would end the same way",
-    "crashed": "ended by an error; start it again to go on from its newest checkpoint",
+    "crashed": "ended by an error or killed; start it again to go on from its newest checkpoint",
     "not started": "no step yet",
 }
 

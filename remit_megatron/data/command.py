@@ -16,7 +16,6 @@ from remit_megatron.data.miniplm import Keep
 from remit_megatron.data.mix import BLEND, advice, mix, parse_tokens, plan_mix, table
 from remit_megatron.data.recipe import load_recipe
 from remit_megatron.data.select import select_miniplm
-from remit_megatron.data.stoppable import stoppable
 from remit_megatron.runtime.errors import EXIT_DONE, UserError
 from remit_megatron.runtime.progress import format_duration
 
@@ -73,21 +72,20 @@ def run_build(args: argparse.Namespace) -> int:
         escapes = {"n": "\n", "t": "\t", "\\": "\\"}
         template = re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], template)
     started = time.monotonic()
-    with stoppable("remit data build"):
-        manifest = build_dataset(
-            args.input,
-            tokenizer=args.tokenizer,
-            output=args.output,
-            workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
-            text_key=args.text_key,
-            template=template,
-            on_error=args.on_error,
-            append_eod=not args.no_eod,
-            add_special_tokens=args.add_special_tokens,
-            max_documents=args.max_documents,
-            overwrite=args.overwrite,
-            progress=True,
-        )
+    manifest = build_dataset(
+        args.input,
+        tokenizer=args.tokenizer,
+        output=args.output,
+        workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+        text_key=args.text_key,
+        template=template,
+        on_error=args.on_error,
+        append_eod=not args.no_eod,
+        add_special_tokens=args.add_special_tokens,
+        max_documents=args.max_documents,
+        overwrite=args.overwrite,
+        progress=True,
+    )
     skipped = f", {manifest.skipped} lines skipped" if manifest.skipped else ""
     print(
         f"{args.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}){skipped}, "
@@ -110,8 +108,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 def run_merge(args: argparse.Namespace) -> int:
     """Merges what the command line asks for; returns the exit code."""
     started = time.monotonic()
-    with stoppable("remit data merge"):
-        manifest = merge_datasets(args.input, args.output, overwrite=args.overwrite, progress=True)
+    manifest = merge_datasets(args.input, args.output, overwrite=args.overwrite, progress=True)
     print(
         f"{args.output}: {len(args.input)} data sets, {manifest.documents} documents, {manifest.tokens} tokens, "
         f"took {format_duration(time.monotonic() - started)}"
@@ -158,18 +155,17 @@ def run_mix(args: argparse.Namespace) -> int:
         return EXIT_DONE
     if args.tokenizer is None:
         raise UserError("--tokenizer", "nothing", "a Hugging Face directory, a checkpoint or a tokenizer.json file")
-    with stoppable("remit data mix"):
-        plans = mix(
-            recipe,
-            tokenizer=args.tokenizer,
-            allow_missing=args.allow_missing,
-            workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
-            on_error=args.on_error,
-            add_special_tokens=args.add_special_tokens,
-            overwrite=args.overwrite,
-            progress=True,
-            **options,
-        )
+    plans = mix(
+        recipe,
+        tokenizer=args.tokenizer,
+        allow_missing=args.allow_missing,
+        workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+        on_error=args.on_error,
+        add_special_tokens=args.add_special_tokens,
+        overwrite=args.overwrite,
+        progress=True,
+        **options,
+    )
     sys.stdout.write(table(plans))
     print(f"{Path(args.output) / BLEND}: {sum(plan.share > 0 for plan in plans)} sources")
     return EXIT_DONE
@@ -209,18 +205,17 @@ def add_select_arguments(parser: argparse.ArgumentParser) -> None:
 def run_select(args: argparse.Namespace) -> int:
     """Selects what the command line asks for; returns the exit code."""
     keep, started = Keep.parse(args.keep), time.monotonic()
-    with stoppable("remit data select"):
-        report = select_miniplm(
-            args.data,
-            teacher=args.teacher,
-            reference=args.reference,
-            keep=keep,
-            output=args.output,
-            mask_eod_loss=args.mask_eod_loss,
-            cache_dir=args.cache_dir,
-            overwrite=args.overwrite,
-            progress=True,
-        )
+    report = select_miniplm(
+        args.data,
+        teacher=args.teacher,
+        reference=args.reference,
+        keep=keep,
+        output=args.output,
+        mask_eod_loss=args.mask_eod_loss,
+        cache_dir=args.cache_dir,
+        overwrite=args.overwrite,
+        progress=True,
+    )
     scores = report["scores"]
     print(
         f"{args.output}: {report['kept']} of {scores['samples']} samples kept, {report['tokens']} tokens, scores of "

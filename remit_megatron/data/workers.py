@@ -22,7 +22,7 @@ from itertools import chain, cycle, islice
 from multiprocessing.connection import Connection
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class WorkerDied(Exception):

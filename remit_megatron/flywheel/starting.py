@@ -18,10 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from remit_megatron.runtime import stop
+
 # words behind `remit`, ranks (None: the command's own default), file that receives standard output and error.
 Start = Callable[[list[str], int | None, Path], int]
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # In the environment of everything a stage starts: its directory, behind those of flywheels around this one.
 MARK = "REMIT_FLYWHEEL_STAGE"
 # What stands before `remit` where a batch script has one task per GPU (scripts/slurm/flywheel_step.sbatch).
@@ -78,6 +79,10 @@ def run_program(words: list[str], log: Path, *, keep: bool = False) -> int:
     return 128 - code if code < 0 else code
 
 
+def _signals() -> tuple[signal.Signals, ...]:
+    return (signal.SIGINT, signal.SIGUSR1, *stop.stop_signals())
+
+
 class _Passing:
     """Passes this process's signals on to one that it starts, and calls the handlers that were there before.
 
@@ -97,7 +102,7 @@ class _Passing:
         return process.wait()
 
     def __enter__(self) -> _Passing:
-        for number in SIGNALS:
+        for number in _signals():
             self._before[number] = signal.signal(number, self._pass)
         return self
 
@@ -109,10 +114,12 @@ class _Passing:
             signal.signal(number, handler)
 
     def _pass(self, number: int, frame: FrameType | None) -> None:
+        # A terminal that is gone is none of its, which has a session of its own.
+        passed = signal.SIGTERM if number == signal.SIGHUP else number
         if self._process is None:
-            self._early.append(number)
+            self._early.append(passed)
         else:
-            self._process.send_signal(number)  # does nothing where it has ended
+            self._process.send_signal(passed)  # does nothing where it has ended
         before = self._before.get(number)
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)
@@ -123,16 +130,14 @@ class Stopping:
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        self._before: dict[int, Any] = {}
+        self._listening = contextlib.ExitStack()
 
     def __enter__(self) -> Stopping:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        self._listening.enter_context(stop.handled_by(dict.fromkeys(_signals(), self._note)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._listening.close()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = number

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from remit_megatron.runtime import warm
+from remit_megatron.runtime import stop, warm
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.progress import format_duration
@@ -248,13 +248,9 @@ def _load(modules: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
+def _on_signal(ask: Callable[[], None]) -> Iterator[None]:
     def handler(_: int, __: FrameType | None) -> None:
-        stop()
+        ask()
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stop.handled_by(dict.fromkeys((signal.SIGINT, *stop.stop_signals()), handler)):
         yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

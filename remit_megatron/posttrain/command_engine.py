@@ -21,6 +21,7 @@ from types import FrameType
 from remit_megatron.posttrain import outside
 from remit_megatron.posttrain.configuration import PosttrainSettings
 from remit_megatron.posttrain.formats import write_format
+from remit_megatron.runtime import stop
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError, did_you_mean, show
 from remit_megatron.runtime.locks import DirectoryLock
 
@@ -114,26 +115,25 @@ def run(settings: PosttrainSettings, *, dry_run: bool = False) -> int:
 def _child(words: Sequence[str], environment: dict[str, str]) -> int:
     """Runs a command and passes signals on to it."""
     passed: list[int] = []
-    before = {}
-    try:
-        process = subprocess.Popen(list(words), env=environment, stdin=subprocess.DEVNULL)
-    except OSError as error:
-        raise UserError("command.run", f"{words[0]} ({error.strerror})", "a program that can be started") from None
+    process: subprocess.Popen | None = None
 
     def forward(number: int, _frame: FrameType | None) -> None:
         passed.append(number)
-        process.send_signal(number)
+        if process is not None:  # else it is being made
+            process.send_signal(number)
 
-    try:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            before[number] = signal.signal(number, forward)
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+    with stop.handled_by(dict.fromkeys((signal.SIGUSR1, *stop.stop_signals()), forward)):
+        try:
+            process = subprocess.Popen(list(words), env=environment, stdin=subprocess.DEVNULL)
+            if passed:
+                process.send_signal(passed[0])
+            code = process.wait()
+        except OSError as error:
+            raise UserError("command.run", f"{words[0]} ({error.strerror})", "a program that can be started") from None
+        finally:
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.wait()
     if code < 0:
         return EXIT_START_ME_AGAIN if -code in passed else 128 - code
     return code

@@ -15,8 +15,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from remit_megatron.runtime import stop
 from remit_megatron.runtime.files import write_atomic
-from remit_megatron.runtime.parallel import on_any_rank
+from remit_megatron.runtime.parallel import leave_set_up_together, on_any_rank
 from remit_megatron.runtime.progress import Progress, format_count
 
 METRICS_FILE = "metrics.jsonl"
@@ -28,7 +29,6 @@ _ORDER = (
     *("step_seconds", "consumed_tokens"),
 )
 _LEFT_OUT = {"step_time", "num_input_tokens_seen", "total_flos"}
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class MetricsWriter(TrainerCallback):
@@ -99,16 +99,18 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGTERM, SIGUSR1 and SIGUSR2 while the block runs; outside of the main thread nothing can."""
+        """Takes the stop signals and SIGUSR1 while the block runs; outside of the main thread nothing can. Collective.
+
+        Raises:
+            StartAgain: a rank was asked to stop as the block was entered.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        try:
+        leave_set_up_together()
+        handlers = dict.fromkeys((signal.SIGUSR1, *stop.stop_signals()), self._ask)
+        with stop.handled_by(handlers, to_the_end=True):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -171,8 +171,8 @@ def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None,
     from remit_megatron.posttrain.trl_callbacks import MetricsWriter, ModelKeeper, StopOnSignal
 
     settings, stopper = prepared.settings, StopOnSignal()
+    trainer = _trainer(prepared)
     with stopper.listening():
-        trainer = _trainer(prepared)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.remit_identity = prepared.identity

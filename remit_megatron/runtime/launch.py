@@ -158,6 +158,9 @@ def _exit_code(codes: Sequence[int], first: int, asked: Sequence[int], *, goes_o
     """
     code = codes[first]
     unhandled = {-code for code in codes} & set(asked) & set(stop.stop_signals())
+    # Where one has left because it was asked to, another may have fallen over its absence first.
+    if goes_on and asked and EXIT_START_ME_AGAIN in codes:
+        code = EXIT_START_ME_AGAIN
     if goes_on and unhandled and (code == EXIT_START_ME_AGAIN or -code in unhandled):
         if codes[0] != EXIT_START_ME_AGAIN:  # else it has said so
             stop.say_stopped(asked[0])

@@ -255,6 +255,27 @@ class DirectoryLock:
                 continue
 
 
+def lives(directory: Path, *, now: float) -> bool | None:
+    """Whether a process that holds ``directory`` lives; changes nothing, and waits for nothing.
+
+    Args:
+        now: seconds since 1970, by a clock that is about that of the file system.
+
+    Returns:
+        None where that cannot be told from here, or nobody says that it holds the directory.
+    """
+    newest = _newest(directory)
+    path = directory / f".lock.{newest}"
+    holder, touched = (_read(path), _touched(path)) if newest else (None, None)
+    if holder is None or touched is None:
+        return None
+    if (gone := holder.is_gone(Holder.this_process(directory), locked=False)) is not None:
+        return not gone
+    if now - touched < _WATCH_SECONDS:
+        return True
+    return False if now - touched > _LONG_AGO_SECONDS else None
+
+
 def _numbers(directory: Path) -> list[int]:
     try:
         names = os.listdir(directory)

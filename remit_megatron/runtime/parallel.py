@@ -12,8 +12,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from remit_megatron.runtime import stop
 from remit_megatron.runtime.errors import StartAgain, UserError
-from remit_megatron.runtime.stop import write_stacks_when_asked
+
+_A_MOMENT = 2.0  # seconds in which a signal to all ranks has reached all
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0, o
     Raises:
         UserError: more ranks on this host than GPUs.
     """
-    write_stacks_when_asked()
+    stop.write_stacks_when_asked()
     exact_float32()
     gpu = torch.cuda.is_available()
     kwargs = {}
@@ -165,6 +167,26 @@ def on_any_rank(*flags: bool) -> list[bool]:
     found = torch.tensor(flags, dtype=torch.uint8, device=device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.bool().tolist()
+
+
+def leave_set_up_together() -> None:
+    """Before somebody takes the stop signals over: all ranks stop where one was asked to meanwhile, or none does.
+    Collective; what comes after it is held for whoever takes over.
+
+    A rank that is still set up when the others take over would leave them in their next collective.
+
+    Raises:
+        StartAgain: a rank was asked.
+    """
+    stop.hold()
+    try:
+        number = int(max(gather_numbers(float(stop.held()))))
+    except RuntimeError:  # another rank was told a moment before, and has left
+        number = stop.held(within=_A_MOMENT)
+        if not number:
+            raise
+    if number:
+        raise StartAgain(stop.stopped_line(number))
 
 
 def replica_group(data_parallel_rank: int) -> dist.ProcessGroup | None:

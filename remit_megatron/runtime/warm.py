@@ -21,6 +21,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from remit_megatron.runtime import first_signals
+
 _PR_SET_PDEATHSIG = 1
 _CRASH = 1
 _GRACE_SECONDS = 20.0
@@ -54,9 +56,17 @@ def command(words: Sequence[object]) -> Work:
             runpy.run_module("remit_megatron", run_name="__main__", alter_sys=False)
         except SystemExit as stop:
             return _code(stop)
+        finally:
+            _as_at_the_start()  # a program ignores signals at its end; here other work may follow
         return 0
 
     return work
+
+
+def _as_at_the_start() -> None:
+    first_signals.is_program = False
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
 
 
 def _code(stop: SystemExit) -> int:
@@ -138,8 +148,7 @@ def _in_child(work: Work, log: Path, threads: int) -> None:
     try:
         os.setsid()  # Ctrl-C reaches the parent, which passes it on
         _die_with_parent()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        _as_at_the_start()
         _redirect(log)
         if "torch" in sys.modules:
             import torch

@@ -393,5 +393,6 @@ class ScoringJob:
         def stop(*_: object) -> None:
             self._stopped = True
 
+        parallel.leave_set_up_together()
         with handled_by(dict.fromkeys((signal.SIGINT, signal.SIGUSR1, *stop_signals()), stop)):
             yield

@@ -36,6 +36,7 @@ from remit_megatron.runtime.errors import (
     EXIT_DONE,
     EXIT_START_ME_AGAIN,
     DoNotRestart,
+    StartAgain,
     UserError,
 )
 from remit_megatron.training.curves import resume_logs
@@ -176,6 +177,7 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
     with parallel.same_fate("writing the configuration"):
         if rank == 0:
             run_directory.write_config(run_dir, config.to_yaml())
+    stop.hold()  # from here on the run has begun, and says how it ends
     record = {"settings": settings, "data": data}
     progress = Progress(resumed_at, int(before.get("updates", resumed_at)), record, spikes=before.get("spikes"))
     events.start(step=resumed_at, ranks=environment.world_size)
@@ -184,12 +186,19 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         with _megatron_started(prepared, environment, progress):
             code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation, events)
     except BaseException as error:
-        code = EXIT_DO_NOT_RESTART if isinstance(error, DoNotRestart) else None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        events.end(step=reached() + 1, reason=reason, **({} if code is None else {"code": code}))
+        _note_end(events, error, step=reached() + 1)
         raise
     events.end(step=reached() + 1, code=code)
     return code
+
+
+def _note_end(events: RunEvents, error: BaseException, *, step: int) -> None:
+    """Says in the run's events what ended it. A stop is no fault."""
+    if isinstance(error, StartAgain):
+        events.end(step=step, code=EXIT_START_ME_AGAIN)
+        return
+    code = {"code": EXIT_DO_NOT_RESTART} if isinstance(error, DoNotRestart) else {}
+    events.end(step=step, reason=" ".join(f"{type(error).__name__}: {error}".split())[:500], **code)
 
 
 def _resume(
@@ -267,14 +276,22 @@ class Progress:
 
 @contextmanager
 def _megatron_started(prepared: Prepared, environment: parallel.RankEnvironment, progress: Progress) -> Iterator[None]:
-    """Megatron's globals; with them comes its handler of one signal, and the others do what that does."""
+    """Megatron's globals and its handler of one signal; the others do what that does.
+
+    The ranks take this long differently (one opens tensorboard), and begin to handle signals together.
+    """
     from megatron.training import global_vars
 
     arguments = prepared.arguments
     if environment.rank == environment.world_size - 1:  # which writes both
         resume_logs(prepared.config, resumed_at=progress.iteration)
+    saves, arguments.exit_signal_handler = arguments.exit_signal_handler, False
     global_vars.set_global_variables(arguments, build_tokenizer=False)
-    with _others_as(arguments.exit_signal) if arguments.exit_signal_handler else stop.handled_by({}):
+    arguments.exit_signal_handler = saves
+    parallel.leave_set_up_together()
+    if saves:
+        global_vars._set_signal_handler(arguments.exit_signal)
+    with _others_as(arguments.exit_signal) if saves else stop.handled_by({}):
         yield
 
 
@@ -384,7 +401,8 @@ def _others_as(number: signal.Signals) -> Iterator[None]:
             signal.signal(received, interrupted)
         os.kill(os.getpid(), number)
 
-    with stop.handled_by(dict.fromkeys({signal.SIGINT, *stop.stop_signals()} - {number}, pass_on)):
+    handlers = dict.fromkeys({signal.SIGINT, *stop.stop_signals()} - {number}, pass_on)
+    with stop.handled_by(handlers, to_the_end=True):
         yield
 
 

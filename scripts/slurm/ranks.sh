@@ -84,6 +84,14 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID" || say "could not be requeued; submit it again to go on"
 }
 
+# as_stopped: makes 75 of a `code` that says that SIGTERM or SIGUSR2 has ended a command. One that has begun handles both.
+as_stopped() {
+  if ((code == 143 || code == 140)); then
+    say "stopped before it had begun"
+    code=75
+  fi
+}
+
 # after CODE: starts the job again, or says why not.
 after() {
   local code=$1 file="$SLURM_SUBMIT_DIR/.remit-crashes-$SLURM_JOB_ID" limit=${REMIT_CRASHES:-3} count=0
@@ -146,11 +154,7 @@ run_ranks() {
   code=0
   srun "${flags[@]}" "$remit" "$@" 2> >(watch_tasks) || code=$?
   wait || true
-  # Ended by SIGTERM or SIGUSR2: a rank that has begun handles both, so that it had not.
-  if ((code == 143 || code == 140)); then
-    say "stopped before it had begun"
-    code=75
-  fi
+  as_stopped
   after "$code"
   exit "$code"
 }
@@ -166,6 +170,7 @@ run_one() {
   say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): remit $*"
   code=0
   srun "${flags[@]}" "$remit" "$@" || code=$?
+  as_stopped
   after "$code"
   exit "$code"
 }

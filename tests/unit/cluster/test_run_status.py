@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from remit_megatron.cli import main
 from remit_megatron.cluster.run_status import run_status, status_text
 from remit_megatron.run.events import RunEvents
 from remit_megatron.runtime.checkpoints import iteration_directory, write_manifest
+from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.locks import Holder
 
 NOW = time.time()
 
@@ -113,6 +118,57 @@ def test_a_run_that_says_nothing_any_more(run: Run) -> None:
     assert run_status(run.folder, now=NOW + 3600).state == "quiet"
     run.steps(4, 6, age=-1, step_seconds=1000.0)
     assert run_status(run.folder, now=NOW + 3600).state == "running", "long steps are no silence"
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from remit_megatron.runtime.locks import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1]))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_the_holder_of_the_directory_tells(run: Run) -> None:
+    """The set-up of a new run and of one that goes on, and a run that is killed, before anybody starts it again."""
+    config = run.folder / "config.yaml"
+    text = config.read_text()
+    config.unlink()
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        run_status(run.folder)
+    command = [sys.executable, "-c", HOLDS, str(run.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
+        assert run_status(run.folder).state == "starting" and "starting" in status_text(run_status(run.folder))
+        config.write_text(text)
+        assert run_status(run.folder).state == "starting"
+        run.steps(1, 10, age=1)
+        events = run.events()
+        events.start(step=0, ranks=1)
+        assert run_status(run.folder).state == "running"
+        events.end(step=10, code=75)
+        assert run_status(run.folder).state == "starting", "the one that is stopped has let go of the directory"
+        run.events().start(step=10, ranks=1)
+        run.steps(11, 20, age=1)
+        assert run_status(run.folder).state == "running"
+        holder.kill()
+    found = run_status(run.folder)
+    assert (found.state, found.crashes, found.stops) == ("crashed", 1, 1)
+
+
+def test_a_holder_on_another_machine(run: Run) -> None:
+    """It is known by the age of its file alone."""
+    run.events().start(step=0, ranks=1)
+    run.steps(1, 10, age=1)
+    holder = run.folder / ".lock.3"
+    holder.write_text(json.dumps(asdict(replace(Holder.this_process(run.folder), machine="another"))))
+    for age, state in ((1.0, "running"), (600.0, "running"), (4000.0, "crashed")):
+        os.utime(holder, (NOW - age, NOW - age))
+        assert run_status(run.folder, now=NOW).state == state
+    assert run_status(run.folder, now=NOW + 400).state == "crashed"
+    os.utime(holder, (NOW, NOW))
+    assert run_status(run.folder, now=NOW + 400).state == "quiet", "it can only be watched"
 
 
 def test_a_run_of_an_earlier_version(run: Run) -> None:

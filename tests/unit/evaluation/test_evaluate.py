@@ -184,6 +184,30 @@ def test_killed_it_goes_on_where_it_was(evaluated, models, data, suite, tmp_path
         ]
 
 
+def test_a_stop_keeps_the_answers(evaluated, models, data, suite, tmp_path, capsys, monkeypatch):
+    """The file of the answers is as after a kill; the directory is free again, and one line says what to do."""
+    from remit_megatron.evaluation.request_cache import RequestCache
+
+    add, before = RequestCache.add, dict(os.environ)
+
+    def told(self: RequestCache, *answer: Any) -> None:
+        add(self, *answer)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RequestCache, "add", told)
+    monkeypatch.setattr("remit_megatron.runtime.stop._leave", sys.exit)
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["evaluate", f"first={models['first']}", *options(data, suite, tmp_path)])
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    said = "stopped by SIGTERM before the end; start it again to go on"
+    assert (left.value.code, capsys.readouterr().err.splitlines()[-1]) == (75, said)
+    (path,) = (tmp_path / "cache" / "answers").glob("*/rank_0.jsonl")
+    assert len(path.read_bytes().splitlines()) == 1
+
+
 def test_two_processes_share_the_items(evaluated, models, data, tmp_path):
     shots = {task: SHOTS[task] for task in ("gsm8k", "hellaswag")}
     suite = write_suite(tmp_path / "two.yaml", shots)

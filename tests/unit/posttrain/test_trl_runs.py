@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -321,3 +322,38 @@ def test_prompts_through_a_template(content: Callable[..., dict[str, Any]], mode
     assert lengths == {9}
     assert line["consumed_tokens"] == 16 * 9 + round(16 * line["completion_length"])
     assert (tmp_path / "run/model/chat_template.jinja").read_text() == template.read_text()
+
+
+@pytest.mark.parametrize("where", ["prepare", "_trainer"])
+def test_a_stop_in_the_set_up(where: str, content: Callable[..., dict[str, Any]], tmp_path: Path, capfd: Any) -> None:
+    """Nothing is trained or saved; in a step it saves; and the run ends as if nothing had happened."""
+    settings, run_dir = content("sft", save_steps=100), tmp_path / "run"
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(settings))
+
+    def command(number: signal.Signals | None = None, where: str = "") -> int:
+        from remit_megatron.cli import main
+        from remit_megatron.posttrain import trl_engine
+
+        original = getattr(trl_engine, where) if number else None
+
+        def told(*given: Any, **named: Any) -> Any:
+            os.kill(os.getpid(), number or 0)
+            return original(*given, **named)
+
+        if number:
+            setattr(trl_engine, where, told)
+        return main(["posttrain", "sft", str(path)])
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        assert in_child(lambda number=number: command(number, where)) == 75
+        line = f"stopped by {number.name} before the first step, nothing is lost; start it again to go on"
+        assert line in capfd.readouterr().err
+    assert not (run_dir / "metrics.jsonl").exists() and not (run_dir / "checkpoints").exists()
+    assert run_content(settings, "sft", killed_in(4, where="begin", number=signal.SIGHUP)) == 75
+    assert (run_dir / "checkpoints/checkpoint-5/manifest.json").exists()
+    assert in_child(command) == 0
+    found = outcome(run_dir)
+    shutil.rmtree(run_dir)
+    assert run_content(settings, "sft") == 0
+    assert outcome(run_dir) == found

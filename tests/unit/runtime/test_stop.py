@@ -139,8 +139,8 @@ def test_a_process_that_waits_inside_of_a_library_ends_too() -> None:
     waits = f"m = ctypes.create_string_buffer(64); {library}(m); print('ready', flush=True); {library}(m)"
     child = in_set_up(waits, leave=0.5)
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=60)
-    assert child.returncode == 75
+    _, said = child.communicate(timeout=60)
+    assert (child.returncode, said) == (75, said_line(signal.SIGTERM))
 
 
 @pytest.mark.parametrize("body", ["with handled_by({}): wait()", "with handled_by({}): pass\n    wait()"])
@@ -166,6 +166,22 @@ def test_a_handler_of_others_stays(body: str) -> None:
     assert child.poll() is None
     child.kill()
     child.communicate()
+
+
+@pytest.mark.parametrize(("to_the_end", "code"), [(True, 0), (False, 75)])
+def test_a_stop_after_the_work(to_the_end: bool, code: int) -> None:
+    """The program ends as it would have where it only ends, and leaves where something takes long."""
+    body = f"""with handled_by({{signal.SIGTERM: theirs}}, to_the_end={to_the_end}): pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.write(1, b"went on\\n")
+os.kill(os.getpid(), signal.SIGTERM)"""
+    child = process(
+        "from remit_megatron.runtime import first_signals as f; f.take(['score']); print('ready', flush=True)\n"
+        + SET_UP.format(body=body, leave=LATE)
+    )
+    out, said = child.communicate(timeout=60)
+    line = "stopped by SIGTERM at the end, nothing is lost; start it again\n"
+    assert (child.returncode, said, out) == (code, line if code else "", "" if code else "went on\n")
 
 
 def test_at_no_moment_nobody_handles_a_stop(monkeypatch) -> None:
