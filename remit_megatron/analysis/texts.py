@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
+from remit_megatron.runtime.auto_tokenizer import by_transformers
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import parse_json
 
@@ -81,24 +80,23 @@ def read_texts(path: str, *, text_key: str = "text", max_texts: int | None = Non
 
 
 class TextTokenizer:
-    """The ``tokenizer.json`` of a Hugging Face directory, as training reads it: nothing added, nothing cut.
+    """The tokenizer of a Hugging Face directory, as training reads it: nothing added, nothing cut, nothing random.
+
+    Attributes:
+        content: all that it does, to be compared with another's.
 
     Raises:
-        UserError: there is none that can be read.
+        UserError: there is none that transformers loads.
     """
 
     def __init__(self, directory: Path, *, field: str):
-        self._field, self._path = field, directory / "tokenizer.json"
-        try:
-            self.content = self._path.read_bytes()
-            self._backend = tokenizers.Tokenizer.from_buffer(self.content)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(field, f"{self._path}, which cannot be read ({error})", "a tokenizer.json") from None
+        self._backend, _ = by_transformers(directory, field)
         self._backend.no_truncation()
         self._backend.no_padding()
         model: Any = self._backend.model
         if getattr(model, "dropout", None) is not None:
             model.dropout = None  # or two models would be compared on different tokens
+        self.content = (self._backend.to_str(), self._backend.encode_special_tokens)
 
     def tokenize(self, line: int, text: str) -> TokenizedText:
         """Cuts one text."""
