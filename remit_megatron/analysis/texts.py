@@ -25,6 +25,7 @@ _CODE_LINE = re.compile(
     r"|[\w.\[\]]+\s*[-+*/]?=\s*\S)|[;{}]\s*$|^\s*>>>"
 )
 _CODE_SHARE = 0.4
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OPERATORS = frozenset("+-*/=<>^%×÷·≤≥≠±√∑∫$\\")
 
 
@@ -57,6 +58,13 @@ def read_texts(path: str, *, text_key: str = "text", max_texts: int | None = Non
     if not Path(path).is_file():
         raise UserError("--input", f"no file {path}", 'a file of lines like {"text": "..."}')
     expected = f'a line like {{"{text_key}": "..."}}'
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = [value for name, value in pairs if name == text_key]
+        if any(value != values[0] for value in values):  # readers differ in which they take
+            raise ValueError(f"{text_key} {len(values)} times, with different values")
+        return dict(pairs)
+
     texts: list[tuple[int, str]] = []
     with open(path, "rb") as stream:
         for line, raw in enumerate(stream, start=1):
@@ -65,7 +73,7 @@ def read_texts(path: str, *, text_key: str = "text", max_texts: int | None = Non
             if max_texts is not None and len(texts) == max_texts:
                 break
             try:
-                record = parse_json(raw)
+                record = parse_json(raw.removeprefix(_BYTE_ORDER_MARK) if line == 1 else raw, object_pairs_hook=once)
                 str(record.get(text_key) if isinstance(record, dict) else "").encode()  # half of a surrogate pair
             except ValueError as error:
                 raise UserError(f"{path} line {line}", f"no JSON ({error})", expected) from None

@@ -204,6 +204,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, capsys, changes, said):
         ("[]", "line 2: found list"),
         ('{"text": "half a pair \\ud83d"}', "line 2: found no JSON"),
         ('{"text": ' + "[" * 100_000, "line 2: found no JSON (nested too deeply)"),
+        ('{"text": "a", "text": "b"}', "line 2: found no JSON (text 2 times, with different values)"),
         (json.dumps({"text": "a" * 130}), "line 2: found 130 tokens; expected at most 128"),
     ],
 )
@@ -312,3 +313,10 @@ def test_tokens_of_every_file_are_counted(tiny, tmp_path, capsys):
     (directory / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | rows))
     assert main([str(word) for word in [*words, "--input", tiny["texts"]]]) == 2
     assert f"line 1: found ids up to {rows['vocab_size']}; expected below" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    from remit_megatron.analysis.texts import read_texts
+
+    (tmp_path / "in.jsonl").write_bytes('\ufeff{"text": "one", "text": "one"}\r\n\n{"text": "two"}'.encode())
+    assert read_texts(str(tmp_path / "in.jsonl")) == [(1, "one"), (3, "two")]
