@@ -16,6 +16,7 @@ from torch import Tensor
 from remit_megatron.analysis.texts import TextTokenizer, TokenizedText, read_texts, tokenize_all
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.exported import HuggingFaceModel, huggingface_model
+from remit_megatron.runtime.whole_model import refuse_adapter
 
 _BLOCK_BYTES = 64 << 20  # of one block of logits, float32
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,6 +37,7 @@ class TextModel:
     def __init__(self, source: HuggingFaceModel, *, field: str, dtype: str = "fp32"):
         self.source, self.name = source, name_of(source)
         self._field = field
+        refuse_adapter(source.path, field=field)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -144,13 +146,20 @@ def tokenized(
             if other.tokenize(line, text).ids != first.tokenize(line, text).ids:
                 found = f"other tokens in {name_of(source)} than in {name_of(sources[0])} ({path} line {line})"
                 raise UserError("tokenizer", found, "models with the same tokens")
-    longest = min(_positions(source) for source in sources)
-    return tokenize_all(texts, first, longest=longest, max_tokens=max_tokens, path=path)
+    longest = min(_number(source, "max_position_embeddings") for source in sources)
+    found = tokenize_all(texts, first, longest=longest, max_tokens=max_tokens, path=path)
+    rows = min(_number(source, "vocab_size") for source in sources)
+    for text in found:
+        if (largest := max(text.ids)) >= rows:
+            expected = f"below {rows}, the rows of the models' embeddings"
+            raise UserError(f"{path} line {text.line}", f"ids up to {largest}", expected)
+    return found
 
 
-def _positions(source: HuggingFaceModel) -> int:
+def _number(source: HuggingFaceModel, name: str) -> int:
+    """Of config.json; a large one where it says none."""
     config = json.loads((source.path / "config.json").read_text())
-    return int(config.get("max_position_embeddings") or 1 << 30)
+    return int(config.get(name) or 1 << 30)
 
 
 def require_same_vocabulary(first: TextModel, other: TextModel) -> None:

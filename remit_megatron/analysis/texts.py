@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
+from remit_megatron.runtime.auto_tokenizer import by_transformers
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import parse_json
 
@@ -26,6 +25,7 @@ _CODE_LINE = re.compile(
     r"|[\w.\[\]]+\s*[-+*/]?=\s*\S)|[;{}]\s*$|^\s*>>>"
 )
 _CODE_SHARE = 0.4
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OPERATORS = frozenset("+-*/=<>^%×÷·≤≥≠±√∑∫$\\")
 
 
@@ -58,6 +58,13 @@ def read_texts(path: str, *, text_key: str = "text", max_texts: int | None = Non
     if not Path(path).is_file():
         raise UserError("--input", f"no file {path}", 'a file of lines like {"text": "..."}')
     expected = f'a line like {{"{text_key}": "..."}}'
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = [value for name, value in pairs if name == text_key]
+        if any(value != values[0] for value in values):  # readers differ in which they take
+            raise ValueError(f"{text_key} {len(values)} times, with different values")
+        return dict(pairs)
+
     texts: list[tuple[int, str]] = []
     with open(path, "rb") as stream:
         for line, raw in enumerate(stream, start=1):
@@ -66,7 +73,7 @@ def read_texts(path: str, *, text_key: str = "text", max_texts: int | None = Non
             if max_texts is not None and len(texts) == max_texts:
                 break
             try:
-                record = parse_json(raw)
+                record = parse_json(raw.removeprefix(_BYTE_ORDER_MARK) if line == 1 else raw, object_pairs_hook=once)
                 str(record.get(text_key) if isinstance(record, dict) else "").encode()  # half of a surrogate pair
             except ValueError as error:
                 raise UserError(f"{path} line {line}", f"no JSON ({error})", expected) from None
@@ -81,24 +88,23 @@ def read_texts(path: str, *, text_key: str = "text", max_texts: int | None = Non
 
 
 class TextTokenizer:
-    """The ``tokenizer.json`` of a Hugging Face directory, as training reads it: nothing added, nothing cut.
+    """The tokenizer of a Hugging Face directory, as training reads it: nothing added, nothing cut, nothing random.
+
+    Attributes:
+        content: all that it does, to be compared with another's.
 
     Raises:
-        UserError: there is none that can be read.
+        UserError: there is none that transformers loads.
     """
 
     def __init__(self, directory: Path, *, field: str):
-        self._field, self._path = field, directory / "tokenizer.json"
-        try:
-            self.content = self._path.read_bytes()
-            self._backend = tokenizers.Tokenizer.from_buffer(self.content)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(field, f"{self._path}, which cannot be read ({error})", "a tokenizer.json") from None
+        self._backend, _ = by_transformers(directory, field)
         self._backend.no_truncation()
         self._backend.no_padding()
         model: Any = self._backend.model
         if getattr(model, "dropout", None) is not None:
             model.dropout = None  # or two models would be compared on different tokens
+        self.content = (self._backend.to_str(), self._backend.encode_special_tokens)
 
     def tokenize(self, line: int, text: str) -> TokenizedText:
         """Cuts one text."""

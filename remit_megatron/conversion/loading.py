@@ -143,6 +143,21 @@ class HuggingFaceWeights:
         """
         return [self._tensor(name) for name in sorted(hf_names(self.names, self._num_layers))]
 
+    def check(self) -> None:
+        """What can be said of the weights before there is a model of Megatron to fill.
+
+        Raises:
+            UserError: one is missing or of a dtype that weights do not have, or the vocabulary has other rows than
+                config.json says.
+        """
+        self.used()
+        for weight in (self.names.embedding, self.names.head):
+            for name in () if weight is None else weight.hf:
+                found = self._tensor(name).shape
+                if found[0] != self._shape.vocab_size:
+                    expected = f"{self._shape.vocab_size} rows, as config.json says"
+                    raise UserError(f"{self._path} {name}", f"shape {found}", expected)
+
     def _tensor(self, name: str) -> LazyTensor:
         if name == HEAD and name not in self._files.names():
             found = f"no tensor {name}"

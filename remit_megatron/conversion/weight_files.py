@@ -19,6 +19,7 @@ from typing import Any
 
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import parse_json
+from remit_megatron.runtime.whole_model import refuse_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ def tensor_files(directory: Path, field: str = "checkpoint") -> dict[str, Path]:
     Headers and sizes of all files are checked, so a download that broke off is found before any work starts.
 
     Raises:
-        UserError: no safetensors, a file of the index is missing, or a file is damaged.
+        UserError: no safetensors, a file of the index is missing, a file is damaged, or there is an adapter.
     """
+    refuse_adapter(directory, field=field)
     named = _named_in_config(directory)
     if named is not None:
         return _indexed(named) if named.name.endswith(".index.json") else _held([named])

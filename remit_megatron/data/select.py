@@ -51,6 +51,10 @@ class _Sources:
     masked_id: int | None
 
 
+# Share of the kept samples that may lack a score: as many as of a run's tokens (reference.max_dropped).
+_MOST_WITHOUT = 0.01
+
+
 def select_miniplm(
     data: Sequence[str | os.PathLike],
     *,
@@ -82,8 +86,8 @@ def select_miniplm(
         The contents of ``output.selection.json``: settings, threshold, distribution of scores, counts per data set.
 
     Raises:
-        UserError: the caches differ in more than their model or lack scores, the data has changed, or the output cannot
-            be written.
+        UserError: the caches differ in more than their model or lack scores, fewer samples than are kept have finite
+            ones, the data has changed, or the output cannot be written.
     """
     sources = _open_sources(data, teacher, reference, mask_eod_loss=mask_eod_loss, cache_dir=cache_dir)
     samples = sources.starts[-1]
@@ -96,6 +100,12 @@ def select_miniplm(
         _score_all(sources, scores.in_order, progress=Progress("scores", total=samples, unit="samples"), show=progress)
         scores.sort()
         threshold, ties = scores.threshold(kept)
+        scored = samples - int(np.searchsorted(scores.ascending, -np.inf, side="right"))
+        if kept < samples and kept - scored > _MOST_WITHOUT * kept:
+            expected = (
+                f"at least 99% of the {kept} that --keep keeps: the scores of --teacher or --reference are not finite"
+            )
+            raise UserError("--keep", f"{scored} of {samples} samples with a finite score in both caches", expected)
         shown = Progress("writing", total=kept, unit="samples")
         per_dataset = _write_kept(sources, scores, threshold, ties, writer, progress=shown, show=progress)
         assert writer.documents == kept, (writer.documents, kept)

@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from remit_megatron.runtime.auto_tokenizer import by_transformers as _by_transformers
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import parse_json
 
@@ -36,7 +37,6 @@ _WITHOUT_EFFECT = frozenset(
     )
 )  # fmt: skip
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
-_PROBE = "Zoë's 12,345 words\tand  two\r\n\n  lines: 東京 \U0001f600 x₂ </s><s> <|endoftext|>[UNK] ▁a ñ \u00a0#"
 
 
 @dataclass(frozen=True)
@@ -157,31 +157,3 @@ def _is_same(described: Any, known: dict[str, tokenizers.AddedToken]) -> bool:
     """Whether a token is described with the very flags that the file gives it."""
     token = known.get(_text(described) or "") if isinstance(described, dict) else None
     return token is not None and all(described.get(flag) == getattr(token, flag) for flag in _FLAGS)
-
-
-def _by_transformers(directory: Path, field: str) -> tuple[tokenizers.Tokenizer, str | None]:
-    """Backend and end-of-text token of ``AutoTokenizer``."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        ids = loaded(_PROBE, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # whatever its classes make of these files
-        reason = " ".join(str(error).split())[:200]
-        found = f"{directory}, which AutoTokenizer does not load ({type(error).__name__}: {reason})"
-        raise UserError(field, found, "a tokenizer that transformers loads, without code of its own") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        found = f"{directory}, which transformers loads as {type(loaded).__name__}"
-        raise UserError(field, found, "a tokenizer of the tokenizers library")
-    backend.encode_special_tokens = bool(loaded.split_special_tokens)
-    random = getattr(backend.model, "dropout", None)
-    if not random and ids != backend.encode(_PROBE, add_special_tokens=False).ids:
-        found = f"{directory}, whose {type(loaded).__name__} changes texts before the tokenizers library sees them"
-        raise UserError(field, found, "a tokenizer that is all in that library")
-    return backend, loaded.eos_token

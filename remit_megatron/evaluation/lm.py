@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +15,7 @@ from remit_megatron.evaluation.request_cache import RequestCache, through_cache
 from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.extras import is_installed, require
 from remit_megatron.runtime.progress import Progress
+from remit_megatron.runtime.whole_model import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +72,13 @@ def load(directory: Path, backend: Backend) -> Any:
     """An lm-eval ``LM`` of a Hugging Face directory.
 
     Raises:
-        UserError: its files or the arguments are not such that it can be loaded; in the library's own words.
+        UserError: its files or the arguments are not such that it can be loaded, in the library's own words; or it
+            would be loaded as another model than its files say.
     """
     import torch
     from safetensors import SafetensorError
 
+    check_whole(directory, field=f"MODEL {directory}", any_kind=True)
     arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
     if backend.max_length:
         positions = _positions(directory)
@@ -141,6 +146,9 @@ class Watched:
         self.model = model
         self.cache = cache
         self.label = ""
+        loaded = getattr(model, "model", None)
+        cache.broken = _watch_logits(loaded)
+        self._rows = _rows(loaded)
         through_cache(model, cache, progress=self._progress)
 
     @property
@@ -156,7 +164,8 @@ class Watched:
             tasks: lm-eval's task objects after their requests were built.
 
         Raises:
-            UserError: a task that generates more tokens than the model has positions.
+            UserError: a task that generates more tokens than the model has positions, or tokens that the model has no
+                row for.
         """
         model = self.model
         cut = set()
@@ -172,14 +181,21 @@ class Watched:
                             f"{tokens}, with a model of {model.max_length} positions",
                             "generation: {max_gen_toks: …} in the suite, below that",
                         )
-                    length = len(model.tok_encode(instance.args[0]))
-                elif task.OUTPUT_TYPE == "loglikelihood_rolling":
-                    continue  # taken in windows, whole
+                    ids = model.tok_encode(instance.args[0])
+                    length = len(ids)
                 else:
-                    length = len(model.tok_encode("".join(instance.args))) - 1
-                if length > room:
+                    ids = model.tok_encode("".join(instance.args))
+                    length = len(ids) - 1
+                self._refuse_unknown(ids, f"task {name} item {instance.doc_id}")
+                # What is rolled over is taken in windows, whole.
+                if length > room and task.OUTPUT_TYPE != "loglikelihood_rolling":
                     cut.add((name, instance.doc_id))
         return len(cut)
+
+    def _refuse_unknown(self, ids: Sequence[int], place: str) -> None:
+        if self._rows is not None and max(ids, default=0) >= self._rows:
+            expected = f"below {self._rows}, the rows of the model's embedding"
+            raise UserError(place, f"ids up to {max(ids)}", expected)
 
     def _progress(self, method: str, left: list[Any]) -> Any:
         if not left or self.model.rank != 0:
@@ -195,6 +211,31 @@ class Watched:
                 progress.finish()
 
         return step
+
+
+def _rows(model: Any) -> int | None:
+    """Rows of a model's embedding; None where the backend does not show it."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def _watch_logits(model: Any) -> Callable[[], bool]:
+    """Whether a model has given a logit at the end of a sequence that is no number or infinite, from now on.
+
+    A text that is made of such logits looks like any other. Of positions before the end some may be padding.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return lambda: False
+    found: list[Any] = []
+
+    def watch(_module: Any, _inputs: Any, logits: Any) -> None:
+        bad = ~(logits[..., -1, :] < math.inf).all()  # stays on the device
+        found[:] = [bad | found[0] if found else bad]
+
+    head.register_forward_hook(watch)
+    return lambda: bool(found) and bool(found[0])
 
 
 def _version(package: str) -> str | None:

@@ -31,7 +31,12 @@ class RequestCache:
     Args:
         folder: of these answers; created.
         rank: which file this process appends to. All files are read.
+
+    Attributes:
+        broken: whether the model has given logits that are not numbers; asked before an answer is kept.
     """
+
+    broken: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, folder: Path, *, rank: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,17 +70,19 @@ class RequestCache:
         """Keeps one answer: in the file before the next one is made.
 
         Raises:
-            UserError: it is no number, which would be ranked among others as if it was.
+            UserError: it is no number, which would be ranked among others as if it was, or was made from none.
         """
+        value = answer[0] if isinstance(answer, tuple | list) else answer
+        nan = isinstance(value, float) and math.isnan(value)
+        if nan or (isinstance(value, str) and self.broken()):
+            found = f"a log-probability of {value}" if nan else f"{show(value)} from logits that are not finite,"
+            expected = "a model that gives numbers (its weights may not be)"
+            raise UserError("MODEL", f"{found} of {show(arguments)}", expected)
         if _random(arguments):
             return
         key = request_key(method, arguments)
         if key in self._answers:
             return
-        value = answer[0] if isinstance(answer, tuple | list) else answer
-        if isinstance(value, float) and math.isnan(value):
-            found = f"a log-probability of {value} of {show(arguments)}"
-            raise UserError("MODEL", found, "a model that gives numbers (its weights may not be)")
         answer = list(answer) if isinstance(answer, tuple) else answer
         self._answers[key] = answer
         self._file.write(json.dumps([_checksum(key, answer), key, answer]).encode() + b"\n")

@@ -15,6 +15,7 @@ from remit_megatron.posttrain.results import COMPLETE, compare_identity
 from remit_megatron.runtime.errors import DoNotRestart
 from remit_megatron.runtime.exported import HuggingFaceModel, huggingface_model
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.whole_model import check_whole
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -46,6 +47,7 @@ def prepare(settings: PosttrainSettings) -> Given:
     if settings.data.valid:
         valid = read_examples(settings.data.valid, stage=settings.stage, field="data.valid")
     source = huggingface_model(settings.model, field="model")
+    check_whole(source.path, field="model")
     plain = settings.to_plain()
     identity = {name: plain[name] for name in ("stage", "engine", "chat_template", "verifier", "seed", "trl")}
     identity |= {"model": source.digest, "data": digest_of(train)}

@@ -23,7 +23,7 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def write_model(model: Any, directory: Path, *, source: Path, chat_template: str | None) -> None:
+def write_model(model: Any, directory: Path, *, source: Path, chat_template: str | None, untied: bool = False) -> None:
     """Writes a Hugging Face directory, whole or not at all.
 
     TRL changes the padding token of the tokenizer and the model's configuration for its own work; the directory has
@@ -33,6 +33,7 @@ def write_model(model: Any, directory: Path, *, source: Path, chat_template: str
         model: transformers', unwrapped.
         source: the directory that the run started from.
         chat_template: text of the template to put in place of the source's; None keeps it.
+        untied: whether the model has a head of its own although the source's config.json calls it tied.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -47,6 +48,8 @@ def write_model(model: Any, directory: Path, *, source: Path, chat_template: str
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if untied:
+        config["tie_word_embeddings"] = False
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if chat_template is not None:
         (temporary / "chat_template.jinja").write_text(chat_template)

@@ -107,6 +107,7 @@ def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
     check_names(settings)
     cls, given = config_class(settings.stage), dict(settings.trl)
     _check_evaluation(given, has_valid)
+    _check_trains(given)
     cpu = not torch.cuda.is_available()
     values: dict[str, Any] = {
         "output_dir": str(Path(settings.run_dir) / "checkpoints"),
@@ -183,6 +184,17 @@ def _check_evaluation(given: Mapping[str, Any], has_valid: bool) -> None:
         raise UserError("trl.eval_steps", "nothing", "the number of steps between two evaluations")
     if given.get("save_strategy") == "best":
         raise UserError("trl.save_strategy", "'best'", "steps, epoch or no: the result is the last step's")
+
+
+def _check_trains(given: Mapping[str, Any]) -> None:
+    """Refuses numbers with which a run would be said to be done and had learnt nothing, or another number of steps."""
+    steps, epochs = given.get("max_steps", -1), given.get("num_train_epochs", 1)
+    if steps != -1 and steps <= 0:
+        raise UserError("trl.max_steps", steps, "more than 0, or -1 for num_train_epochs")
+    if steps == -1 and epochs <= 0:
+        raise UserError("trl.num_train_epochs", epochs, "more than 0, or max_steps")
+    if (rate := given.get("learning_rate")) is not None and not 0 < rate < math.inf:
+        raise UserError("trl.learning_rate", rate, "a finite number above 0")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from remit_megatron.runtime import stop
+from remit_megatron.runtime.errors import DoNotRestart
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.parallel import leave_set_up_together, on_any_rank
 from remit_megatron.runtime.progress import Progress, format_count
@@ -29,6 +30,8 @@ _ORDER = (
     *("step_seconds", "consumed_tokens"),
 )
 _LEFT_OUT = {"step_time", "num_input_tokens_seen", "total_flos"}
+# Of fp16, as of a run of Megatron: one batch may overflow, ten do not.
+_HOPELESS_STEPS = 10
 
 
 class MetricsWriter(TrainerCallback):
@@ -120,6 +123,46 @@ class StopOnSignal(TrainerCallback):
         if on_any_rank(self._asked)[0] and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = control.should_training_stop = True
+
+
+class StopWhereNotFinite(TrainerCallback):
+    """Ends a run that has nothing left to save: its loss or its gradient is not finite, and so are its weights then.
+
+    Stands behind the writer of the figures, and comes before a checkpoint is saved. Loss and norm are those of all
+    ranks, which raise together.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Looks at TRL's figures of a step.
+
+        Raises:
+            DoNotRestart: they are not finite; with fp16, whose loss scale leaves such steps out, in ten steps.
+        """
+        if not logs or "loss" not in logs:
+            return
+        figures = {name: logs[name] for name in ("loss", "grad_norm") if isinstance(logs.get(name), float)}
+        bad = next((name for name, value in figures.items() if not math.isfinite(value)), None)
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if bad and self._in_a_row >= (_HOPELESS_STEPS if args.fp16 else 1):
+            expected = "a finite one: model (its weights may not be finite), trl.learning_rate, data.train"
+            raise DoNotRestart(f"step {state.global_step}: found {bad} {figures[bad]}; expected {expected}")
+
+
+def without_gradient(history: Sequence[dict[str, Any]]) -> str | None:
+    """A line for a run whose steps had all a gradient of 0, or None.
+
+    Args:
+        history: TRL's figures of all steps, also of earlier starts.
+    """
+    steps = [entry for entry in history if "loss" in entry]
+    if not steps or any(entry.get("grad_norm") != 0 for entry in steps):
+        return None
+    equal = all(entry.get("frac_reward_zero_std") == 1 for entry in steps)
+    why = "; the completions of each prompt had all one reward (verifier, trl.num_generations)" if equal else ""
+    return f"warning: the gradient was 0 in all {len(steps)} steps, and nothing was learnt{why}"
 
 
 class ModelKeeper(TrainerCallback):

@@ -27,13 +27,15 @@ from remit_megatron.posttrain.examples import Example, as_text, digest_of, for_t
 from remit_megatron.posttrain.quiet import logs_in
 from remit_megatron.posttrain.results import COMPLETE, compare_identity, write_model
 from remit_megatron.posttrain.rewards import VerifiedReward
+from remit_megatron.posttrain.token_ids import check_ids
 from remit_megatron.posttrain.trl_arguments import build_arguments, resolved_arguments
 from remit_megatron.runtime import parallel
-from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.exported import huggingface_model
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.settings_files import first_line
+from remit_megatron.runtime.whole_model import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +113,12 @@ def prepare(settings: PosttrainSettings) -> Prepared:
     reward = VerifiedReward(examples, settings.verifier) if settings.stage == "rlvr" else None
     with parallel.same_fate("reading the model"):
         source = huggingface_model(settings.model, field="model")
+        check_whole(source.path, field="model")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     tokenizer = load_tokenizer(source.path, settings.chat_template)
     require_template(tokenizer, examples, model=source.path, chat_template=settings.chat_template)
     template = tokenizer.chat_template is not None
+    check_ids(examples, tokenizer, model=source.path, stage=settings.stage, template=template)
     arguments = build_arguments(settings, has_valid=bool(settings.data.valid))
     identity = {
         "stage": settings.stage,
@@ -168,10 +172,18 @@ def _run_in(run_dir: Path, prepared: Prepared, rank: int) -> int:
 def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None, step: int) -> int:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from remit_megatron.posttrain.trl_callbacks import MetricsWriter, ModelKeeper, StopOnSignal
+    from remit_megatron.posttrain.trl_callbacks import (
+        MetricsWriter,
+        ModelKeeper,
+        StopOnSignal,
+        StopWhereNotFinite,
+        without_gradient,
+    )
 
     settings, stopper = prepared.settings, StopOnSignal()
     trainer = _trainer(prepared)
+    untied = _has_own_head(trainer.model)
+    _require_a_batch(trainer, settings.stage)
     with stopper.listening():
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -181,24 +193,30 @@ def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None,
             trainer.add_callback(MetricsWriter(run_dir, label=settings.stage, start=step))
             sys.stdout.write("".join(f"{cut.line()}\n" for cut in trainer.remit_cut))
             sys.stdout.flush()
+        trainer.add_callback(StopWhereNotFinite())
 
         def write(model: Any, directory: Path) -> None:
             with parallel.same_fate("writing a model"):
                 if rank == 0:
                     unwrapped = trainer.accelerator.unwrap_model(model)
                     template = prepared.tokenizer.chat_template if settings.chat_template else None
-                    write_model(unwrapped, directory, source=prepared.model, chat_template=template)
+                    write_model(unwrapped, directory, source=prepared.model, chat_template=template, untied=untied)
 
         if settings.keep.every:
             models = run_dir / "models"
             keeper = ModelKeeper(settings.keep.every, lambda model, at: write(model, models / f"step-{at}"))
             trainer.add_callback(keeper)
         trainer.add_callback(stopper)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _generating():
+            trainer.train(resume_from_checkpoint=checkpoint)
         if stopper.stopped:
             if rank == 0:
                 sys.stderr.write(f"stopped after step {trainer.state.global_step}, which is saved: start it again\n")
             return EXIT_START_ME_AGAIN
+        if not trainer.state.global_step:
+            raise DoNotRestart("found no step to take; expected at least one: trl, or more lines in data.train")
+        if (line := without_gradient(trainer.state.log_history)) and rank == 0:
+            sys.stderr.write(line + "\n")
         write(trainer.model, run_dir / "model")
     if rank == 0:
         record = {"step": trainer.state.global_step, "identity": prepared.identity}
@@ -239,6 +257,38 @@ def _trainer(prepared: Prepared) -> Any:
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         logger.info("TRL refused the run", exc_info=True)
         raise UserError("trl", first_line(error), "arguments and data that TRL takes together") from error
+
+
+def _require_a_batch(trainer: Any, stage: str) -> None:
+    """Refuses data that does not fill the first batch, where less than a whole one is left out."""
+    args, records = trainer.args, len(trainer.train_dataset)
+    needed = 1
+    if stage == "rlvr":
+        needed = args.generation_batch_size // args.num_generations
+    elif args.dataloader_drop_last:
+        needed = args.train_batch_size * args.world_size
+    if records < needed:
+        raise UserError("data.train", f"{records} records", f"at least {needed}, the first batch of trl's arguments")
+
+
+def _has_own_head(model: Any) -> bool:
+    """Whether transformers has not tied the head of a model although config.json says so: its files hold another."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    return bool(tied and head is not None and head.weight is not embedding.weight)
+
+
+@contextlib.contextmanager
+def _generating() -> Iterator[None]:
+    """What torch raises where a completion is drawn from numbers that are none."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        found = "found probabilities of the next token that are not finite"
+        expected = "finite ones: model (its weights may not be finite), trl.learning_rate"
+        raise DoNotRestart(f"{found}; expected {expected}", alone=True) from error
 
 
 def _digest(text: Any) -> str:

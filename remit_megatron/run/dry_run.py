@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remit_megatron.data.blend_file import is_blend_file
 from remit_megatron.data.largest_id import check_ids
@@ -12,6 +13,9 @@ from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.prepare import examine
 from remit_megatron.run.samples import check_document_ends
+
+if TYPE_CHECKING:
+    from remit_megatron.conversion.source import ModelSource
 
 
 def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
@@ -31,6 +35,8 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     ranks = _fewest_ranks(config) if world_size is None else world_size
     found = examine(config, world_size=ranks, absent=absent)
     check_rounds(found.arguments)
+    for source in (None if found.goes_on else found.init, found.reference):
+        _check_weights(source)
     from remit_megatron.models.family import family_of
     from remit_megatron.run.derived import describe
 
@@ -43,6 +49,14 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     missing = [*absent, *absent_data]
     notes = "".join(f"not found here: {line} (a run needs it; it was not checked)\n" for line in missing)
     return config.to_yaml() + "\n" + describe(config, found.arguments, unlisted=unlisted) + notes
+
+
+def _check_weights(source: ModelSource | None) -> None:
+    """Refuses Hugging Face weights that the run would refuse once it has begun to load them."""
+    if source is not None and source.kind == "huggingface":
+        from remit_megatron.conversion.loading import HuggingFaceWeights
+
+        HuggingFaceWeights(source).check()
 
 
 def _fewest_ranks(config: RunConfig) -> int:

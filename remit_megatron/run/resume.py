@@ -65,8 +65,10 @@ _SCHEDULE = (
 )
 _LENGTHS = frozenset(
     ["global_batch_size"]
-    + [f"{name}_{unit}" for name in ("lr_warmup", "lr_decay", "train") for unit in ("iters", "samples")]
+    + [f"{name}_{unit}" for name in ("lr_warmup", "lr_decay", "lr_wsd_decay", "train") for unit in ("iters", "samples")]
 )
+# Of the last phase of the style WSD, which no checkpoint of Megatron's keeps: another one counts at once.
+_LAST_PHASE = "megatron.lr_wsd_decay_style"
 _BATCH, _DYNAMIC = "megatron.global_batch_size", "megatron.dynamic_loss_scale"
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "fp8"}
 
@@ -96,6 +98,8 @@ def training_settings(values: Mapping[str, Any], config: RunConfig) -> dict[str,
         settings = {name: value for name, value in settings.items() if name not in _SCHEDULE[3:5]}
     else:
         settings.pop("weight_decay", None)  # not read then
+    if values["lr_decay_style"] == "WSD":
+        settings["lr_wsd_decay_style"] = values["lr_wsd_decay_style"]
     settings |= {name: values[name] for name in sorted(_LENGTHS)}
     if values["fp16"]:
         settings["dynamic_loss_scale"] = not values["loss_scale"]
@@ -119,7 +123,12 @@ def settings_of_config(text: str, *, gpu: bool) -> dict[str, Any]:
 
 
 def check_settings(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, run_dir: str | None, schedule_chosen: bool = False
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    run_dir: str | None,
+    schedule_chosen: bool = False,
+    last_phase_chosen: bool = False,
 ) -> None:
     """Refuses to go on with an optimizer or a schedule that is not the checkpoints'.
 
@@ -128,11 +137,15 @@ def check_settings(
         run_dir: of the run.
         schedule_chosen: whether the configuration says whose schedule counts (``override_opt_param_scheduler`` or
             ``use_checkpoint_opt_param_scheduler``); then it may be another one.
+        last_phase_chosen: whether it says so of the last phase of WSD, which the checkpoint's schedule does not have
+            (``override_opt_param_scheduler``).
 
     Raises:
         UserError: naming the first key that differs, with both values.
     """
     free = {f"megatron.{name}" for name in (*_SCHEDULE, "weight_decay")} if schedule_chosen else set()
+    if last_phase_chosen:
+        free.add(_LAST_PHASE)
     for key in now:
         compared = key in before and key not in free and not _is_length(key) and key != _DYNAMIC
         if compared and before[key] != now[key]:
@@ -140,15 +153,21 @@ def check_settings(
     # A constant scale may replace a dynamic one; the other way round the checkpoint does not hold what is wanted.
     if now.get(_DYNAMIC) and before.get(_DYNAMIC) is False:
         _refuse("megatron.loss_scale", "a number", "nothing", run_dir)
-    if not schedule_chosen and _BATCH in before:
-        _check_lengths(before, now, run_dir)
+    if _BATCH not in before:
+        return
+    if not schedule_chosen:
+        _check_lengths(before, now, run_dir, ("lr_warmup", "lr_decay", "train"))
+    if not last_phase_chosen and _LAST_PHASE in before and _LAST_PHASE in now:
+        _check_lengths(before, now, run_dir, ("lr_wsd_decay",))
 
 
 def _is_length(key: str) -> bool:
     return key.removeprefix("megatron.") in _LENGTHS
 
 
-def _check_lengths(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str | None) -> None:
+def _check_lengths(
+    before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str | None, names: tuple[str, ...]
+) -> None:
     """Warm-up, decay and length, which Megatron compares in samples."""
     unit = "iters" if now["megatron.train_iters"] is not None else "samples"
     if unit == "iters" and before["megatron.train_iters"] is not None and before[_BATCH] != now[_BATCH]:
@@ -159,7 +178,7 @@ def _check_lengths(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: s
             return (settings[f"megatron.{name}_iters"] or 0) * settings[_BATCH]
         return settings[f"megatron.{name}_samples"] or 0
 
-    for name in ("lr_warmup", "lr_decay", "train"):
+    for name in names:
         key = f"megatron.{name}_{unit}"
         was, found = samples(before, name), samples(now, name)
         if name == "lr_decay":

@@ -15,6 +15,7 @@ import torch
 
 from remit_megatron.conversion.processes import process_groups
 from remit_megatron.conversion.source import ModelSource
+from remit_megatron.data.blend import parse_blend
 from remit_megatron.models.batch import document_ids_of
 from remit_megatron.models.forward import Item, ModelForward
 from remit_megatron.objectives import token_weights
@@ -23,7 +24,7 @@ from remit_megatron.reference.live import LiveReference
 from remit_megatron.run.checks import read_suite
 from remit_megatron.run.configuration import ObjectiveConfig, RunConfig
 from remit_megatron.run.prepare import Prepared
-from remit_megatron.run.samples import open_datasets
+from remit_megatron.run.samples import check_document_ends, open_datasets
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, DoNotRestart, UserError
 from remit_megatron.runtime.files import write_atomic
@@ -71,6 +72,10 @@ def check_reference(config: RunConfig, *, samples: int, output: str | None = Non
     )
     assert prepared.init is not None and prepared.reference is not None
     with process_groups(**forward_layout(prepared.arguments)) as groups:
+        with parallel.same_fate("looking for the ends of documents"):
+            # What is prepared is a job that scores, and knows nothing of the objective.
+            prefixes = [entry.prefix for entry in parse_blend(text.train, field="data.train")]
+            check_document_ends(dataclasses.replace(config, data=text), prefixes, prepared.tokenizer)
         comparison = _Comparison(prepared, config.objective, groups)
         guidance = comparison.text(samples, environment)
         tasks = comparison.suite() if config.evaluation is not None else []

@@ -289,6 +289,8 @@ def run_logprobs(args: argparse.Namespace) -> int:
         raise UserError("--input", f"no file {args.input}", 'a JSONL file with {"text": ...} lines')
     if not Path(args.output).absolute().parent.is_dir():
         raise UserError("--output", f"no directory {Path(args.output).absolute().parent}", "a place that exists")
+    if Path(args.output).exists() and Path(args.output).samefile(args.input):
+        raise UserError("--output", f"{args.output}, the texts themselves", "another file than --input")
     source = _model(args)
     reference = resolve(args.reference, field="--reference") if args.reference else None
     if reference is not None and reference.tokenizer is None:

@@ -247,7 +247,13 @@ def _compare(properties: dict[str, Any], prepared: Prepared, settings: dict[str,
     if before is None and text is not None:  # of an earlier version
         check_resumed_schedule(text, config)
         before = resume.settings_of_config(text, gpu=torch.cuda.is_available())
-    resume.check_settings(before or {}, settings, run_dir=config.run_dir, schedule_chosen=schedule_chosen)
+    resume.check_settings(
+        before or {},
+        settings,
+        run_dir=config.run_dir,
+        schedule_chosen=schedule_chosen,
+        last_phase_chosen=arguments.override_opt_param_scheduler,
+    )
     if text is None:
         return
     content = yaml.safe_load(text) or {}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remit_megatron.models.forward import ModelForward
-from remit_megatron.objectives import build_objective
+from remit_megatron.objectives import SelectingObjective, build_objective
 from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run import directory as run_directory
@@ -107,8 +107,11 @@ class Engine:
         )
         self._filler = IdleFiller(group=lambda: self.groups().tp_cp)
         self._evaluation: RunEvaluation | None = None
-        followed = self.step.objective.reference_signal == "loss"
-        self._first_look = FirstLook(steps=total_steps(prepared.arguments)) if followed else None
+        objective = self.step.objective
+        self._first_look: FirstLook | None = None
+        if objective.reference_signal == "loss":
+            selects = isinstance(objective, SelectingObjective)
+            self._first_look = FirstLook(steps=total_steps(prepared.arguments), selects=selects)
         self._student: list = []  # its chunks on this rank, as Megatron trains them; known from the first step on
         scaled = prepared.arguments.fp16 and not prepared.arguments.loss_scale
         self._watch = StepWatch(

@@ -18,23 +18,33 @@ class FirstLook:
 
     Args:
         steps: of the whole run; a run of fewer than :data:`STEPS` is looked at for as long as it is.
+        selects: whether the objective keeps some tokens and leaves others out. It has no weights, and of kept tokens
+            the reference is always ahead: nothing but a difference that is the same everywhere is said then.
     """
 
-    def __init__(self, *, steps: int = STEPS):
+    def __init__(self, *, steps: int = STEPS, selects: bool = False):
         self._steps = max(2, min(STEPS, steps))
+        self._selects = selects
         self._records: list[tuple[float, float]] = []
 
     def add(self, record: Mapping[str, Any]) -> str | None:
         """Takes a line of metrics.jsonl; the sentence when there are enough of them, else None."""
         if len(self._records) >= self._steps or record.get("delta_mean") is None:
             return None
-        self._records.append((record["delta_mean"], record["weight_std"]))
+        # A difference moves a weight by half of it.
+        spread = record["delta_std"] / 2 if self._selects else record["weight_std"]
+        self._records.append((record["delta_mean"], spread))
         return self._sentence() if len(self._records) == self._steps else None
 
-    def _sentence(self) -> str:
+    def _sentence(self) -> str | None:
         count = len(self._records)
         deltas = [delta for delta, _ in self._records]
         spread = sum(std for _, std in self._records) / count
+        if self._selects:
+            if spread >= FLAT:
+                return None
+            found = f"spread of the loss difference {2 * spread:.3f} nats in {count} steps"
+            return f"warning: student and reference hardly differ ({found}): which tokens are kept is next to chance"
         mean = sum(deltas) / count
         error = math.sqrt(sum((delta - mean) ** 2 for delta in deltas) / (count - 1) / count)
         clear = _QUANTILES[count - 2] * error

@@ -171,3 +171,27 @@ def test_models_that_give_no_numbers(pool, material, tmp_path, role, layout):
     lines = pool.run(refused, world_size=world_size, directory=str(tmp_path), config=config)
     field = "init" if role == "student" else "reference.checkpoint"
     assert all(line.startswith(f"{field}: found ") and "without a finite score" in line for line in lines), lines
+
+
+def test_documents_that_the_text_does_not_mark(pool, material, tmp_path):
+    """Centering by document would be by sequence, and the figures those of another run."""
+    from remit_megatron.data.build import build_dataset
+    from tests.tiny import make_tokenizer, write_documents
+
+    texts, tokenizer = write_documents(tmp_path / "c.jsonl", count=300, seed=9), make_tokenizer(tmp_path / "tokenizer")
+    build_dataset([texts], tokenizer, tmp_path / "without", append_eod=False)
+    objective = {"name": "remit", "centering": "document"}
+    config = configuration(material, tmp_path / "run", objective)
+    config["data"] |= {"train": [str(tmp_path / "without")], "mask_eod_loss": False, "document_mask": False}
+    config["data"].pop("valid", None)
+    (line,) = pool.run(refused_input, world_size=1, directory=str(tmp_path), config=config)
+    assert line.startswith(f"objective.centering: found document with {tmp_path / 'without'}, built without"), line
+
+
+def refused_input(directory: str, config: dict[str, Any]) -> str:
+    """The line about the configuration that the command ends with."""
+    from remit_megatron.runtime.errors import UserError
+
+    with pytest.raises(UserError) as caught:
+        checked(directory, config, str(Path(directory) / "found.json"))
+    return str(caught.value)

@@ -198,6 +198,7 @@ def test_bad_options(pool, material, tmp_path):
         ([*model_of(material), *given, "--nproc", "3", "--tp", "2"], "--nproc: found 3"),
         ([*model_of(material), "--input", str(tmp_path / "no"), "--output", "out.jsonl"], "--input: found no file"),
         ([*model_of(material), *given[:2], "--output", str(tmp_path / "no" / "out")], "--output: found no directory"),
+        ([*model_of(material), *given[:2], "--output", given[1]], "the texts themselves; expected another file"),
     ]
     for words, found in cases:
         (line,) = pool.run(refused, world_size=1, words=words)

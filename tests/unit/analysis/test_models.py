@@ -204,6 +204,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, capsys, changes, said):
         ("[]", "line 2: found list"),
         ('{"text": "half a pair \\ud83d"}', "line 2: found no JSON"),
         ('{"text": ' + "[" * 100_000, "line 2: found no JSON (nested too deeply)"),
+        ('{"text": "a", "text": "b"}', "line 2: found no JSON (text 2 times, with different values)"),
         (json.dumps({"text": "a" * 130}), "line 2: found 130 tokens; expected at most 128"),
     ],
 )
@@ -284,3 +285,38 @@ def test_vocabularies_of_other_sizes_are_refused(tiny, tmp_path):
     first, second = (models.TextModel(source, field="m") for source in sources)
     with pytest.raises(models.UserError, match="51 in student, 64 in wide"):
         models.require_same_vocabulary(first, second)
+
+
+def test_an_adapter_is_refused(tiny, tmp_path, capsys):
+    """Here peft is installed: the figures would be those of another model than Megatron would be given."""
+    shutil.copytree(tiny["student"], tmp_path / "student")
+    (tmp_path / "student" / "adapter_config.json").write_text("{}")
+    words = ["analyze", "kl", "--student", tmp_path / "student", "--reference", tiny["reference"]]
+    assert main([str(word) for word in [*words, "--input", tiny["texts"], "--output", tmp_path / "out"]]) == 2
+    assert "adapter_config.json beside the model" in capsys.readouterr().err
+
+
+def test_tokens_of_every_file_are_counted(tiny, tmp_path, capsys):
+    """A token that tokenizer_config.json alone adds is one here too; one that the model has no row for is named."""
+    directory = tmp_path / "student"
+    shutil.copytree(tiny["student"], directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    added = {"44": {"content": "12+34", "special": True, **flags}, "45": {"content": "<row>", "special": True, **flags}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": added}))
+    words = ["analyze", "heatmap", "--student", directory, "--reference", directory, "--output", tmp_path / "out"]
+    assert main([str(word) for word in [*words, "--input", tiny["texts"]]]) == 0
+    line = json.loads((tmp_path / "out" / "heatmap.jsonl").read_text().splitlines()[0])
+    assert line["token_ids"] == direct(directory, TEXTS[0])[0]
+    assert "12+34" in line["tokens"]
+    rows = {"vocab_size": max(line["token_ids"])}
+    (directory / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | rows))
+    assert main([str(word) for word in [*words, "--input", tiny["texts"]]]) == 2
+    assert f"line 1: found ids up to {rows['vocab_size']}; expected below" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    from remit_megatron.analysis.texts import read_texts
+
+    (tmp_path / "in.jsonl").write_bytes('\ufeff{"text": "one", "text": "one"}\r\n\n{"text": "two"}'.encode())
+    assert read_texts(str(tmp_path / "in.jsonl")) == [(1, "one"), (3, "two")]

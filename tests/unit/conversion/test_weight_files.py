@@ -218,6 +218,12 @@ def name_that_no_file_can_have(directory: Path, other: Path) -> None:
     (directory / f"{SINGLE}.index.json").write_text(json.dumps({"weight_map": {"a": "a" * 300}}))
 
 
+def adapter_to_apply(directory: Path, other: Path) -> None:
+    """transformers then loads the model with it where peft is installed (tests/unit/runtime/test_whole_model.py)."""
+    adapter_beside(directory, other)
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -227,6 +233,7 @@ def name_that_no_file_can_have(directory: Path, other: Path) -> None:
         (pickled_before_variant, "only pytorch_model.bin, which transformers takes before model.fp16.safetensors"),
         (only_pickled_shards, "only pytorch_model.bin.index.json"),
         (named_outside, "transformers_weights: found ../other/model.safetensors"),
+        (adapter_to_apply, "adapter_config.json beside the model, an adapter that transformers applies"),
     ],
 )
 def test_what_is_no_model_here_is_refused_by_name(tmp_path, models, change, found):

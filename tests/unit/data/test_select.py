@@ -245,6 +245,29 @@ def test_all_kept_with_a_sample_that_counts_nothing(source, tmp_path):
     assert json.loads((tmp_path / "out.selection.json").read_text())["threshold"] is None
 
 
+@pytest.mark.parametrize("name", ["teacher", "reference"])
+def test_samples_without_a_score_are_not_selected(tmp_path, name):
+    """Of a model that is broken the first samples of the corpus would be kept, as if they had been chosen."""
+    source = make_source(tmp_path, sizes=(300,), ties=False, unscored=False)
+    number = len(source.data[0])
+    identity = dataclasses.replace(IDENTITY, reference="broken")
+    with ReferenceCache.open(tmp_path / "broken", identity=identity, dtype="float32", create=True) as cache:
+        dataset = source.data[0]
+        cache.add_dataset(dataset.identity, samples=number, name="corpus0")
+        for sample in range(number):  # the first two are whole
+            losses = source.losses[0][name][sample] if sample < 2 else np.full(LENGTH, np.nan, np.float32)
+            cache.write(dataset.identity, sample, dataset[sample], losses)
+    broken = source._replace(**{name: tmp_path / "broken"})
+    with pytest.raises(UserError) as refused:
+        select(broken, tmp_path / "out", "0.8")
+    assert f"--keep: found 2 of {number} samples with a finite score in both caches; expected at least 99%" in str(
+        refused.value
+    )
+    assert not list(tmp_path.glob("out*"))
+    assert select(broken, tmp_path / "two", "2")["kept"] == 2
+    assert select(broken, tmp_path / "all", "1.0")["kept"] == number  # nothing is chosen
+
+
 def test_difference_score():
     nan = np.nan
     reference, teacher = np.array([1.0, 2.0, nan, 4.0]), np.array([0.5, nan, 1.0, 1.5])

@@ -112,6 +112,43 @@ def test_a_chosen_schedule_may_be_another_and_nothing_else():
             check_settings(settings({}), settings(longer | change), run_dir="runs/x", schedule_chosen=True)
 
 
+WSD: dict[str, Any] = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"lr_wsd_decay_iters": 30},
+            "megatron.lr_wsd_decay_iters: found 30; expected 20, as the checkpoints in runs/x",
+        ),
+        ({"lr_wsd_decay_style": "linear"}, "megatron.lr_wsd_decay_style: found linear; expected exponential"),
+    ],
+)
+def test_the_last_phase_may_not_change_without_a_word(change, line):
+    """Megatron keeps it in no checkpoint: the rate of the next step would be another one at once."""
+    from remit_megatron.run.optimization import scheduler
+
+    def rate(chosen: dict[str, Any]) -> float:
+        schedule = scheduler(arguments(config=run_config(**BASE | chosen)))
+        schedule.num_steps = 50 * BASE["global_batch_size"]
+        group = {"max_lr": 1e-3, "min_lr": 0.0, "lr_mult": 1.0}
+        return schedule.get_lr(group)
+
+    assert rate(WSD) != rate(WSD | change)
+    before, now = settings(WSD), settings(WSD | change)
+    check_settings(before, before, run_dir="runs/x")
+    for chosen in (False, True):  # the checkpoint's schedule, which use_checkpoint_opt_param_scheduler takes, has none
+        with pytest.raises(UserError) as caught:
+            check_settings(before, now, run_dir="runs/x", schedule_chosen=chosen)
+        assert str(caught.value).startswith(line)
+    check_settings(before, now, run_dir="runs/x", schedule_chosen=True, last_phase_chosen=True)
+    older = {key: value for key, value in before.items() if "wsd" not in key}  # of checkpoints that do not say it
+    check_settings(older, now, run_dir="runs/x")
+    without = {"lr_wsd_decay_iters": 5}  # no effect with another style
+    check_settings(settings({}), settings(without), run_dir="runs/x")
+
+
 def test_which_parameters_decay_may_not_change():
     with pytest.raises(UserError) as caught:
         check_settings(settings({}), settings({}, decay_norms=True), run_dir="runs/x")

@@ -41,3 +41,16 @@ def test_steps_without_figures_do_not_count():
     assert look.add({"delta_mean": None, "weight_std": None}) is None
     assert look.add({"delta_mean": 0.1, "weight_std": 0.1}) is None
     assert look.add({"delta_mean": 0.1, "weight_std": 0.1}) is not None
+
+
+def test_of_kept_tokens_no_lead_is_said():
+    """They are those where the reference is ahead; and there are no weights whose spread could be small."""
+
+    def said_of(deltas: list[float], spread: float) -> list[str]:
+        look = FirstLook(steps=100, selects=True)
+        lines = [look.add({"delta_mean": delta, "delta_std": spread, "weight_std": 0.0}) for delta in deltas]
+        return [line for line in lines if line is not None]
+
+    assert said_of(AHEAD, 0.3) == said_of([-delta for delta in AHEAD], 0.3) == []
+    (line,) = said_of(AHEAD, 0.001)
+    assert line.startswith("warning: student and reference hardly differ (spread of the loss difference 0.001 nats")
