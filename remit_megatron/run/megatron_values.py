@@ -8,6 +8,7 @@ test fails for one that a newer Megatron brings. Of those that are honored Megat
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -225,6 +226,11 @@ def _check_what_is_needed(values: Mapping[str, Any], chosen: Mapping[str, Any], 
     if values["profile"] and not values["use_pytorch_profiler"] and not gpu:
         expected = "true with megatron.profile without a GPU, whose profiler is Nsight"
         raise UserError("megatron.use_pytorch_profiler", "false", expected)
+    if values["hierarchical_context_parallel_sizes"] and importlib.util.find_spec("einops") is None:
+        expected = "nothing: it needs the package einops, which is not installed"
+        raise UserError(
+            "megatron.hierarchical_context_parallel_sizes", values["hierarchical_context_parallel_sizes"], expected
+        )
     if values["sharp_enabled_group"] is not None and not values["use_sharp"]:
         raise UserError("megatron.sharp_enabled_group", values["sharp_enabled_group"], "nothing without use_sharp")
     if getattr(values["attention_backend"], "name", values["attention_backend"]) == "local":

@@ -110,6 +110,10 @@ def test_the_documentation_has_the_tables():
             {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
             "megatron.recompute_modules: found ['moe']; expected modules of the model",
         ),
+        (
+            {"hierarchical_context_parallel_sizes": [1]},
+            "megatron.hierarchical_context_parallel_sizes: found [1]; expected nothing: it needs the package einops",
+        ),
         ({"result_rejected_tracker_filename": "/"}, "megatron.result_rejected_tracker_filename: found /; expected a"),
     ],
 )
