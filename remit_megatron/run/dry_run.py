@@ -11,8 +11,11 @@ from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import manifest_path
 from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.directory import read_config
 from remit_megatron.run.prepare import examine
+from remit_megatron.run.resume import compare_settings, training_settings
 from remit_megatron.run.samples import check_document_ends
+from remit_megatron.runtime.checkpoints import read_manifest
 
 if TYPE_CHECKING:
     from remit_megatron.conversion.source import ModelSource
@@ -37,6 +40,10 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     check_rounds(found.arguments)
     for source in (None if found.goes_on else found.init, found.reference):
         _check_weights(source)
+    if found.goes_on and found.init is not None:
+        settings = training_settings(vars(found.arguments), config)
+        before = read_config(Path(config.run_dir or ""))
+        compare_settings(read_manifest(found.init.path).properties, settings, config, found.arguments, text=before)
     from remit_megatron.models.family import family_of
     from remit_megatron.run.derived import describe
 
