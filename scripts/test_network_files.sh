@@ -73,7 +73,7 @@ CONF
     ip address add "10.77.$n.1/24" dev "tap$n"
     ip link set "tap$n" up
     LD_PRELOAD=$folder/registers.so linux.uml mem=3G rootfstype=hostfs rootflags=/ rw con=null con0=null,fd:1 quiet "umid=n$n" \
-      "uml_dir=$folder/kernels" "vec0:transport=tap,ifname=tap$n,depth=128,gro=0" "init=$self" -- --node "$folder" "$n" \
+      "uml_dir=$folder/kernels" "eth0=tuntap,tap$n" "init=$self" -- --node "$folder" "$n" \
       > "$folder/kernel.n$n" 2>&1 < /dev/null &
     printf 'Host n%s\n  HostName 10.77.%s.2\n' "$n" "$n" >> "$folder/ssh/config"
   done
@@ -117,9 +117,11 @@ node() { # the first process of a kernel whose root is this machine's
   mount -t tmpfs shm /dev/shm
   hostname "n$n"
   ip link set lo up
-  ip link set vec0 up
-  ip address add "10.77.$n.2/24" dev vec0
-  ip route add default via "10.77.$n.1"
+  ip link set eth0 up
+  ip address add "10.77.$n.2/24" dev eth0
+  ip route add "$address" via "10.77.$n.1" # and nowhere else: what asks for a name is answered at once
+  printf '127.0.0.1 localhost n%s\n' "$n" > /run/hosts
+  mount --bind /run/hosts /etc/hosts
   for file in ~root/.bashrc /etc/bash.bashrc; do # a shell that sshd starts reads them
     [[ ! -e "$file" ]] || mount --bind /dev/null "$file"
   done
