@@ -171,6 +171,7 @@ if [[ "${1:-}" == --inside ]]; then
     printf '== %s\n' "${kinds[i]}"
     cat "$folder/${kinds[i]}.out"
   done
+  ((code == 0)) || tail -n 5 "$folder"/kernel.n* 2> /dev/null || true
   for kind in "${kinds[@]}"; do umount -l "$folder/$kind"/{n1,n2} || true; done
   exit "$code"
 fi

@@ -43,7 +43,9 @@ class ThroughSsh(Process):
     def __init__(self, ssh: list[str], command: str, **named: Any):
         self._ssh = ssh
         self._file = Path(ROOT or "") / "processes" / uuid.uuid4().hex
-        super().__init__([*ssh, f"echo $$ > {self._file}.new; mv {self._file}.new {self._file}; {command}"], **named)
+        inner = f"echo $$ > {self._file}.new; mv {self._file}.new {self._file}; {command}"
+        # Through a shell that outlives it: ssh has one exit code for all signals.
+        super().__init__([*ssh, f"bash -c {shlex.quote(inner)}; exit $?"], **named)
 
     @cached_property
     def number(self) -> int:
