@@ -105,4 +105,7 @@ def nodes(kind: str, tmp_path: Path) -> Iterator[tuple[Node, Node]]:
         boot.write_text(f"{uuid.uuid4()}\n")
         made.append(Node(name, Path(ROOT or "") / kind / name / folder, None if kind.startswith("nfs") else boot))
     made[0].files.mkdir()
+    deadline = time.monotonic() + 30
+    while not made[1].files.is_dir() and time.monotonic() < deadline:  # sshfs knows a list of names for 20 s
+        time.sleep(0.2)
     yield made[0], made[1]
