@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -43,9 +44,14 @@ def complete_directory(path: str | os.PathLike, *, field: str, needed_bytes: int
         for file in temporary.rglob("*"):
             if file.is_file():
                 fsync_file(file)
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
+        try:
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise UserError(field, f"{path}, which another process has made", "a name that is not taken") from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -2,7 +2,7 @@
 
 Tokens go to ``.NAME.bin.tmp`` beside the target, which is locked for as long as its writer lives. The index and the
 manifest get temporary names too; everything is synced; then the three are renamed, the manifest last. What a killed
-writer left under temporary names is taken over by the next writer of the same prefix. A kill between the renames leaves
+writer left under temporary names is removed by the next writer of the same prefix. A kill between the renames leaves
 the temporary manifest, which is how the next writer knows that the files without a manifest are leftovers.
 """
 
@@ -25,6 +25,7 @@ from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import fsync_directory
 from remit_megatron.runtime.locks import keep_out
 
+_EXPECTED = "a prefix of its own for each build"
 _OUT_OF_SPACE = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
 
 
@@ -112,6 +113,7 @@ class DatasetWriter:
         with self._explained():
             self._data.flush()
             os.fsync(self._data.fileno())
+            self._check_is_alone()
             with open(self._temporary["idx"], "wb") as file:
                 lengths = np.frombuffer(self._lengths, dtype=np.int32)
                 index_size, index_digest = write_index(file, lengths, dtype=self._dtype)
@@ -136,6 +138,7 @@ class DatasetWriter:
                 file.write(manifest.to_json().encode())
                 _sync(file)
             fsync_directory(self._folder)
+            self._check_is_alone()
             self._final["json"].unlink(missing_ok=True)  # from here the old data set is no longer whole
             fsync_directory(self._folder)
             for kind in ("bin", "idx", "json"):
@@ -147,18 +150,45 @@ class DatasetWriter:
         return manifest
 
     def _locked_file(self) -> BinaryIO:
+        """A new file under the temporary name. Never the one of a writer before: where locks do not reach other
+        machines that may live on one of them, and must find its file gone, not another's tokens in it."""
         path = self._temporary["bin"]
         while True:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            new = True
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                new = False
+                try:
+                    descriptor = os.open(path, os.O_RDWR)
+                except FileNotFoundError:
+                    continue
+            file = os.fdopen(descriptor, "r+b")
             if not keep_out(file, what=self.prefix, second="build of it"):
                 file.close()
-                found = f"{self.prefix}, which another process is writing"
-                raise UserError("--output", found, "a prefix of its own for each build")
+                raise UserError("--output", f"{self.prefix}, which another process is writing", _EXPECTED)
             # The writer before may have renamed or removed the file between the opening and the lock.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            if self._has_name(file):
+                if new:
                     return file
+                path.unlink(missing_ok=True)
             file.close()
+
+    def _has_name(self, file: BinaryIO) -> bool:
+        """Whether the temporary name is this file's. It is opened for that: a question for its attributes alone a
+        client of NFS answers by itself."""
+        try:
+            with open(self._temporary["bin"], "rb") as there:
+                return os.path.samestat(os.fstat(there.fileno()), os.fstat(file.fileno()))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            return False
+
+    def _check_is_alone(self) -> None:
+        """Also by size: to sshfs all files that ever had a name are one."""
+        if not self._has_name(self._data) or os.stat(self._temporary["bin"]).st_size != self._size:
+            raise UserError("--output", f"{self.prefix}, which another process has begun to write", _EXPECTED)
 
     def _clear_leftovers(self) -> None:
         self._temporary["idx"].unlink(missing_ok=True)
@@ -183,7 +213,8 @@ class DatasetWriter:
 
     def _abort(self) -> None:
         # Removing comes before closing: closing gives up the lock, and then the names may be another writer's.
-        for path in (*self._renamed, *self._temporary.values()):
+        ours = bool(self._renamed) or self._has_name(self._data)
+        for path in (*self._renamed, *(self._temporary.values() if ours else ())):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # what is still in the buffer may not fit on the disk
             self._data.close()

@@ -24,7 +24,7 @@ from remit_megatron.evaluation.suites import Suite, known_suites
 from remit_megatron.evaluation.task_files import Planned, plan_suite, write_task_files
 from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.files import sha256_file
-from remit_megatron.runtime.locks import keep_out
+from remit_megatron.runtime.locks import DirectoryLock
 
 logger = logging.getLogger(__name__)
 
@@ -379,10 +379,11 @@ def _only_one(output: Path, rank: int) -> Iterator[None]:
     if rank:
         yield
         return
-    with open(output / ".lock", "a") as file:
-        if not keep_out(file, what=output, second="evaluation"):
-            raise UserError("--output", f"{output}, in use by another evaluation", "a directory of its own")
+    lock = DirectoryLock(output, field="--output")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from remit_megatron.runtime.checkpoints import MANIFEST, DamagedCheckpoint, Manifest, verify
+from remit_megatron.runtime.files import remove_tree
 
 logger = logging.getLogger(__name__)
 
@@ -53,4 +54,4 @@ def retain(root: Path, limit: int | None) -> None:
         directory = root / f"checkpoint-{step}"
         # Without its manifest it is no checkpoint any more, whatever happens during the removal.
         (directory / MANIFEST).unlink()
-        shutil.rmtree(directory)
+        remove_tree(directory)

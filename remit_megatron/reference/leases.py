@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import json
 import os
 import socket
@@ -79,9 +80,9 @@ class Leases:
         try:
             touched = path.stat().st_mtime
             owner = json.loads(path.read_text() or "{}")
-        except FileNotFoundError:
-            return True  # given back a moment ago
-        except (OSError, ValueError):
+        except OSError as error:
+            return error.errno in (errno.ENOENT, errno.ESTALE)  # given back a moment ago; else nobody can tell
+        except ValueError:
             owner = {}
         # Containers of several machines may have one name, and on one machine numbers of their own.
         here = [*kernel()]

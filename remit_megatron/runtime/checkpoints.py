@@ -27,6 +27,7 @@ from remit_megatron.runtime.files import (
     fsync_file,
     parse_json,
     read_whole,
+    remove_tree,
     sha256_file,
     write_atomic,
 )
@@ -238,5 +239,5 @@ def retain(root: str | os.PathLike, keep: int | None) -> list[int]:
         directory = iteration_directory(root, iteration)
         # Without its manifest it is no checkpoint any more, whatever happens during the removal.
         (directory / MANIFEST).unlink()
-        shutil.rmtree(directory)
+        remove_tree(directory)
     return removed

@@ -7,6 +7,8 @@ Evaluation and analysis see Hugging Face models only, and come here for them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -32,7 +34,7 @@ from remit_megatron.runtime.checkpoints import (
     write_manifest,
 )
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import HF_SUBFOLDER, sha256_file
+from remit_megatron.runtime.files import HF_SUBFOLDER, fsync_directory, sha256_file, temporary_name
 
 logger = logging.getLogger(__name__)
 
@@ -156,26 +158,59 @@ def cache_directory() -> Path:
 
 
 def _exported(checkpoint: Path, digest: str, field: str) -> Path:
-    """CACHE/exported/<digest>/model, made where it is not there or not whole. One process at a time makes it."""
-    place = cache_directory() / "exported" / digest[:32]
+    """CACHE/exported/<digest>/model, made where it is not there or not whole.
+
+    It appears whole, under its name, by one rename. The lock saves work and nothing else: without one, or with one that
+    another machine does not see, two may make it, and the second takes what the first has made.
+    """
+    folder = cache_directory() / "exported"
+    place = folder / digest[:32]
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        lock = open(place / ".lock", "w")  # noqa: SIM115 - closed below
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / f".{place.name}.lock", "w")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(CACHE_VARIABLE, f"{place} ({error.strerror})", "a folder that can be written") from None
+        raise UserError(CACHE_VARIABLE, f"{folder} ({error.strerror})", "a folder that can be written") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            logger.warning("%s cannot be locked (%s)", place, error.strerror)
-        try:
-            verify(place, digests=False)
-        except DamagedCheckpoint:
-            (place / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(place / _MODEL, ignore_errors=True)
-            _export(checkpoint, place / _MODEL, field)
-            write_manifest(place, checkpoint=str(checkpoint.absolute()), digest=digest)
+            logger.warning("%s cannot be locked (%s): two at once may make the same export", place, error.strerror)
+        if not _is_whole(place):
+            made = temporary_name(place)
+            try:
+                made.mkdir()
+                _export(checkpoint, made / _MODEL, field)
+                write_manifest(made, checkpoint=str(checkpoint.absolute()), digest=digest)
+                _put(made, place)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
     return place / _MODEL
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        verify(place, digests=False)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def _put(made: Path, place: Path) -> None:
+    """Gives ``made`` the name ``place``, unless there is a whole one; a damaged one goes."""
+    for attempt in range(3):
+        try:
+            made.rename(place)
+            return fsync_directory(place.parent)
+        except OSError as error:
+            taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM)  # sshfs says EPERM
+            if not taken or attempt == 2:
+                raise
+        if _is_whole(place):
+            return None
+        damaged = temporary_name(place)
+        with contextlib.suppress(FileNotFoundError):  # another was quicker
+            place.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def run_export(checkpoint: Path, output: Path) -> tuple[int, list[str]]:

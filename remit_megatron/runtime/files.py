@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Folder of a checkpoint with config.json, the tokenizer and what else a Hugging Face model has besides weights.
 HF_SUBFOLDER = "hf"
@@ -45,10 +49,13 @@ def whole(value: Any) -> int:
 
 
 def fsync_directory(directory: str | os.PathLike) -> None:
-    """Makes renames inside ``directory`` durable."""
+    """Makes renames inside ``directory`` durable, where the file system can be asked to."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # it syncs files only, as some of FUSE do
+            raise
     finally:
         os.close(descriptor)
 
@@ -99,6 +106,22 @@ def read_whole(path: str | os.PathLike) -> bytes:
                 raise
         time.sleep(0.05)
     return Path(path).read_bytes()
+
+
+def remove_tree(directory: str | os.PathLike) -> bool:
+    """Removes ``directory`` with all that is in it; False where something stays, which a warning names.
+
+    Over NFS a file that a process of this machine has open is renamed to ``.nfs…`` instead of removed, and keeps its
+    directory for as long.
+    """
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise
+        logger.warning("%s cannot be removed to its end, as somebody has files of it open: remove the rest", directory)
+        return False
+    return True
 
 
 @contextmanager

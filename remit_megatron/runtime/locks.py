@@ -190,7 +190,8 @@ class DirectoryLock:
             try:
                 with open(mine, "x") as file:
                     json.dump(asdict(here), file)
-            except FileExistsError:
+            except FileExistsError:  # the list of names that this machine keeps may be of before
+                time.sleep(0.05)
                 continue
             except OSError:  # a full disk
                 mine.unlink(missing_ok=True)

@@ -5,9 +5,12 @@ The places in the loop are opened by ``patches/``; :meth:`Engine.connect` says w
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import logging
+import multiprocessing
+import signal
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,6 +45,17 @@ if TYPE_CHECKING:
     from remit_megatron.run.events import RunEvents
     from remit_megatron.run.prepare import Prepared
     from remit_megatron.training.evaluation import RunEvaluation
+
+
+def _end_workers() -> None:
+    """Ends data workers that are left when the program ends of an error.
+
+    Python asks them by SIGTERM and waits for ever; but they were forked with the handlers of the run, which take that
+    for the wish to stop after a step.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would say that a worker was killed
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class Engine:
@@ -199,6 +213,8 @@ class Engine:
         )
 
         self._recorder, self._evaluation = recorder, evaluation
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
         wrapper = self.step.wrap_schedule if evaluation is None else self._evaluated_schedule
         schedule.wrapper, train_step.hook = wrapper, None
         if (gate := self._spikes) is not None:

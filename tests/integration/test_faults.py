@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -315,3 +318,23 @@ def test_a_mistake_is_found_before_ranks_are_started(config_for, tmp_path, capsy
         assert main(["train", str(path), override, "--nproc", "2"]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+BROKEN = """
+import sys
+from remit_megatron.cli import main
+from remit_megatron.runtime import checkpoints
+def broken(*_, **__):
+    raise OSError(5, "Input/output error")
+checkpoints.write_manifest = broken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_an_error_ends_does_not_wait_for_its_data_workers(config_for, tmp_path):
+    """A process of its own: the warm ones never come to the end of a program."""
+    config = config_for(tmp_path / "run", **SHORT)
+    assert "num_workers" not in config["data"]  # there are two, with the handlers of signals that the run had
+    words = [sys.executable, "-c", BROKEN, "train", str(write(tmp_path / "run.yaml", config))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("Input/output error"), done.stderr[-2000:]

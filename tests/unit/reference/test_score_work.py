@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -90,6 +91,20 @@ def test_a_lease_is_had_once_and_taken_over_when_its_owner_is_gone(tmp_path):
     os.utime(tmp_path / "piece", (long_ago, long_ago))
     assert theirs.take("piece") is Taken.ABANDONED
     assert [path.name for path in tmp_path.iterdir()] == ["piece"] and ours.names() == {"piece"}
+
+
+@pytest.mark.parametrize("number, taken", [(errno.ESTALE, Taken.ABANDONED), (errno.EIO, None)])
+def test_a_lease_that_cannot_be_looked_at(tmp_path, monkeypatch, number, taken):
+    """Gone between its name and its attributes, over a network; or nobody can tell, and it is left to its owner."""
+    Leases(tmp_path).take("piece")
+    theirs = Leases(tmp_path, stale_seconds=0)
+
+    def stat(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        assert theirs.take("piece") is taken
 
 
 def test_a_piece_that_another_had_is_looked_at_again_before_the_others_are_done(monkeypatch):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from remit_megatron.runtime import exported
+from remit_megatron.runtime.checkpoints import verify
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.exported import huggingface_model, model_digest
 from tests.tiny import make_llama, make_tokenizer
@@ -102,3 +108,31 @@ def test_a_failed_export_is_one_line(checkpoint, tmp_path, monkeypatch):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"whose export failed .*sha256"):
         huggingface_model(damaged)
+
+
+@pytest.mark.parametrize("number", [0, errno.ENOLCK])
+def test_two_nodes_export_at_once(tmp_path, monkeypatch, caplog, number):
+    """Without locks, or with locks that each has for itself: who is second takes what the first has made."""
+
+    def flock(*_):
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    def export(checkpoint: Path, output: Path, field: str) -> None:
+        if checkpoint.name == "slow":
+            assert exported._exported(checkpoint.with_name("quick"), "0" * 64, field).is_dir()
+        output.mkdir()
+        (output / "config.json").write_text(checkpoint.name)
+
+    monkeypatch.setenv("REMIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(exported, "_export", export)
+    for damaged in (False, True):
+        model = exported._exported(tmp_path / "slow", "0" * 64, "MODEL")
+        assert (model / "config.json").read_text() == "quick"
+        place = verify(model.parent).files
+        assert list(place) == ["model/config.json"]
+        assert sorted(os.listdir(tmp_path / "exported")) == [f".{'0' * 32}.lock", "0" * 32]
+        if not damaged:
+            (model / "config.json").write_text("half")
+    assert ("cannot be locked" in caplog.text) is bool(number)

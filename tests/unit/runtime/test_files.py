@@ -4,11 +4,19 @@ import errno
 import hashlib
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
-from remit_megatron.runtime.files import FollowingDigest, read_whole, sha256_file
+from remit_megatron.runtime.files import (
+    FollowingDigest,
+    fsync_directory,
+    read_whole,
+    remove_tree,
+    sha256_file,
+    write_atomic,
+)
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [5_000_000, 0, 3, 1 << 20, 7_654_321]])
@@ -47,3 +55,36 @@ def test_a_file_that_another_node_replaces_is_read_again(tmp_path, monkeypatch):
     answers.append(errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
         read_whole(path)
+
+
+def failing(number: int):
+    def call(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_a_file_system_that_syncs_no_directories(tmp_path, monkeypatch):
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if not os.path.isfile(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomic(tmp_path / "file", b"some")
+    assert (tmp_path / "file").read_bytes() == b"some"
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        fsync_directory(tmp_path)
+
+
+def test_a_directory_of_which_something_is_open_over_nfs(tmp_path, monkeypatch, caplog):
+    (tmp_path / "whole" / "part").mkdir(parents=True)
+    assert remove_tree(tmp_path / "whole") and not os.listdir(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", failing(errno.ENOTEMPTY))
+    assert not remove_tree(tmp_path) and f"{tmp_path} cannot be removed to its end" in caplog.text
+    monkeypatch.setattr(shutil, "rmtree", failing(errno.EACCES))
+    with pytest.raises(PermissionError):
+        remove_tree(tmp_path)

@@ -170,3 +170,16 @@ def test_a_full_disk_leaves_no_holder(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space left"):
         DirectoryLock(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_list_of_names_that_is_old_hides_nobody(tmp_path, monkeypatch) -> None:
+    """As a client of NFS keeps it for a while: the holder is not in it yet."""
+    with process(tmp_path, "other", "granted") as first:
+        assert says(first) == "held"
+        names, old = locks._numbers, [[], [], []]
+        monkeypatch.setattr("fcntl.flock", lambda *_: None)
+        monkeypatch.setattr(locks, "_TOUCH_SECONDS", 0.1)
+        monkeypatch.setattr(locks, "_numbers", lambda directory: old.pop() if old else names(directory))
+        with pytest.raises(UserError, match=f"in use by process {first.pid}"):
+            DirectoryLock(tmp_path)
+        assert not old
