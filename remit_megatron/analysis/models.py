@@ -16,6 +16,7 @@ from torch import Tensor
 from remit_megatron.analysis.texts import TextTokenizer, TokenizedText, read_texts, tokenize_all
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.exported import HuggingFaceModel, huggingface_model
+from remit_megatron.runtime.float32 import exact_float32
 
 _BLOCK_BYTES = 64 << 20  # of one block of logits, float32
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,6 +37,7 @@ class TextModel:
     def __init__(self, source: HuggingFaceModel, *, field: str, dtype: str = "fp32"):
         self.source, self.name = source, name_of(source)
         self._field = field
+        exact_float32()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         try:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from remit_megatron.evaluation.request_cache import RequestCache, through_cache
 from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.extras import is_installed, require
+from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def load(directory: Path, backend: Backend) -> Any:
     import torch
     from safetensors import SafetensorError
 
+    exact_float32()
     arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
     if backend.max_length:
         positions = _positions(directory)
