@@ -43,6 +43,11 @@ def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
         # Megatron passes over samples on the first rank of a tensor-parallel group alone, and each rank reads its own.
         expected = "none with tensor_model_parallel_size > 1, whose ranks would read different samples afterwards"
         raise UserError("megatron.iterations_to_skip", arguments.iterations_to_skip, expected)
+    steps = arguments.train_iters or arguments.train_samples // arguments.global_batch_size
+    if outside := [step for step in arguments.iterations_to_skip if not 1 <= step < steps]:
+        raise UserError("megatron.iterations_to_skip", outside[0], f"steps from 1 to before the last, {steps}")
+    if arguments.profile and arguments.use_pytorch_profiler and not config.logging.tensorboard:
+        raise UserError("logging.tensorboard", "false", "true with megatron.use_pytorch_profiler, which writes there")
     if config.spikes is not None and arguments.optimizer_cuda_graph:
         raise UserError("megatron.optimizer_cuda_graph", "true", "false with spikes: a graph leaves no update out")
     if config.spikes is not None and config.spikes.action == "rollback" and arguments.use_torch_fsdp2:

@@ -34,6 +34,7 @@ from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_p
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.megatron_flags import refusal
 from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED, Situation
+from remit_megatron.run.megatron_values import check_values, value_refusal
 from remit_megatron.run.optimization import check_optimization, construct
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
 
@@ -100,6 +101,7 @@ def build_arguments(
     values["load"] = str(load) if load else None if config.checkpoint.resume == "never" else str(config.checkpoints_dir)
     values["pretrained_checkpoint"] = str(pretrained_checkpoint) if pretrained_checkpoint else None
     _check_required(values)
+    check_values(values, chosen, gpu=gpu)
     _check_layout(values, world_size)
     fp8.check_run(values)
     check_optimization(values)
@@ -122,6 +124,7 @@ def build_arguments(
         core_transformer_config_from_args(args)
         construct(args)
     _check_length(args)
+    _check_done(args, values, chosen)
     args.use_persistent_ckpt_worker = False
     if args.clip_grad == 0:
         args.clip_grad = math.inf  # Megatron's 0 does not even measure the norm, which every step is judged by
@@ -157,7 +160,8 @@ def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
             converted = not converted
         if destination in UNSUPPORTED and converted not in (None, False):
             raise UserError(field, show(value), f"{UNSUPPORTED[destination]} instead")
-        if (expected := refusal(destination)) and converted != actions[destination].default:
+        expected = refusal(destination) or value_refusal(destination)
+        if expected and converted != actions[destination].default:
             raise UserError(field, show(value), expected)
         if destination in given:
             raise UserError(field, f"both {given[destination]} and {key}", "one of the two names of one argument")
@@ -382,6 +386,17 @@ def _check_length(args: argparse.Namespace) -> None:
     if replicas * args.context_parallel_size % instances:
         expected = f"a divisor of {replicas} data-parallel x {args.context_parallel_size} context-parallel ranks"
         raise UserError("megatron.num_distributed_optimizer_instances", instances, expected)
+
+
+def _check_done(args: argparse.Namespace, values: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    """Refuses a flag or a number of which Megatron has made another one without a word."""
+    for name in chosen:
+        value = values[name]
+        made = getattr(args, name, value)
+        plain = isinstance(value, bool | int | float) and isinstance(made, bool | int | float | None)
+        own = name not in DEFAULTS and value == _known_arguments()[0][name].default  # which nobody has to mean
+        if plain and made != value and not own:
+            raise UserError(f"megatron.{name}", show(value), f"{show(made)}, which Megatron makes of it in this run")
 
 
 def _check_layout(values: dict[str, Any], world_size: int) -> None:

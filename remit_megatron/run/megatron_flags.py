@@ -21,7 +21,7 @@ HONORED = _names(
     "use_ring_exchange_p2p account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
     "use_tp_pp_dp_mapping use_gloo_process_groups use_sharp overlap_param_gather align_grad_reduce",
     "align_param_gather overlap_param_gather_with_optimizer_step ddp_pad_buckets_for_high_nccl_busbw",
-    "ddp_reduce_scatter_with_fp32_accumulation ddp_average_in_collective use_layer_wise_param_layout nccl_ub",
+    "ddp_reduce_scatter_with_fp32_accumulation use_layer_wise_param_layout nccl_ub",
     "disable_symmetric_registration create_all_gather_group gradient_reduce_div_fusion use_torch_fsdp2",
     "torch_fsdp2_reshard_after_forward nccl_all_reduce_for_prefill",
     # precision
@@ -33,7 +33,7 @@ HONORED = _names(
     "fused_residual_rmsnorm use_transformer_engine_op_fuser use_te_activation_func bias_gelu_fusion disable_jit_fuser",
     "clone_scatter_output_in_embedding delay_wgrad_compute defer_embedding_wgrad_compute recompute_activations",
     "distribute_saved_activations cpu_offloading_retain_pinned_cpu_buffers fine_grained_activation_offloading",
-    "delay_offload_until_cuda_graph enable_cuda_graph external_cuda_graph te_rng_tracker init_method_xavier_uniform",
+    "delay_offload_until_cuda_graph enable_cuda_graph external_cuda_graph te_rng_tracker",
     "enable_experimental use_kitchen_attention",
     # optimizer and schedule
     "qk_clip apply_wd_to_qk_layernorm muon_split_qkv muon_nesterov optimizer_cpu_offload optimizer_cuda_graph",
@@ -140,6 +140,8 @@ REFUSED: dict[str, str] = {
     "no_load_rng": "nothing; another run_dir with init at this run's checkpoint begins with new random states",
     "use_mp_args_from_checkpoint_args": "false: the layout is this file's",
     "use_tokenizer_model_from_checkpoint_args": "true, which has no effect: data.tokenizer is read",
+    "ddp_average_in_collective": "false: losses are averaged over tokens, after the reduction",
+    "init_method_xavier_uniform": "false: Megatron 0.19 fails on it; megatron.init_method_std in its place",
     "exit_on_missing_checkpoint": "false: a run without a checkpoint begins, one with a damaged one says so",
     "full_validation": "megatron.eval_iters in its place",
     "multiple_validation_sets": "one blend in data.valid in its place",

@@ -141,7 +141,7 @@ def test_values_are_converted_as_the_command_line_would():
     assert isinstance(read["clip_grad"], float)
     assert read["attention_backend"] is AttnBackend.unfused
     assert read["recompute_modules"] == ["core_attn"]
-    assert read_overrides({"moe_layer_freq": [0, 1]}) == {"moe_layer_freq": [0, 1]}
+    assert read_overrides({"linear_attention_freq": [0, 1]}) == {"linear_attention_freq": [0, 1]}
     assert read_overrides({"eval_global_batch_size": None}) == {"eval_global_batch_size": None}
 
 
