@@ -147,7 +147,7 @@ def _files_of_directories(directories: Sequence[str], item: str, notes: list[str
     files = [file for found in saved.values() if found for file in found]
     plain = [Path(directory) for directory, found in saved.items() if found is None]
     again: list[Path] = []
-    others = []
+    others, odd = [], []
     for path in sorted(_walk(plain, again)):
         if not path.name.endswith(KNOWN_SUFFIXES):
             others.append(path)
@@ -155,6 +155,12 @@ def _files_of_directories(directories: Sequence[str], item: str, notes: list[str
             files.append(str(path))
         elif path.is_symlink():
             _refuse_broken_link(path)
+        else:
+            odd.append(path)
+    if odd:
+        notes.append(
+            f"{item}: passed over {_counted(len(odd), 'pipe or device', 'pipes or devices')}, such as {odd[0]}"
+        )
     if others:
         notes.append(f"{item}: passed over {_counted(len(others), 'file')} for the ending, such as {others[0]}")
     _note_links(item, again, notes)
@@ -226,5 +232,5 @@ def _refuse_unlisted(error: OSError) -> NoReturn:
     raise UserError("--input", f"{error.filename}, which cannot be listed ({error.strerror})", "a folder to read")
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _counted(number: int, what: str, several: str | None = None) -> str:
+    return f"{number} {what if number == 1 else several or f'{what}s'}"

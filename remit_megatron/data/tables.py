@@ -8,6 +8,8 @@ from typing import Any
 from remit_megatron.data.inputs import LOCAL_FILES, FileStore
 from remit_megatron.runtime.errors import UserError
 
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream: no further message
+
 
 def iter_batches(file: str, fields: Sequence[str], store: FileStore) -> Iterator[tuple[Any, float]]:
     """Record batches with the columns ``fields``, each with the share of the file that is read after it.
@@ -40,6 +42,24 @@ def iter_batches(file: str, fields: Sequence[str], store: FileStore) -> Iterator
         _check_columns(file, stream.schema, fields)
         for batch in stream:
             yield batch.select(list(fields)), source.tell() / max(source.size(), 1)
+        _check_end(file, source)
+
+
+def _check_end(file: str, source: Any) -> None:
+    """Refuses a stream that stops without its end mark, as one that was cut between two batches does, and one with
+    another behind it: nothing else would tell that there were more rows."""
+    rest = source.size() - source.tell()
+    if rest:
+        found = f"{rest} bytes behind the end of its stream"
+        raise UserError(file, found, "one stream of rows: several, one behind the other, are read as the first alone")
+    source.seek(0)
+    begin = source.read(4)
+    source.seek(max(source.size() - 8, 0))
+    end = source.read(8)
+    # Streams of before 2019 have no 4 bytes before each length.
+    if end != _END if begin == _END[:4] else end[4:] != _END[4:]:
+        found = "a stream that stops without its end mark"
+        raise UserError(file, found, "a complete file: it may have been cut between two batches of rows")
 
 
 def _check_columns(file: str, schema: Any, fields: Sequence[str]) -> None:

@@ -53,6 +53,8 @@ class ZstandardStream(io.RawIOBase):
             reason = str(error)
             if "too much memory" in reason:
                 reason = "a Zstandard window of over 2 GiB; compress it again with zstd --long=31 or less"
+            if "Dictionary mismatch" in reason:
+                reason = "compressed with a dictionary, which is not in the file; compress it again without one"
             raise OSError(reason) from None
         if self._frame.eof:
             self._behind, self._frame = self._frame.unused_data, None

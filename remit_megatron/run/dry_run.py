@@ -10,8 +10,11 @@ from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import manifest_path
 from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.directory import read_config
 from remit_megatron.run.prepare import examine
+from remit_megatron.run.resume import compare_settings, training_settings
 from remit_megatron.run.samples import check_document_ends
+from remit_megatron.runtime.checkpoints import read_manifest
 
 
 def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
@@ -31,6 +34,10 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     ranks = _fewest_ranks(config) if world_size is None else world_size
     found = examine(config, world_size=ranks, absent=absent)
     check_rounds(found.arguments)
+    if found.goes_on and found.init is not None:
+        settings = training_settings(vars(found.arguments), config)
+        before = read_config(Path(config.run_dir or ""))
+        compare_settings(read_manifest(found.init.path).properties, settings, config, found.arguments, text=before)
     from remit_megatron.models.family import family_of
     from remit_megatron.run.derived import describe
 

@@ -195,8 +195,7 @@ def check_values(values: Mapping[str, Any], chosen: Mapping[str, Any], *, gpu: b
     Raises:
         UserError: naming the argument.
     """
-    for name in chosen:
-        value = values[name]
+    for name, value in chosen.items():
         if value is None:
             continue
         if name in _WHOLE_FROM_1 and value < 1:

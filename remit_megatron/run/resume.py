@@ -11,6 +11,7 @@ device. Those that do not are compared with the run's ``config.yaml``.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
+from remit_megatron.run.checks import check_resumed_schedule
 from remit_megatron.run.configuration import OptimizerConfig, RunConfig
 from remit_megatron.run.score_cache import dataset_names
 from remit_megatron.runtime.errors import UserError
@@ -116,6 +118,32 @@ def settings_of_config(text: str, *, gpu: bool) -> dict[str, Any]:
     values = default_values(read_overrides(content.get("megatron") or {}), gpu=gpu)
     config = RunConfig(optimizer=OptimizerConfig(**(content.get("optimizer") or {})))
     return {key: value for key, value in training_settings(values, config).items() if not _is_length(key)}
+
+
+def compare_settings(
+    properties: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config: RunConfig,
+    arguments: argparse.Namespace,
+    *,
+    text: str | None,
+) -> None:
+    """Refuses to go on from a checkpoint with an optimizer or a schedule that is not its own.
+
+    Args:
+        properties: what its manifest says.
+        settings: of :func:`training_settings`, as they are now.
+        text: the run's ``config.yaml``, for a manifest that does not say them; None where there is none.
+
+    Raises:
+        UserError: naming the key, with both values.
+    """
+    before = properties.get("settings")
+    if before is None and text is not None:  # of an earlier version
+        check_resumed_schedule(text, config)
+        before = settings_of_config(text, gpu=torch.cuda.is_available())
+    chosen = arguments.override_opt_param_scheduler or arguments.use_checkpoint_opt_param_scheduler
+    check_settings(before or {}, settings, run_dir=config.run_dir, schedule_chosen=chosen)
 
 
 def check_settings(

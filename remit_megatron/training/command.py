@@ -19,12 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from remit_megatron.run import directory as run_directory
 from remit_megatron.run import resume
-from remit_megatron.run.checks import check_resumed_schedule, check_rounds
+from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig, load_config
 from remit_megatron.run.events import RunEvents
 from remit_megatron.run.prepare import Prepared, prepare, total_steps
@@ -231,14 +230,9 @@ def _compare(properties: dict[str, Any], prepared: Prepared, settings: dict[str,
         properties: what the checkpoint's manifest says.
         settings: of :func:`resume.training_settings`.
     """
-    config, arguments = prepared.config, prepared.arguments
+    config = prepared.config
     text = run_directory.read_config(Path(config.run_dir or ""))
-    schedule_chosen = arguments.override_opt_param_scheduler or arguments.use_checkpoint_opt_param_scheduler
-    before = properties.get("settings")
-    if before is None and text is not None:  # of an earlier version
-        check_resumed_schedule(text, config)
-        before = resume.settings_of_config(text, gpu=torch.cuda.is_available())
-    resume.check_settings(before or {}, settings, run_dir=config.run_dir, schedule_chosen=schedule_chosen)
+    resume.compare_settings(properties, settings, config, prepared.arguments, text=text)
     if text is None:
         return
     content = yaml.safe_load(text) or {}

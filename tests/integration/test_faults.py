@@ -241,6 +241,19 @@ def test_what_a_run_may_not_change(begun, run, material, override, line):
     assert sorted(path.name for path in (begun / "run").iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("megatron.train_iters=5", "megatron.train_iters: found 5; expected 3"),
+        ("optimizer.decay_norms=true", "optimizer.decay_norms: found true; expected nothing"),
+    ],
+)
+def test_a_dry_run_of_a_run_that_goes_on_says_so_too(begun, run, override, line):
+    path = begun / "run.yaml"
+    assert one_line(run("train", path, override, "--dry-run", "--nproc", 1), 2).startswith(f"error: {line}")
+    assert run("train", path, "--dry-run").code == 0
+
+
 def test_a_run_goes_on_without_init_and_with_other_data(begun, run, material, tmp_path):
     shutil.copytree(begun / "run", tmp_path / "run")
     config = json.loads((begun / "run.yaml").read_text()) | {"init": None, "run_dir": str(tmp_path / "run")}

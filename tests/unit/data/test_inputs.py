@@ -126,3 +126,11 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(UserError, match=r"sub, which cannot be listed \(Permission denied\)"):
         expand_inputs([tmp_path / "c"])
+
+
+def test_a_pipe_in_a_folder_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    os.mkfifo(tmp_path / "b.jsonl")
+    notes: list[str] = []
+    assert names(expand_inputs([tmp_path], left_out=notes), tmp_path) == ["a.jsonl"]
+    assert notes == [f"{tmp_path}: passed over 1 pipe or device, such as {tmp_path / 'b.jsonl'}"]

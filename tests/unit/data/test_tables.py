@@ -122,3 +122,35 @@ def test_names_with_points(tmp_path):
     path = write(tmp_path / "table.parquet", pa.table({"a": nested, "a.b": ["outer"], "text": ["x"], "text.b": ["y"]}))
     assert [document.text for document in iter_documents([path], text_key="a.b")] == ["outer"]
     assert [document.text for document in iter_documents([path])] == ["x"]
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_stream_cut_between_batches_is_not_whole(tmp_path, batches):
+    """Its reader takes the end of the file for the end of the rows."""
+    table = pa.table({"text": ["one", "two", "three"]})
+    path = tmp_path / "stream.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        ends = []
+        for batch in table.to_batches(max_chunksize=1):
+            stream.write_batch(batch)
+            ends.append(file.tell())
+    whole = path.read_bytes()
+    assert [text for _, text in rows(path, TextFormat())] == ["one", "two", "three"]
+    path.write_bytes(whole[: ends[batches]])
+    with pytest.raises(UserError, match="a stream that stops without its end mark"):
+        rows(path, TextFormat())
+    path.write_bytes(whole + whole)
+    with pytest.raises(UserError, match=f"{len(whole)} bytes behind the end of its stream"):
+        rows(path, TextFormat())
+
+
+def test_streams_of_old_versions_are_read(tmp_path):
+    table = pa.table({"text": ["one", "two"]})
+    path = tmp_path / "stream.arrow"
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=True)
+    with pa.ipc.new_stream(path, table.schema, options=options) as stream:
+        stream.write_table(table)
+    assert [text for _, text in rows(path, TextFormat())] == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="without its end mark"):
+        rows(path, TextFormat())

@@ -94,3 +94,11 @@ def test_files_that_are_not_whole(tmp_path):
             texts(path)
     path.write_bytes(whole)
     assert texts(path) == TEXTS
+
+
+def test_a_dictionary_that_is_not_there_is_named(tmp_path):
+    dictionary = zstandard.train_dictionary(2000, [b'{"text": "abc%d"}' % number for number in range(3000)])
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(DATA))
+    with pytest.raises(UserError, match="compressed with a dictionary, which is not in the file"):
+        texts(path)
