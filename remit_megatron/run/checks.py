@@ -33,6 +33,8 @@ _TRANSFORMER_ENGINE_LAYERS = (
     "attention_backend",
     "flash_attention_version",
     "batch_invariant_mode",
+    "cp_comm_type",
+    "hierarchical_context_parallel_sizes",
     "log_max_attention_logit",
     "te_precision_config_file",
     "tp_comm_overlap",
@@ -66,6 +68,8 @@ def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
         raise UserError("megatron.iterations_to_skip", outside[0], f"steps from 1 to before the last, {steps}")
     if arguments.profile and arguments.use_pytorch_profiler and not config.logging.tensorboard:
         raise UserError("logging.tensorboard", "false", "true with megatron.use_pytorch_profiler, which writes there")
+    if arguments.masked_softmax_fusion:
+        raise UserError("megatron.masked_softmax_fusion", "true", "false: no attention used here calls its kernels")
     for name in _TO_TENSORBOARD:
         if getattr(arguments, name) and not config.logging.tensorboard:
             raise UserError("logging.tensorboard", "false", f"true with megatron.{name}, which writes there")
@@ -96,7 +100,7 @@ def check_layers(hf_config: dict[str, Any], arguments: argparse.Namespace) -> No
     for name in (*_TRANSFORMER_ENGINE_LAYERS, *sorted(of_some)):
         value = getattr(arguments, name)
         value = getattr(value, "name", value)  # of an enumeration
-        if value in (None, False, "auto"):
+        if value in (None, False, "auto", ["p2p"], ["all_gather"]):
             continue
         found = "true" if value is True else show(value)
         if arguments.transformer_impl != "transformer_engine":

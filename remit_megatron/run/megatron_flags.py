@@ -18,7 +18,7 @@ HONORED = _names(
     # layout and communication
     "sequence_parallel tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs",
     "tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs overlap_p2p_comm overlap_p2p_comm_warmup_flush",
-    "use_ring_exchange_p2p account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
+    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
     "use_tp_pp_dp_mapping use_gloo_process_groups use_sharp overlap_param_gather align_grad_reduce",
     "align_param_gather overlap_param_gather_with_optimizer_step ddp_pad_buckets_for_high_nccl_busbw",
     "ddp_reduce_scatter_with_fp32_accumulation nccl_ub disable_symmetric_registration use_torch_fsdp2",
@@ -126,6 +126,7 @@ REFUSED: dict[str, str] = {
     "data_parallel_random_init": "false: replicas of one model begin alike",
     "attention_output_gate": "false: no family here has such a gate, and its weights would not be in any checkpoint",
     "use_mup": "false: its factors are in the forward pass, and an exported model would compute without them",
+    "use_ring_exchange_p2p": "false: torch as it is published has no ring_exchange",
     "use_kitchen_attention": "false: no family here has layers of Kitchen",
     "exit_signal_handler_for_training": "false: a signal would end a run that is not done with exit code 0",
     "hybrid_context_parallel": "false: its data loader is not this project's",

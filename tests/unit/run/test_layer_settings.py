@@ -103,6 +103,8 @@ def test_families_say_what_their_layers_read(monkeypatch):
         ("attention_backend", AttnBackend.flash),
         ("flash_attention_version", 3),
         ("batch_invariant_mode", True),
+        ("cp_comm_type", ["a2a"]),
+        ("hierarchical_context_parallel_sizes", [2, 2]),
         ("log_max_attention_logit", True),
         ("te_precision_config_file", "precision.yaml"),
         ("tp_comm_overlap", True),
@@ -218,6 +220,11 @@ def test_a_run_looks_at_both_of_its_models(tmp_path, monkeypatch):
         UserError, match=r"^megatron\.use_transformer_engine_op_fuser: found true; expected nothing with"
     ):
         dry_run(config)
+
+
+def test_no_attention_has_the_fused_softmax():
+    with pytest.raises(UserError, match=r"^megatron\.masked_softmax_fusion: found true; expected false: no attention"):
+        check_supported(run_config(), arguments(masked_softmax_fusion=True))
 
 
 def test_norms_decay_by_our_own_key():

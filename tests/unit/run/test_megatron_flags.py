@@ -75,6 +75,7 @@ def test_flags_without_effect_and_harmful_ones_are_in_the_documentation():
         ("dist_ckpt_save_pre_mcore_014", True, "no such key: it has no effect, Megatron no longer reads it"),
         ("gradient_reduce_div_fusion", False, "no such key: it has no effect, it belongs to Megatron-FSDP"),
         ("bias_gelu_fusion", False, "no such key: it has no effect, the feed-forward parts are SwiGLU"),
+        ("use_ring_exchange_p2p", True, "false: torch as it is published"),
         ("use_kitchen_attention", True, "false: no family here has layers of Kitchen"),
         ("tensor_parallel_num_weight_shards", 2, "nothing: no sample is drawn"),
         # It would leave with exit code 0 in the middle of a run.
