@@ -22,6 +22,7 @@ from remit_megatron.runtime.errors import (
     StartAgain,
     UserError,
 )
+from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, say_once, use_own_patches
 from remit_megatron.runtime.stop import StopInSetUp, Stopped, follow_launcher, leave, say_stopped
 
@@ -127,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The CUDA driver reads it when it starts, which the first question for a GPU may do: kernels of tensor and context
     # parallelism start in the order in which they were issued. Megatron demands it on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    exact_float32()
     try:
         # Before the imports, which take longest.
         with _stop(argv):

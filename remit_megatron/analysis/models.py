@@ -16,6 +16,7 @@ from torch import Tensor
 from remit_megatron.analysis.texts import TextTokenizer, TokenizedText, read_texts, tokenize_all
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.exported import HuggingFaceModel, huggingface_model
+from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.whole_model import refuse_adapter
 
 _BLOCK_BYTES = 64 << 20  # of one block of logits, float32
@@ -38,6 +39,7 @@ class TextModel:
         self.source, self.name = source, name_of(source)
         self._field = field
         refuse_adapter(source.path, field=field)
+        exact_float32()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         try:

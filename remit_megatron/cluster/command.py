@@ -136,7 +136,7 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
     reference = _reference(config, hf_config, signal)
     runs = RunLayouts(config, hf_config, machine=machine, nodes=nodes, signal=signal, reference=reference)
     args, refusal = runs.start()
-    _check_settings(config, args, objective)
+    _check_settings(config, hf_config, args, objective)
     planner = Planner(
         hf_config,
         args,
@@ -175,11 +175,14 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
     )
 
 
-def _check_settings(config: RunConfig, args: argparse.Namespace, objective: Objective) -> None:
+def _check_settings(
+    config: RunConfig, hf_config: dict[str, Any], args: argparse.Namespace, objective: Objective
+) -> None:
     """What the run refuses under every layout."""
-    from remit_megatron.run.checks import check_dropout, check_linear_loss, check_supported
+    from remit_megatron.run.checks import check_dropout, check_layers, check_linear_loss, check_supported
 
     check_supported(config, args)
+    check_layers(hf_config, args)
     if objective.needs_global_batch:
         check_dropout(config, args)
     if config.loss.linear:

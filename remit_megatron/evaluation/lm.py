@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from remit_megatron.evaluation.request_cache import RequestCache, through_cache
 from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.extras import is_installed, require
+from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.progress import Progress
 from remit_megatron.runtime.whole_model import check_whole
 
@@ -79,6 +80,7 @@ def load(directory: Path, backend: Backend) -> Any:
     from safetensors import SafetensorError
 
     check_whole(directory, field=f"MODEL {directory}", any_kind=True)
+    exact_float32()
     arguments: dict[str, Any] = {"pretrained": str(directory), "dtype": backend.dtype, **dict(backend.arguments)}
     if backend.max_length:
         positions = _positions(directory)

@@ -46,6 +46,7 @@ class Family:
             model.
         unlisted_parameters: config.json content to the parameters of one layer that Megatron's arguments do not tell
             of, as (sharded over tensor-parallel ranks, held by each of them).
+        layer_flags: flags of Megatron that its layers of Transformer Engine take and those of some other family do not.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Family:
     exported: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf_config: hf_config
     zero_rows: Callable[[dict[str, Any]], dict[str, int]] = lambda hf_config: {}
     unlisted_parameters: Callable[[dict[str, Any]], tuple[int, int]] = lambda hf_config: (0, 0)
+    layer_flags: frozenset[str] = frozenset()
 
 
 @cache

@@ -40,6 +40,8 @@ LAYER = (
 EMBEDDING = Vocabulary("model.embed_tokens.weight", "embedding.word_embeddings.weight")
 FINAL_NORM = Direct("model.norm.weight", "decoder.final_layernorm.weight")
 HEAD = Vocabulary("lm_head.weight", "output_layer.weight")
+# Of the layer that spec.py's pre_norm_layer makes.
+PRE_NORM_FLAGS = frozenset({"use_te_activation_func", "use_transformer_engine_op_fuser", "qk_clip"})
 
 
 def decoder_arguments(hf_config: dict[str, Any], *, value_width: int | None = None) -> dict[str, Any]:
@@ -142,4 +144,11 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     return pre_norm_layer(config)
 
 
-FAMILY = Family(name="llama", model_types=("llama",), arguments=arguments, layer_spec=layer_spec, names=decoder_names)
+FAMILY = Family(
+    name="llama",
+    model_types=("llama",),
+    arguments=arguments,
+    layer_spec=layer_spec,
+    names=decoder_names,
+    layer_flags=PRE_NORM_FLAGS,
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from remit_megatron.models.family import Family, require, required, whole
-from remit_megatron.models.llama import decoder_arguments, decoder_names, layer_spec, plain_rope
+from remit_megatron.models.llama import PRE_NORM_FLAGS, decoder_arguments, decoder_names, layer_spec, plain_rope
 from remit_megatron.models.mapping import NameMap
 from remit_megatron.runtime.errors import UserError
 
@@ -54,4 +54,11 @@ def names(hf_config: dict[str, Any]) -> NameMap:
     return decoder_names(_explicit(hf_config))
 
 
-FAMILY = Family(name="smollm3", model_types=("smollm3",), arguments=arguments, layer_spec=layer_spec, names=names)
+FAMILY = Family(
+    name="smollm3",
+    model_types=("smollm3",),
+    arguments=arguments,
+    layer_spec=layer_spec,
+    names=names,
+    layer_flags=PRE_NORM_FLAGS,
+)

@@ -154,4 +154,5 @@ FAMILY = Family(
     names=names,
     exported=exported,
     zero_rows=zero_rows,
+    layer_flags=frozenset({"fused_residual_rmsnorm", "qk_clip"}),
 )

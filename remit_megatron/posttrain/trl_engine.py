@@ -33,6 +33,7 @@ from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.exported import huggingface_model
 from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.settings_files import first_line
 from remit_megatron.runtime.whole_model import check_whole
@@ -300,6 +301,7 @@ def _ranks() -> Iterator[parallel.RankEnvironment]:
     """Joins the job where there is one; accelerate, which keeps what it finds in globals, forgets it at the end."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    exact_float32()
     environment = parallel.rank_environment()
     started = environment.world_size > 1 and not dist.is_initialized()
     if started:

@@ -23,9 +23,29 @@ logger = logging.getLogger(__name__)
 
 # Arguments that Megatron's parser knows and this loop does not honor.
 _NOT_HONORED = {
+    # Megatron knows norms of queries and keys by names that these models' do not have.
+    "apply_wd_to_qk_layernorm": "optimizer.decay_norms",
     "step_batch_size_schedule": "megatron.global_batch_size",
     "non_persistent_save_interval": "megatron.save_interval",
 }
+# Read by Transformer Engine's layers of every family; a family's own `layer_flags` come to them.
+_TRANSFORMER_ENGINE_LAYERS = (
+    "attention_backend",
+    "flash_attention_version",
+    "batch_invariant_mode",
+    "cp_comm_type",
+    "hierarchical_context_parallel_sizes",
+    "log_max_attention_logit",
+    "te_precision_config_file",
+    "tp_comm_overlap",
+)
+# Written beside the figures of TensorBoard, or not at all.
+_TO_TENSORBOARD = (
+    "log_memory_to_tensorboard",
+    "log_timers_to_tensorboard",
+    "log_validation_ppl_to_tensorboard",
+    "log_world_size_to_tensorboard",
+)
 
 
 def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
@@ -48,6 +68,11 @@ def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
         raise UserError("megatron.iterations_to_skip", outside[0], f"steps from 1 to before the last, {steps}")
     if arguments.profile and arguments.use_pytorch_profiler and not config.logging.tensorboard:
         raise UserError("logging.tensorboard", "false", "true with megatron.use_pytorch_profiler, which writes there")
+    if arguments.masked_softmax_fusion:
+        raise UserError("megatron.masked_softmax_fusion", "true", "false: no attention used here calls its kernels")
+    for name in _TO_TENSORBOARD:
+        if getattr(arguments, name) and not config.logging.tensorboard:
+            raise UserError("logging.tensorboard", "false", f"true with megatron.{name}, which writes there")
     if config.spikes is not None and arguments.optimizer_cuda_graph:
         raise UserError("megatron.optimizer_cuda_graph", "true", "false with spikes: a graph leaves no update out")
     if config.spikes is not None and config.spikes.action == "rollback" and arguments.use_torch_fsdp2:
@@ -56,6 +81,33 @@ def check_supported(config: RunConfig, arguments: argparse.Namespace) -> None:
         raise UserError(
             "logging.tensorboard", "false beside logging.wandb", "true: Megatron logs to wandb beside it only"
         )
+
+
+def check_layers(hf_config: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Refuses settings that a model's layers do not read: the local ones, or Transformer Engine's of its family.
+
+    Args:
+        hf_config: of the student or of the reference.
+        arguments: Megatron's, validated; a reference's are those of ``models.fp8.frozen_arguments``.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    from remit_megatron.models.family import families, family_of
+
+    family = family_of(hf_config)
+    of_some = frozenset[str]().union(*(other.layer_flags for other in families().values()))
+    for name in (*_TRANSFORMER_ENGINE_LAYERS, *sorted(of_some)):
+        value = getattr(arguments, name)
+        value = getattr(value, "name", value)  # of an enumeration
+        if value in (None, False, "auto", ["p2p"], ["all_gather"]):
+            continue
+        found = "true" if value is True else show(value)
+        if arguments.transformer_impl != "transformer_engine":
+            expected = "nothing with local layers: Transformer Engine's alone read it"
+            raise UserError(f"megatron.{name}", found, expected)
+        if name in of_some - family.layer_flags:
+            raise UserError(f"megatron.{name}", found, f"false: the layers of {family.name} do not take it")
 
 
 def check_rounds(args: argparse.Namespace) -> None:

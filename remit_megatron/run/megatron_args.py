@@ -56,6 +56,7 @@ _POSITIVE = (
 )
 # What torch and the files hold; beyond it, products of two arguments are no floats.
 _LARGEST = 2**63 - 1
+_NO_PLACE = "a graph of the whole step would have no place for the reference"
 _FLAGS = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
 
 
@@ -119,6 +120,7 @@ def build_arguments(
     args.rank, args.world_size = rank, world_size
     with _quiet(), _translated(args, chosen):
         validate_args(args)
+    _check_graphs(config.megatron, args.cuda_graph_impl)
     with _quiet(), _translated(args, chosen):
         # Their own checks come before anything is built or loaded.
         core_transformer_config_from_args(args)
@@ -297,9 +299,7 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
     for key in ("fp8", "fp4"):
         if values[key] and values["transformer_impl"] != "transformer_engine":
             raise UserError(f"megatron.{key}", show(values[key]), "null: it needs Transformer Engine")
-    if values["cuda_graph_impl"] == "full_iteration":
-        expected = "none, local or transformer_engine: a graph of the whole step would have no place for the reference"
-        raise UserError("megatron.cuda_graph_impl", "full_iteration", expected)
+    _check_graphs(config.megatron, values["cuda_graph_impl"])
     _check_fused_gradients(values)
     values |= {
         "calculate_per_token_loss": True,
@@ -319,6 +319,27 @@ def _gather(config: RunConfig, architecture: Mapping[str, Any], chosen: dict[str
         # Megatron switches asynchronous saves off without a persistent worker; patches/asynchronous_save.py needs none.
         values |= {"async_strategy": "mcore", "use_persistent_ckpt_worker": True}
     return values | _wandb(config)
+
+
+def _check_graphs(given: Mapping[str, Any], impl: str) -> None:
+    """Refuses a CUDA graph of the whole step, which Megatron also makes of what is said about modules.
+
+    Args:
+        given: ``megatron:`` of the configuration, under any spelling of its keys.
+        impl: ``cuda_graph_impl``, as it was set or as Megatron has made it.
+    """
+    for key, value in given.items():
+        name = key.lstrip("-").replace("-", "_")
+        if not name.startswith("cuda_graph_"):
+            continue
+        named = {str(item) for item in (value if isinstance(value, list | tuple) else [value])}
+        if "full_iteration" in named:
+            others = "none, local or transformer_engine" if name == "cuda_graph_impl" else "modules of the layers"
+            raise UserError(f"megatron.{key}", "full_iteration", f"{others}: {_NO_PLACE}")
+        if "full_iteration_inference" in named:
+            raise UserError(f"megatron.{key}", "full_iteration_inference", "modules: nothing is generated in a run")
+    if impl == "full_iteration":
+        raise UserError("megatron.cuda_graph_impl", impl, f"another: {_NO_PLACE}")
 
 
 def _check_fused_gradients(values: Mapping[str, Any]) -> None:

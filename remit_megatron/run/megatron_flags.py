@@ -18,39 +18,38 @@ HONORED = _names(
     # layout and communication
     "sequence_parallel tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs",
     "tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs overlap_p2p_comm overlap_p2p_comm_warmup_flush",
-    "use_ring_exchange_p2p account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
+    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
     "use_tp_pp_dp_mapping use_gloo_process_groups use_sharp overlap_param_gather align_grad_reduce",
     "align_param_gather overlap_param_gather_with_optimizer_step ddp_pad_buckets_for_high_nccl_busbw",
-    "ddp_reduce_scatter_with_fp32_accumulation use_layer_wise_param_layout nccl_ub",
-    "disable_symmetric_registration create_all_gather_group gradient_reduce_div_fusion use_torch_fsdp2",
-    "torch_fsdp2_reshard_after_forward nccl_all_reduce_for_prefill",
+    "ddp_reduce_scatter_with_fp32_accumulation nccl_ub disable_symmetric_registration use_torch_fsdp2",
+    "torch_fsdp2_reshard_after_forward",
     # precision
     "fp16 fp32_residual_connection apply_query_key_layer_scaling disable_bf16_reduced_precision_matmul fp8_wgrad",
     "fp8_output_proj first_last_layers_bf16 fp8_param_gather fp4_param_gather grad_reduce_in_bf16",
     "accumulate_allreduce_grads_in_fp32 reuse_grad_buf_for_mxfp8_param_ag use_precision_aware_optimizer",
     "deterministic_mode batch_invariant_mode stream_ckpt_dequant",
     # layers, memory
-    "fused_residual_rmsnorm use_transformer_engine_op_fuser use_te_activation_func bias_gelu_fusion disable_jit_fuser",
-    "clone_scatter_output_in_embedding delay_wgrad_compute defer_embedding_wgrad_compute recompute_activations",
+    "fused_residual_rmsnorm use_transformer_engine_op_fuser use_te_activation_func disable_jit_fuser",
+    "clone_scatter_output_in_embedding defer_embedding_wgrad_compute recompute_activations",
     "distribute_saved_activations cpu_offloading_retain_pinned_cpu_buffers fine_grained_activation_offloading",
     "delay_offload_until_cuda_graph enable_cuda_graph external_cuda_graph te_rng_tracker",
-    "enable_experimental use_kitchen_attention",
-    # optimizer and schedule
+    "enable_experimental",
+    # optimizer and schedule (apply_wd_to_qk_layernorm is refused by run/checks.py)
     "qk_clip apply_wd_to_qk_layernorm muon_split_qkv muon_nesterov optimizer_cpu_offload optimizer_cuda_graph",
     "use_torch_optimizer_for_cpu_offload overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params",
     "override_opt_param_scheduler use_checkpoint_opt_param_scheduler decrease_batch_size_if_needed",
     "check_for_large_grads",
     # loop
-    "exit_signal_handler_for_dataloader exit_signal_handler_for_training manual_gc manual_gc_eval profile",
+    "manual_gc manual_gc_eval profile",
     "use_pytorch_profiler pytorch_profiler_collect_shapes pytorch_profiler_collect_callstack",
     "pytorch_profiler_collect_chakra record_memory_history record_shapes nvtx_ranges barrier_with_L1_time",
     "log_params_norm log_throughput log_progress log_timers_to_tensorboard log_loss_scale_to_tensorboard",
     "log_validation_ppl_to_tensorboard log_memory_to_tensorboard log_device_memory_used log_num_zeros_in_grad",
     "log_max_attention_logit log_world_size_to_tensorboard log_energy log_straggler disable_straggler_on_startup",
-    "run_workload_inspector_server test_mode",
+    "run_workload_inspector_server",
     # checkpoints
     "ckpt_fully_parallel_save ckpt_fully_parallel_load ckpt_assume_constant_structure verify_integrity",
-    "ckpt_load_validate_sharding_integrity dist_ckpt_save_pre_mcore_014 async_save",
+    "ckpt_load_validate_sharding_integrity async_save",
 )
 
 # Reason -> flags that nothing reads in a run of these models. One that is set is refused, with the reason.
@@ -64,7 +63,7 @@ INERT: dict[str, frozenset[str]] = {
         "moe_single_grouped_bias moe_enable_deepep moe_permute_fusion_into_hybridep moe_per_layer_logging",
         "moe_hybridep_pad_uneven_dispatch_inputs moe_pad_expert_input_to_capacity moe_layer_recompute",
         "moe_pad_experts_for_cuda_graph_inference moe_permute_fusion moe_router_fusion moe_apply_probs_on_input",
-        "moe_ncclep_static_shape moe_ncclep_zero_copy moe_paged_stash moe_use_upcycling",
+        "moe_ncclep_static_shape moe_ncclep_zero_copy moe_paged_stash moe_use_upcycling delay_wgrad_compute",
         "moe_routing_trace_capture_logits moe_routing_trace_capture_hidden_states moe_routing_trace_dump_weights",
     ),
     "the model has no multi-token prediction": _names("mtp_standalone mtp_use_repeated_layer mtp_detach_heads"),
@@ -83,7 +82,7 @@ INERT: dict[str, frozenset[str]] = {
         "inference_dynamic_batching_track_generated_token_events inference_cuda_graph_all_prefills",
         "inference_dynamic_batching_enable_prefix_caching offset_sampling_seed_by_dp_rank",
         "inference_text_gen_server_logging inference_wandb_logging inference_use_synchronous_zmq_collectives",
-        "inference_disable_ep_consensus",
+        "inference_disable_ep_consensus nccl_all_reduce_for_prefill",
     ),
     "a run trains on data, not on what it generates (remit posttrain does)": _names(
         "grpo_filter_groups_with_same_reward rl_offload_optimizer_during_inference rl_persist_cuda_graphs",
@@ -93,12 +92,12 @@ INERT: dict[str, frozenset[str]] = {
     "the data are read by this project's own loader (data.*)": _names(
         "dataloader_fast_cache_load dataloader_defer_npy_index_mmap mmap_bin_files fim_data allow_ambiguous_pad_tokens",
         "tokenizer_sentencepiece_legacy tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_hf_no_use_fast",
-        "tokenizer_hf_no_include_special_tokens data_sharding",
+        "tokenizer_hf_no_include_special_tokens data_sharding exit_signal_handler_for_dataloader",
     ),
     "it belongs to Megatron-FSDP, which is not used": _names(
         "fsdp_manual_registration fsdp_double_buffer keep_fp8_transpose_cache enable_full_sharding_in_hsdp",
         "strict_fsdp_dtensor_load megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer",
-        "fsdp_db_use_persist_buf_on_alloc_fail",
+        "fsdp_db_use_persist_buf_on_alloc_fail create_all_gather_group gradient_reduce_div_fusion",
     ),
     "the process group is made before Megatron's own start, which alone reads it": _names(
         "flight_recorder_dump_on_timeout flight_recorder_include_stack_trace flight_recorder_include_only_active",
@@ -106,8 +105,11 @@ INERT: dict[str, frozenset[str]] = {
     ),
     "Megatron no longer reads it": _names(
         "deprecated_use_mcore_models use_dist_ckpt_deprecated ckpt_fully_parallel_save_deprecated",
-        "disable_msc_deprecated check_for_spiky_loss use_flash_attn",
+        "disable_msc_deprecated check_for_spiky_loss use_flash_attn dist_ckpt_save_pre_mcore_014",
     ),
+    "Megatron's builder of models does not read it": _names("use_layer_wise_param_layout"),
+    "the feed-forward parts are SwiGLU": _names("bias_gelu_fusion"),
+    "it compares norms that no model here has": _names("test_mode"),
     "it reports to a service inside NVIDIA": _names(
         "one_logger_async enable_ft_package calc_ft_timeouts adlr_autoresume"
     ),
@@ -124,6 +126,9 @@ REFUSED: dict[str, str] = {
     "data_parallel_random_init": "false: replicas of one model begin alike",
     "attention_output_gate": "false: no family here has such a gate, and its weights would not be in any checkpoint",
     "use_mup": "false: its factors are in the forward pass, and an exported model would compute without them",
+    "use_ring_exchange_p2p": "false: torch as it is published has no ring_exchange",
+    "use_kitchen_attention": "false: no family here has layers of Kitchen",
+    "exit_signal_handler_for_training": "false: a signal would end a run that is not done with exit code 0",
     "hybrid_context_parallel": "false: its data loader is not this project's",
     "inprocess_restart": "false: what runs beside the training would not start again (exit code 75 is how runs go on)",
     "inprocess_empty_cuda_cache": "false, with inprocess_restart",
@@ -145,6 +150,27 @@ REFUSED: dict[str, str] = {
     "exit_on_missing_checkpoint": "false: a run without a checkpoint begins, one with a damaged one says so",
     "full_validation": "megatron.eval_iters in its place",
     "multiple_validation_sets": "one blend in data.valid in its place",
+}
+
+
+# Flag -> those of which one must be on (or have a value): without it, nothing reads the flag.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "first_last_layers_bf16": ("fp8", "fp4"),
+    "fp8_param_gather": ("fp8",),
+    "reuse_grad_buf_for_mxfp8_param_ag": ("fp8",),
+    "tp_comm_overlap_rs_dgrad": ("tp_comm_overlap",),
+    "cpu_offloading_retain_pinned_cpu_buffers": ("cpu_offloading_num_layers",),
+    "delay_offload_until_cuda_graph": ("fine_grained_activation_offloading",),
+    "use_torch_optimizer_for_cpu_offload": ("optimizer_cpu_offload",),
+    "overlap_cpu_optimizer_d2h_h2d": ("optimizer_cpu_offload",),
+    "ddp_pad_buckets_for_high_nccl_busbw": ("use_distributed_optimizer",),
+    "ddp_reduce_scatter_with_fp32_accumulation": ("use_distributed_optimizer",),
+    "grad_reduce_in_bf16": ("bf16",),
+    "use_pytorch_profiler": ("profile",),
+    "record_shapes": ("profile",),
+    "pytorch_profiler_collect_shapes": ("use_pytorch_profiler",),
+    "pytorch_profiler_collect_callstack": ("use_pytorch_profiler",),
+    "pytorch_profiler_collect_chakra": ("use_pytorch_profiler",),
 }
 
 

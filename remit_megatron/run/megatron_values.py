@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.run.megatron_flags import NEEDS
 from remit_megatron.runtime.errors import UserError, show
 
 
@@ -26,7 +27,7 @@ HONORED_VALUES = _names(
     # length, batches, layout
     "seq_length train_iters train_samples global_batch_size eval_global_batch_size eval_micro_batch_size",
     "start_eval_at_iter tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size cp_comm_type",
-    "hierarchical_context_parallel_sizes tensor_parallel_num_weight_shards pipeline_model_parallel_layout",
+    "hierarchical_context_parallel_sizes pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers num_layers_per_virtual_pipeline_stage",
     "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage num_distributed_optimizer_instances",
     # communication
@@ -39,7 +40,7 @@ HONORED_VALUES = _names(
     "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis main_grads_dtype main_params_dtype",
     "exp_avg_dtype exp_avg_sq_dtype",
     # layers, memory
-    "attention_backend flash_attention_version kitchen_attention_backend init_method_std embedding_init_method_std",
+    "attention_backend flash_attention_version init_method_std embedding_init_method_std",
     "recompute_granularity recompute_method recompute_modules recompute_num_layers cpu_offloading_num_layers",
     "offload_modules activation_offload_fraction delta_offload_bytes_across_pp_ranks min_offloaded_tensor_size",
     "fine_grained_offloading_max_inflight_offloads optimizer_offload_fraction cuda_graph_impl cuda_graph_modules",
@@ -96,6 +97,7 @@ INERT_VALUES: dict[str, frozenset[str]] = {
         "adlr_autoresume_interval app_tag_ ft_num_warmup_iters one_logger_"
     ),
     "the reference's scores take the place of saved logits": _names("logits_load_ logits_save_"),
+    "no family here has layers of Kitchen": _names("kitchen_attention_backend"),
     "it belongs to inprocess_restart, which is refused": _names("inprocess_"),
     "checkpoints are files that stay": _names(
         "non_persistent_ckpt_type non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo",
@@ -113,6 +115,7 @@ REFUSED_VALUES: dict[str, str] = {
     "error_injection_": "Megatron's default: a result would be made wrong on purpose",
     "fault_injector_": "nothing: ranks would be made to fail on purpose",
     "phase_transition_iterations": "megatron.exit_interval: at a transition the samples would begin again",
+    "tensor_parallel_num_weight_shards": "nothing: no sample is drawn, and nothing is exported, for an axis of its own",
     "validation_set_names": "one blend in data.valid in its place",
 }
 
@@ -180,9 +183,7 @@ _ON_A_GPU = _names(
     "cuda_graph_impl enable_cuda_graph external_cuda_graph nccl_ub use_sharp record_memory_history",
     "optimizer_cuda_graph pipeline_model_parallel_comm_backend gpu_sniff_test_interval log_straggler",
 )
-_WITH_TRANSFORMER_ENGINE = _names(
-    "cpu_offloading_num_layers use_te_activation_func save_activations_interval save_dgrads_interval"
-)
+_WITH_TRANSFORMER_ENGINE = _names("cpu_offloading_num_layers save_activations_interval save_dgrads_interval")
 
 
 def check_values(values: Mapping[str, Any], chosen: Mapping[str, Any], *, gpu: bool) -> None:
@@ -220,6 +221,9 @@ def _check_what_is_needed(values: Mapping[str, Any], chosen: Mapping[str, Any], 
             raise UserError(f"megatron.{name}", show(values[name]), "no such setting without a GPU")
         if name in _WITH_TRANSFORMER_ENGINE and values[name] not in off and not layers:
             raise UserError(f"megatron.{name}", show(values[name]), "no such setting without Transformer Engine")
+        if name in NEEDS and values[name] and not any(values[switch] for switch in NEEDS[name]):
+            switches = " or ".join(f"megatron.{switch}" for switch in NEEDS[name])
+            raise UserError(f"megatron.{name}", "true", f"false without {switches}, with which alone it is read")
     if "recompute_modules" in chosen and not HAVE_TE:  # Megatron's recomputation of an output asks it about FP8
         for module in sorted({"layernorm", "mla_up_proj"} & set(values["recompute_modules"] or ())):
             raise UserError("megatron.recompute_modules", module, "core_attn or mlp without Transformer Engine")

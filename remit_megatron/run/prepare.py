@@ -84,6 +84,7 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
     patches.apply()
     from remit_megatron.conversion.source import resolve
     from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.models.fp8 import frozen_arguments
     from remit_megatron.objectives import build_objective
     from remit_megatron.run.megatron_args import build_arguments
 
@@ -114,6 +115,7 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
         )
     arguments = build_arguments(config, architecture, world_size=world_size, rank=rank)
     checks.check_supported(config, arguments)
+    checks.check_layers(hf_config, arguments)
     checks.check_document_mask(config, arguments)
     if absent is None or (config.evaluation is not None and Path(config.evaluation.data or ".").exists()):
         checks.check_evaluation(config, arguments)
@@ -129,6 +131,7 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
             raise UserError("reference.checkpoint", "nothing", f"a model; objective {config.objective.name} needs one")
         if not _is_absent("reference.checkpoint", config.reference.checkpoint, absent):
             reference = resolve(config.reference.checkpoint, field="reference.checkpoint")
+            checks.check_layers(reference.hf_config, frozen_arguments(arguments))
             if tokenizer is not None:
                 checks.check_reference(
                     hf_config,

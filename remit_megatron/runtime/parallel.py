@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from remit_megatron.runtime import stop
 from remit_megatron.runtime.errors import StartAgain, UserError
+from remit_megatron.runtime.float32 import exact_float32
 
 _A_MOMENT = 2.0  # seconds in which a signal to all ranks has reached all
 
@@ -64,15 +65,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def exact_float32() -> None:
-    """Makes float32 products float32: NVIDIA's image lets torch round their operands to the 10 bits of TF32.
-
-    torch only; Transformer Engine rounds so on its own, so that float32 models are made of the local layers.
-    """
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def gpu_index(local_rank: int, visible: int) -> int:

@@ -15,7 +15,7 @@ patches.apply()
 from remit_megatron.models.build import megatron_arguments  # noqa: E402
 from remit_megatron.run.configuration import DataConfig, RunConfig, load_model_description  # noqa: E402
 from remit_megatron.run.megatron_args import build_arguments  # noqa: E402
-from remit_megatron.run.megatron_flags import HONORED, INERT, REFUSED  # noqa: E402
+from remit_megatron.run.megatron_flags import HONORED, INERT, NEEDS, REFUSED  # noqa: E402
 from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSUPPORTED  # noqa: E402
 from remit_megatron.runtime.errors import UserError  # noqa: E402
 
@@ -54,6 +54,8 @@ def test_flags_without_effect_and_harmful_ones_are_in_the_documentation():
     text = (ROOT / "docs/configuration.md").read_text()
     for name, expected in REFUSED.items():
         assert f"| `{name}` | {expected} |" in text, name
+    for name, switches in NEEDS.items():
+        assert f"| `{name}` | {', '.join(f'`{switch}`' for switch in switches)} |" in text, name
     for reason, names in INERT.items():
         assert f"| {reason} | {', '.join(f'`{name}`' for name in sorted(names))} |" in text, reason
 
@@ -67,6 +69,17 @@ def test_flags_without_effect_and_harmful_ones_are_in_the_documentation():
         ("moe_grouped_gemm", True, "no such key: it has no effect, the model has no experts"),
         ("cuda_graph_impl", "full_iteration", "none, local or transformer_engine"),
         ("gradient_accumulation_fusion", True, "false: Megatron's own layers need apex's"),
+        # Accepted before, and read by nothing.
+        ("exit_signal_handler_for_dataloader", True, "no such key: it has no effect, the data are read"),
+        ("nccl_all_reduce_for_prefill", True, "no such key: it has no effect, nothing is generated"),
+        ("dist_ckpt_save_pre_mcore_014", True, "no such key: it has no effect, Megatron no longer reads it"),
+        ("gradient_reduce_div_fusion", False, "no such key: it has no effect, it belongs to Megatron-FSDP"),
+        ("bias_gelu_fusion", False, "no such key: it has no effect, the feed-forward parts are SwiGLU"),
+        ("use_ring_exchange_p2p", True, "false: torch as it is published"),
+        ("use_kitchen_attention", True, "false: no family here has layers of Kitchen"),
+        ("tensor_parallel_num_weight_shards", 2, "nothing: no sample is drawn"),
+        # It would leave with exit code 0 in the middle of a run.
+        ("exit_signal_handler_for_training", True, "false: a signal would end a run that is not done"),
     ],
 )
 def test_what_would_be_accepted_and_not_done_is_refused(key, value, expected):
