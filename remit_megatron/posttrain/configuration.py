@@ -144,6 +144,16 @@ def settings_of(content: Mapping[str, Any], *, stage: str) -> PosttrainSettings:
     return PosttrainSettings(stage=stage, **values)
 
 
+def check_keep(keep: KeepSettings, steps: int) -> None:
+    """Refuses intermediate models of which a run of ``steps`` steps would keep none.
+
+    Raises:
+        UserError: as said.
+    """
+    if keep.every is not None and keep.every > steps:
+        raise UserError("keep.every", keep.every, f"at most {steps}, the steps of the run, or null to keep none")
+
+
 def read_resolved(run_dir: Path) -> str | None:
     """The configuration that the run was started with, as it was written; None for a new run."""
     path = run_dir / "config.yaml"

@@ -137,6 +137,30 @@ class ModelKeeper(TrainerCallback):
             self._write(model, state.global_step)
 
 
+def learnt_nothing(run_dir: Path, *, entropy: bool) -> str | None:
+    """What a run that is done has learnt nothing of; None where it has.
+
+    As metrics.jsonl says, which has every step of the run, of before it was stopped too; without a figure, None.
+
+    Args:
+        entropy: whether the loss has a term of GRPO's that needs no rewards.
+    """
+    file = run_dir / METRICS_FILE
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def values(name: str) -> set[Any]:
+        return {line[name] for line in lines if name in line}
+
+    if values("frac_reward_zero_std") == {1.0} and not entropy:
+        return (
+            f"no group of completions with two different rewards in {len(lines)} steps; expected problems that the "
+            "model solves at times (reward_mean in metrics.jsonl), and a verifier that fits them"
+        )
+    if values("grad_norm") == {0.0}:
+        return f"a gradient of 0 in each of {len(lines)} steps; expected data with something to learn"
+    return None
+
+
 def cut_after(file: Path, step: int) -> None:
     """Removes the lines of steps after ``step``, and a last one that was not written to its end."""
     if not file.exists():

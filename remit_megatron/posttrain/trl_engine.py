@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from remit_megatron.posttrain.chat import load_tokenizer, require_template
+from remit_megatron.posttrain.chat import load_tokenizer, require_template, template_error
 from remit_megatron.posttrain.checkpoints import newest_whole
-from remit_megatron.posttrain.configuration import NO_TEMPLATE, PosttrainSettings, dump
+from remit_megatron.posttrain.configuration import NO_TEMPLATE, PosttrainSettings, check_keep, dump
 from remit_megatron.posttrain.examples import Example, as_text, digest_of, for_template, read_examples
 from remit_megatron.posttrain.quiet import logs_in
 from remit_megatron.posttrain.results import COMPLETE, compare_identity, write_model
 from remit_megatron.posttrain.rewards import VerifiedReward
-from remit_megatron.posttrain.trl_arguments import build_arguments, resolved_arguments
+from remit_megatron.posttrain.trl_arguments import build_arguments, check_amount, resolved_arguments
 from remit_megatron.runtime import parallel
-from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, UserError
+from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.exported import huggingface_model
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.settings_files import first_line
 
 logger = logging.getLogger(__name__)
+
+# What the libraries raise where arguments or data are wrong.
+_REFUSALS = (ValueError, TypeError, ArithmeticError, NotImplementedError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,12 @@ def prepare(settings: PosttrainSettings) -> Prepared:
         source = huggingface_model(settings.model, field="model")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     tokenizer = load_tokenizer(source.path, settings.chat_template)
-    require_template(tokenizer, examples, model=source.path, chat_template=settings.chat_template)
+    require_template(tokenizer, examples, stage=settings.stage, model=source.path, chat_template=settings.chat_template)
     template = tokenizer.chat_template is not None
     arguments = build_arguments(settings, has_valid=bool(settings.data.valid))
+    check_amount(arguments, stage=settings.stage, records=train)
+    if arguments.max_steps > 0:
+        check_keep(settings.keep, arguments.max_steps)
     identity = {
         "stage": settings.stage,
         "model": source.digest,
@@ -168,7 +174,7 @@ def _run_in(run_dir: Path, prepared: Prepared, rank: int) -> int:
 def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None, step: int) -> int:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from remit_megatron.posttrain.trl_callbacks import MetricsWriter, ModelKeeper, StopOnSignal
+    from remit_megatron.posttrain.trl_callbacks import MetricsWriter, ModelKeeper, StopOnSignal, learnt_nothing
 
     settings, stopper = prepared.settings, StopOnSignal()
     with stopper.listening():
@@ -177,6 +183,7 @@ def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None,
             trainer.remove_callback(callback)
         trainer.remit_identity = prepared.identity
         trainer.remit_keep = settings.trl.get("save_total_limit")
+        trainer.remit_keep_models = settings.keep
         if rank == 0:
             trainer.add_callback(MetricsWriter(run_dir, label=settings.stage, start=step))
             sys.stdout.write("".join(f"{cut.line()}\n" for cut in trainer.remit_cut))
@@ -194,11 +201,19 @@ def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None,
             keeper = ModelKeeper(settings.keep.every, lambda model, at: write(model, models / f"step-{at}"))
             trainer.add_callback(keeper)
         trainer.add_callback(stopper)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _one_line(settings, until_step=lambda: trainer.state.global_step <= step):
+            trainer.train(resume_from_checkpoint=checkpoint)
         if stopper.stopped:
             if rank == 0:
                 sys.stderr.write(f"stopped after step {trainer.state.global_step}, which is saved: start it again\n")
             return EXIT_START_ME_AGAIN
+        done, steps = trainer.state.global_step, trainer.state.max_steps
+        if done < steps:
+            raise DoNotRestart(f"{run_dir}: found an end after step {done}; expected one after step {steps}")
+        entropy = settings.stage == "rlvr" and bool(trainer.args.entropy_coef or trainer.args.use_adaptive_entropy)
+        nothing = parallel.broadcast_object(learnt_nothing(run_dir, entropy=entropy) if rank == 0 else None)
+        if nothing is not None:
+            raise DoNotRestart(f"{run_dir}: nothing was learnt, and no model is written: found {nothing}")
         write(trainer.model, run_dir / "model")
     if rank == 0:
         record = {"step": trainer.state.global_step, "identity": prepared.identity}
@@ -227,7 +242,7 @@ def _trainer(prepared: Prepared) -> Any:
     total = len(prepared.examples)
     if prepared.tokenizer.padding_side != "left" and stage == "rlvr":
         prepared.tokenizer.padding_side = "left"
-    try:
+    with _one_line(prepared.settings):
         return TRAINERS[stage](
             model=str(prepared.model),
             args=prepared.arguments,
@@ -236,7 +251,26 @@ def _trainer(prepared: Prepared) -> Any:
             processing_class=prepared.tokenizer,
             **more,
         )
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _one_line(settings: PosttrainSettings, *, until_step: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Makes one line of what the libraries raise where arguments or data are wrong; its traceback is in the logs.
+
+    Args:
+        until_step: whether the first step is still to be done; what is raised after it is a fault.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        logger.info("the template failed", exc_info=True)
+        raise template_error(error, settings.chat_template, "of every line of data") from error
+    except _REFUSALS as error:
+        if not until_step():
+            raise
         logger.info("TRL refused the run", exc_info=True)
         raise UserError("trl", first_line(error), "arguments and data that TRL takes together") from error
 
