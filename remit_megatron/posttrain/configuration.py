@@ -136,6 +136,8 @@ def settings_of(content: Mapping[str, Any], *, stage: str) -> PosttrainSettings:
             raise UserError(name, f"settings, with engine {engine}", f"none, or engine: {name}")
     if values["trl"] and engine == "command":
         raise UserError("trl", "arguments, with engine command", "none: the command has its own")
+    if values["keep"].every is not None and engine == "command":
+        raise UserError("keep.every", values["keep"].every, "null, with engine command: it keeps models of its own")
     seed = values.get("seed", 1234)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise UserError("seed", show(seed), "a whole number from 0 to 2147483647")
