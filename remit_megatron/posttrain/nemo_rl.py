@@ -42,6 +42,7 @@ _FREE = (
     "policy.tokenizer.chat_template",
     "policy.optimizer.kwargs.",
     "policy.scheduler",  # of DTensor; sft.yaml leaves it out
+    "policy.megatron_cfg.scheduler.lr_decay_iters",  # dpo.yaml leaves it out; NeMo-RL's own recipes for DPO have it
 )
 
 

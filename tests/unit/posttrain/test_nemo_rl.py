@@ -103,6 +103,7 @@ def test_the_shipped_recipes(stage: str, checkout: Path) -> None:
     values = render(settings, cluster, facts(records=100_000))
     known = set(KEYS["keys"][nemo_rl.EXAMPLES[stage]])
     assert {key for key in values if key not in known} <= {"policy.tokenizer.chat_template", "policy.scheduler"}
+    nemo_rl._check_keys(render(settings, cluster, facts("llama")), checkout, stage)
     section = {"sft": "sft", "dpo": "dpo", "rlvr": "grpo"}[stage]
     # 128 sequences a step, 781.25 steps a pass of which the last is not whole; 2,000,000 / 768 of RLVR.
     assert values[f"{section}.max_num_steps"] == {"sft": 2 * 782, "dpo": 782, "rlvr": 2604}[stage]
