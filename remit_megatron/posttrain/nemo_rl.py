@@ -134,8 +134,9 @@ def read_cluster(settings: PosttrainSettings) -> Cluster:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"nemo_rl.{name}", show(value), "a whole number, at least 1")
     for name in ("sbatch", "overrides"):
-        if not isinstance(given.get(name) or {}, Mapping):
-            raise UserError(f"nemo_rl.{name}", show(given[name]), "a mapping")
+        value = given.get(name) or {}
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise UserError(f"nemo_rl.{name}", show(value), "a mapping of names to values")
     mounts = given.get("mounts") or ()
     if not isinstance(mounts, list | tuple) or not all(isinstance(mount, str) and ":" in mount for mount in mounts):
         raise UserError("nemo_rl.mounts", show(mounts), "a list of /host:/container")

@@ -236,6 +236,7 @@ def test_the_job_and_its_model(
         ("sft", {"trl": {"per_device_train_batch_size": 64}}, "data.train: found 200 lines; expected at least 1024"),
         ("sft", {"keep": {"every": 200}}, "keep.every: found 200; expected at most 100"),
         ("sft", {"keep": {"every": 20}}, "keep.every: found 20; expected a multiple of trl.save_steps, 500"),
+        ("sft", {"nemo_rl": {"overrides": {1: 2}}}, "nemo_rl.overrides: found {1: 2}; expected a mapping of names"),
         ("sft", {"nemo_rl": {"mounts": "/a:/b"}}, "nemo_rl.mounts: found '/a:/b'; expected a list"),
         ("rlvr", {"verifier": "number_at_end"}, "verifier 'number_at_end'; expected math or gsm8k"),
         ("dpo", {"trl": {"max_steps": 5, "loss_type": "ipo"}}, "trl.loss_type: found 'ipo'"),
