@@ -64,6 +64,7 @@ _POSTTRAIN_COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("posttrain", "supervised fine-tuning"),
     "dpo": ("posttrain", "preferences between answers"),
     "rlvr": ("posttrain", "reinforcement learning with verifiable rewards (GRPO)"),
+    "lines": ("posttrain", "published data in open-instruct's forms to the lines of a stage"),
 }
 # word -> (one line for --help, its commands).
 _GROUPS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {

@@ -1,12 +1,13 @@
-"""``remit posttrain sft | dpo | rlvr``."""
+"""``remit posttrain sft | dpo | rlvr``, and ``lines`` for data that was published."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
-from remit_megatron.posttrain.configuration import PosttrainSettings, load_settings
+from remit_megatron.posttrain.configuration import STAGES, PosttrainSettings, load_settings
 from remit_megatron.runtime import launch
 from remit_megatron.runtime.errors import EXIT_DONE, UserError
 from remit_megatron.runtime.extras import require
@@ -25,6 +26,30 @@ def add_dpo_arguments(parser: argparse.ArgumentParser) -> None:
 def add_rlvr_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``remit posttrain rlvr``."""
     _add_arguments(parser)
+
+
+def add_lines_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``remit posttrain lines``."""
+    parser.add_argument("stage", choices=STAGES, help="what the lines are for")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="Parquet or JSON lines: files, patterns, folders"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="receives the lines")
+    parser.add_argument(
+        "--leave-out", action="store_true", help="leave out and count records that cannot be a line (default: refuse)"
+    )
+
+
+def run_lines(args: argparse.Namespace) -> int:
+    """Runs ``remit posttrain lines``; returns the exit code."""
+    from remit_megatron.posttrain.published import convert
+
+    result = convert(args.input, Path(args.output), stage=args.stage, leave_out=args.leave_out)
+    verifiers = ", ".join(f"{count:,} {name}" for name, count in sorted(result.verifiers.items()))
+    sys.stdout.write(f"{args.output}: {result.written:,} lines{f' ({verifiers})' if verifiers else ''}\n")
+    for reason, count in result.left_out.most_common():
+        sys.stdout.write(f"left out: {count:,} records, the first {result.first[reason]}\n")
+    return EXIT_DONE
 
 
 def run_sft(args: argparse.Namespace) -> int:

@@ -136,12 +136,24 @@ def settings_of(content: Mapping[str, Any], *, stage: str) -> PosttrainSettings:
             raise UserError(name, f"settings, with engine {engine}", f"none, or engine: {name}")
     if values["trl"] and engine == "command":
         raise UserError("trl", "arguments, with engine command", "none: the command has its own")
+    if values["keep"].every is not None and engine == "command":
+        raise UserError("keep.every", values["keep"].every, "null, with engine command: it keeps models of its own")
     seed = values.get("seed", 1234)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise UserError("seed", show(seed), "a whole number from 0 to 2147483647")
     if values.get("verifier") and stage != "rlvr":
         raise UserError("verifier", show(values["verifier"]), f"nothing: {stage} has no rewards")
     return PosttrainSettings(stage=stage, **values)
+
+
+def check_keep(keep: KeepSettings, steps: int) -> None:
+    """Refuses intermediate models of which a run of ``steps`` steps would keep none.
+
+    Raises:
+        UserError: as said.
+    """
+    if keep.every is not None and keep.every > steps:
+        raise UserError("keep.every", keep.every, f"at most {steps}, the steps of the run, or null to keep none")
 
 
 def read_resolved(run_dir: Path) -> str | None:

@@ -35,6 +35,8 @@ _FORMS = {
     "rlvr": 'a line with "prompt" and "answer"',
 }
 
+_JSON_LINES = "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst); remit posttrain lines makes them of published Parquet"
+
 Messages = list[dict[str, str]]
 
 
@@ -70,9 +72,9 @@ def read_examples(inputs: Sequence[str], *, stage: str, field: str) -> list[Exam
         files = expand_inputs(inputs)
         for file in files:
             if file.endswith((".parquet", ".arrow")):
-                raise UserError(field, file, "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst)")
+                raise UserError(field, file, _JSON_LINES)
         examples = [
-            Example(f"{file}:{number}", _checked(f"{file}:{number}", fields, stage))
+            Example(f"{file}:{number}", check_fields(f"{file}:{number}", fields, stage))
             for file, number, fields in iter_records(files, fields=_FIELDS[stage])
         ]
     except UserError as error:
@@ -132,7 +134,12 @@ def _kind(example: Example) -> str:
     return next(name for name in ("messages", "completion", "text") if name in example.fields)
 
 
-def _checked(place: str, fields: dict[str, Any], stage: str) -> dict[str, Any]:
+def check_fields(place: str, fields: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The fields of a line of a stage, checked; those that are null are left out.
+
+    Raises:
+        UserError: they are no line; names ``place``.
+    """
     fields = {name: value for name, value in fields.items() if value is not None}
     if stage == "sft":
         forms = [form for form in (("messages",), ("prompt", "completion"), ("text",)) if set(form) <= fields.keys()]

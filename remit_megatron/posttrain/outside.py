@@ -87,12 +87,29 @@ def take_model(output: Path, run_dir: Path, given: Given) -> None:
     """
     if not is_model(output):
         raise DoNotRestart(f"{output}: found no config.json and *.safetensors; expected a Hugging Face directory")
-    if not any((output / name).exists() for name in _TOKENIZER):
-        for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja"):
-            for file in given.source.path.glob(pattern):
-                shutil.copyfile(file, output / file.name)
+    _add_tokenizer(output, given)
     if (run_dir / "model").exists():
         shutil.rmtree(run_dir / "model")
     output.rename(run_dir / "model")
     write_atomic(run_dir / COMPLETE, json.dumps({"step": None, "identity": given.identity}) + "\n")
     sys.stdout.write(f"{run_dir / 'model'}: the model\n")
+
+
+def take_kept(kept: Path, run_dir: Path, given: Given) -> None:
+    """Makes what an engine has written of intermediate models ``models/step-N`` of the run, as those of TRL."""
+    for directory in sorted(kept.glob("step-*")):
+        if not is_model(directory):
+            continue
+        _add_tokenizer(directory, given)
+        place = run_dir / "models" / directory.name
+        place.parent.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        directory.rename(place)
+
+
+def _add_tokenizer(output: Path, given: Given) -> None:
+    if any((output / name).exists() for name in _TOKENIZER):
+        return
+    for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja"):
+        for file in given.source.path.glob(pattern):
+            shutil.copyfile(file, output / file.name)

@@ -10,7 +10,7 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,28 @@ REFUSED: dict[str, str] = {
     "vllm_importance_sampling_cap": _HERE + "vllm_importance_sampling_clip_max is its name now",
 }
 _HUB = ("push_to_hub", "hub_")
+# Argument -> whether a number is one of it, in words. TRL takes others, and fails later or trains nothing.
+_Limit = tuple[Callable[[float], bool], str]
+_COUNT: _Limit = (lambda value: value >= 1, "at least 1")
+_ABOVE_0: _Limit = (lambda value: value > 0, "a number above 0")
+_FROM_0: _Limit = (lambda value: value >= 0, "0 or more")
+_MOMENTUM: _Limit = (lambda value: 0 <= value < 1, "from 0 to below 1")
+_SHARE: _Limit = (lambda value: 0 <= value <= 1, "from 0 to 1")
+_LIMITS: dict[str, _Limit] = {
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for trl.num_train_epochs"),
+    "num_generations": (lambda value: value >= 2, "at least 2: a reward is compared with those of the others"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0, up to 1"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps"), _COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), _COUNT),
+    **dict.fromkeys(("num_generations_eval", "num_iterations", "max_completion_length", "max_length"), _COUNT),
+    **dict.fromkeys(("save_total_limit", "ddp_timeout", "dataset_num_proc", "precompute_ref_batch_size"), _COUNT),
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "temperature", "repetition_penalty"), _ABOVE_0),
+    **dict.fromkeys(("save_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay", "beta"), _FROM_0),
+    **dict.fromkeys(("epsilon", "epsilon_high", "delta", "top_k", "dataloader_num_workers"), _FROM_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _MOMENTUM),
+    **dict.fromkeys(("min_p", "top_entropy_quantile", "label_smoothing_factor"), _SHARE),
+}
 # Argument -> the package that must be there for it.
 _PACKAGES = {
     "use_vllm": ("vllm", "an environment of its own, see docs/posttrain.md"),
@@ -90,7 +112,8 @@ def config_class(stage: str) -> type:
 
 
 def check_names(settings: PosttrainSettings) -> None:
-    """Refuses what the stage's class of TRL has no argument for, what is refused here, and values of a wrong type.
+    """Refuses what the stage's class of TRL has no argument for, what is refused here, and values of a wrong type or
+    out of their range.
 
     Raises:
         UserError: as said.
@@ -107,7 +130,6 @@ def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
     check_names(settings)
     cls, given = config_class(settings.stage), dict(settings.trl)
     _check_evaluation(given, has_valid)
-    _check_trains(given)
     cpu = not torch.cuda.is_available()
     values: dict[str, Any] = {
         "output_dir": str(Path(settings.run_dir) / "checkpoints"),
@@ -124,6 +146,8 @@ def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
     }
     if cpu:
         values |= {"use_cpu": True, "bf16": False}
+    if settings.stage == "rlvr":
+        values["num_completions_to_print"] = 0  # log_completions writes files; its tables would fill the terminal
     for name, (package, advice) in _PACKAGES.items():
         if given.get(name) and not _installed(package):
             raise UserError(f"trl.{name}", f"{show(given[name])}, without {package}", advice)
@@ -135,10 +159,32 @@ def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that TRL's own defaults use too
             return cls(**arguments)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ArithmeticError, ImportError, NotImplementedError) as error:
         found = first_line(error)
         name = next((name for name in sorted(given, key=len, reverse=True) if name in found), None)
         raise UserError(f"trl.{name}" if name else "trl", found, "arguments that TRL takes together") from None
+
+
+def check_amount(arguments: Any, *, stage: str, records: int) -> None:
+    """Refuses training data of which a pass would have no whole batch: TRL ends such a run, done, without a step.
+
+    Args:
+        arguments: TRL's configuration object.
+        records: lines of ``data.train``.
+
+    Raises:
+        UserError: as said.
+    """
+    if stage == "rlvr":
+        drawn, group = arguments.generation_batch_size, arguments.num_generations
+        needed, why = drawn // group, f"a step asks {drawn // group} of them, for {drawn} completions, {group} of each"
+    elif arguments.dataloader_drop_last and not getattr(arguments, "packing", False):
+        needed = arguments.train_batch_size * arguments.world_size
+        why = "trl.dataloader_drop_last leaves out a batch that is not whole"
+    else:
+        return
+    if records < needed:
+        raise UserError("data.train", f"{records} lines", f"at least {needed}: {why}")
 
 
 def resolved_arguments(arguments: Any) -> dict[str, Any]:
@@ -164,6 +210,9 @@ def _check(given: Mapping[str, Any], cls: type) -> None:
             raise UserError(f"trl.{name}", show(value), _HERE + "nothing is sent to a hub")
         if not _fits(value, hints[name]):
             raise UserError(f"trl.{name}", show(value), _words(hints[name]))
+        right, expected = _LIMITS.get(name, (lambda _: True, ""))
+        if isinstance(value, int | float) and not right(value):
+            raise UserError(f"trl.{name}", show(value), expected)
 
 
 def _nearest(name: str, usable: list[str]) -> str:
@@ -184,17 +233,6 @@ def _check_evaluation(given: Mapping[str, Any], has_valid: bool) -> None:
         raise UserError("trl.eval_steps", "nothing", "the number of steps between two evaluations")
     if given.get("save_strategy") == "best":
         raise UserError("trl.save_strategy", "'best'", "steps, epoch or no: the result is the last step's")
-
-
-def _check_trains(given: Mapping[str, Any]) -> None:
-    """Refuses numbers with which a run would be said to be done and had learnt nothing, or another number of steps."""
-    steps, epochs = given.get("max_steps", -1), given.get("num_train_epochs", 1)
-    if steps != -1 and steps <= 0:
-        raise UserError("trl.max_steps", steps, "more than 0, or -1 for num_train_epochs")
-    if steps == -1 and epochs <= 0:
-        raise UserError("trl.num_train_epochs", epochs, "more than 0, or max_steps")
-    if (rate := given.get("learning_rate")) is not None and not 0 < rate < math.inf:
-        raise UserError("trl.learning_rate", rate, "a finite number above 0")
 
 
 def _fits(value: Any, hint: Any) -> bool:

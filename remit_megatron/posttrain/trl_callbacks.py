@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -151,20 +151,6 @@ class StopWhereNotFinite(TrainerCallback):
             raise DoNotRestart(f"step {state.global_step}: found {bad} {figures[bad]}; expected {expected}")
 
 
-def without_gradient(history: Sequence[dict[str, Any]]) -> str | None:
-    """A line for a run whose steps had all a gradient of 0, or None.
-
-    Args:
-        history: TRL's figures of all steps, also of earlier starts.
-    """
-    steps = [entry for entry in history if "loss" in entry]
-    if not steps or any(entry.get("grad_norm") != 0 for entry in steps):
-        return None
-    equal = all(entry.get("frac_reward_zero_std") == 1 for entry in steps)
-    why = "; the completions of each prompt had all one reward (verifier, trl.num_generations)" if equal else ""
-    return f"warning: the gradient was 0 in all {len(steps)} steps, and nothing was learnt{why}"
-
-
 class ModelKeeper(TrainerCallback):
     """Writes the model every so many steps.
 
@@ -180,6 +166,30 @@ class ModelKeeper(TrainerCallback):
         """Writes it where its turn has come."""
         if state.global_step % self._every == 0:
             self._write(model, state.global_step)
+
+
+def learnt_nothing(run_dir: Path, *, entropy: bool) -> str | None:
+    """What a run that is done has learnt nothing of; None where it has.
+
+    As metrics.jsonl says, which has every step of the run, of before it was stopped too; without a figure, None.
+
+    Args:
+        entropy: whether the loss has a term of GRPO's that needs no rewards.
+    """
+    file = run_dir / METRICS_FILE
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def values(name: str) -> set[Any]:
+        return {line[name] for line in lines if name in line}
+
+    if values("frac_reward_zero_std") == {1.0} and not entropy:
+        return (
+            f"no group of completions with two different rewards in {len(lines)} steps; expected problems that the "
+            "model solves at times (reward_mean in metrics.jsonl), and a verifier that fits them"
+        )
+    if values("grad_norm") == {0.0}:
+        return f"a gradient of 0 in each of {len(lines)} steps; expected data with something to learn"
+    return None
 
 
 def cut_after(file: Path, step: int) -> None:

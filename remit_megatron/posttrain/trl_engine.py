@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from remit_megatron.posttrain.chat import load_tokenizer, require_template
+from remit_megatron.posttrain.chat import load_tokenizer, require_template, template_error
 from remit_megatron.posttrain.checkpoints import newest_whole
-from remit_megatron.posttrain.configuration import NO_TEMPLATE, PosttrainSettings, dump
+from remit_megatron.posttrain.configuration import NO_TEMPLATE, PosttrainSettings, check_keep, dump
 from remit_megatron.posttrain.examples import Example, as_text, digest_of, for_template, read_examples
 from remit_megatron.posttrain.quiet import logs_in
 from remit_megatron.posttrain.results import COMPLETE, compare_identity, write_model
 from remit_megatron.posttrain.rewards import VerifiedReward
 from remit_megatron.posttrain.token_ids import check_ids
-from remit_megatron.posttrain.trl_arguments import build_arguments, resolved_arguments
+from remit_megatron.posttrain.trl_arguments import build_arguments, check_amount, resolved_arguments
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.exported import huggingface_model
@@ -39,6 +39,9 @@ from remit_megatron.runtime.settings_files import first_line
 from remit_megatron.runtime.whole_model import check_whole
 
 logger = logging.getLogger(__name__)
+
+# What the libraries raise where arguments or data are wrong.
+_REFUSALS = (ValueError, TypeError, ArithmeticError, NotImplementedError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,13 @@ def prepare(settings: PosttrainSettings) -> Prepared:
         check_whole(source.path, field="model")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     tokenizer = load_tokenizer(source.path, settings.chat_template)
-    require_template(tokenizer, examples, model=source.path, chat_template=settings.chat_template)
+    require_template(tokenizer, examples, stage=settings.stage, model=source.path, chat_template=settings.chat_template)
     template = tokenizer.chat_template is not None
     check_ids(examples, tokenizer, model=source.path, stage=settings.stage, template=template)
     arguments = build_arguments(settings, has_valid=bool(settings.data.valid))
+    check_amount(arguments, stage=settings.stage, records=train)
+    if arguments.max_steps > 0:
+        check_keep(settings.keep, arguments.max_steps)
     identity = {
         "stage": settings.stage,
         "model": source.digest,
@@ -178,18 +184,18 @@ def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None,
         ModelKeeper,
         StopOnSignal,
         StopWhereNotFinite,
-        without_gradient,
+        learnt_nothing,
     )
 
     settings, stopper = prepared.settings, StopOnSignal()
     trainer = _trainer(prepared)
     untied = _has_own_head(trainer.model)
-    _require_a_batch(trainer, settings.stage)
     with stopper.listening():
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.remit_identity = prepared.identity
         trainer.remit_keep = settings.trl.get("save_total_limit")
+        trainer.remit_keep_models = settings.keep
         if rank == 0:
             trainer.add_callback(MetricsWriter(run_dir, label=settings.stage, start=step))
             sys.stdout.write("".join(f"{cut.line()}\n" for cut in trainer.remit_cut))
@@ -208,16 +214,19 @@ def _train(run_dir: Path, prepared: Prepared, rank: int, checkpoint: str | None,
             keeper = ModelKeeper(settings.keep.every, lambda model, at: write(model, models / f"step-{at}"))
             trainer.add_callback(keeper)
         trainer.add_callback(stopper)
-        with _generating():
+        with _generating(), _one_line(settings, until_step=lambda: trainer.state.global_step <= step):
             trainer.train(resume_from_checkpoint=checkpoint)
         if stopper.stopped:
             if rank == 0:
                 sys.stderr.write(f"stopped after step {trainer.state.global_step}, which is saved: start it again\n")
             return EXIT_START_ME_AGAIN
-        if not trainer.state.global_step:
-            raise DoNotRestart("found no step to take; expected at least one: trl, or more lines in data.train")
-        if (line := without_gradient(trainer.state.log_history)) and rank == 0:
-            sys.stderr.write(line + "\n")
+        done, steps = trainer.state.global_step, trainer.state.max_steps
+        if done < steps:
+            raise DoNotRestart(f"{run_dir}: found an end after step {done}; expected one after step {steps}")
+        entropy = settings.stage == "rlvr" and bool(trainer.args.entropy_coef or trainer.args.use_adaptive_entropy)
+        nothing = parallel.broadcast_object(learnt_nothing(run_dir, entropy=entropy) if rank == 0 else None)
+        if nothing is not None:
+            raise DoNotRestart(f"{run_dir}: nothing was learnt, and no model is written: found {nothing}")
         write(trainer.model, run_dir / "model")
     if rank == 0:
         record = {"step": trainer.state.global_step, "identity": prepared.identity}
@@ -246,7 +255,7 @@ def _trainer(prepared: Prepared) -> Any:
     total = len(prepared.examples)
     if prepared.tokenizer.padding_side != "left" and stage == "rlvr":
         prepared.tokenizer.padding_side = "left"
-    try:
+    with _one_line(prepared.settings):
         return TRAINERS[stage](
             model=str(prepared.model),
             args=prepared.arguments,
@@ -255,21 +264,28 @@ def _trainer(prepared: Prepared) -> Any:
             processing_class=prepared.tokenizer,
             **more,
         )
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _one_line(settings: PosttrainSettings, *, until_step: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Makes one line of what the libraries raise where arguments or data are wrong; its traceback is in the logs.
+
+    Args:
+        until_step: whether the first step is still to be done; what is raised after it is a fault.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        logger.info("the template failed", exc_info=True)
+        raise template_error(error, settings.chat_template, "of every line of data") from error
+    except _REFUSALS as error:
+        if not until_step():
+            raise
         logger.info("TRL refused the run", exc_info=True)
         raise UserError("trl", first_line(error), "arguments and data that TRL takes together") from error
-
-
-def _require_a_batch(trainer: Any, stage: str) -> None:
-    """Refuses data that does not fill the first batch, where less than a whole one is left out."""
-    args, records = trainer.args, len(trainer.train_dataset)
-    needed = 1
-    if stage == "rlvr":
-        needed = args.generation_batch_size // args.num_generations
-    elif args.dataloader_drop_last:
-        needed = args.train_batch_size * args.world_size
-    if records < needed:
-        raise UserError("data.train", f"{records} records", f"at least {needed}, the first batch of trl's arguments")
 
 
 def _has_own_head(model: Any) -> bool:

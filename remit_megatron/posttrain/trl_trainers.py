@@ -20,6 +20,7 @@ from trl.trainer import dpo_trainer, grpo_trainer, sft_trainer
 from trl.trainer.utils import RepeatSampler
 
 from remit_megatron.posttrain.checkpoints import retain
+from remit_megatron.posttrain.configuration import KeepSettings, check_keep
 from remit_megatron.runtime.checkpoints import describe_files, write_manifest
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.parallel import same_fate
@@ -86,17 +87,40 @@ class _Resumable:
         remit_identity: what the manifest of a checkpoint says of the run.
         remit_keep: newest checkpoints that stay; None keeps all.
         remit_cut: the data sets that have records longer than ``max_length``.
+        remit_keep_models: the intermediate models of the run.
     """
 
     remit_identity: dict[str, Any]
     remit_keep: int | None = None
     remit_cut: tuple[Cut, ...] = ()
+    remit_keep_models: KeepSettings = KeepSettings()
 
     def _remit_note(self, name: str, *, records: int, longer: int, dropped: int, max_length: int) -> None:
         cut = Cut(_FIELDS.get(name, name), records, longer, dropped, max_length)
         cut.check()
         if longer:
             self.remit_cut = (*self.remit_cut, cut)
+
+    def get_train_dataloader(self) -> Any:
+        """TRL's; one without a batch is refused, of which a run would be done at once."""
+        loader: Any = super().get_train_dataloader()  # type: ignore[misc]
+        if len(loader) == 0:
+            raise UserError("data.train", "no whole batch", "more lines, or a smaller trl.per_device_train_batch_size")
+        return loader
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' numbers of a run, of which the last are its steps."""
+        values = super().set_initial_training_values(*args, **kwargs)  # type: ignore[misc]
+        check_keep(self.remit_keep_models, values[-1])
+        return values
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """transformers' epoch, which begins with a step; none after the last, where only the model is to be written."""
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from remit_megatron.posttrain.ifeval_old import check_ifeval_old, ifeval_old
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
 from remit_megatron.runtime.extras import is_installed, missing
 
@@ -123,6 +124,7 @@ VERIFIERS: dict[str, Verifier] = {
     "exact_match": exact_match,
     "gsm8k": gsm8k,
     "ifeval": ifeval,
+    "ifeval_old": ifeval_old,
     "math": math,
     "number_at_end": number_at_end,
     "reasoning_gym": reasoning_gym,
@@ -256,6 +258,7 @@ def _check_reasoning_gym(answer: str, *, dataset: str | None = None, **_: Any) -
 CHECKS: dict[str, Callable[..., None]] = {
     "gsm8k": _check_gsm8k,
     "ifeval": _check_ifeval,
+    "ifeval_old": check_ifeval_old,
     "math": _check_math,
     "number_at_end": _check_number_at_end,
     "reasoning_gym": _check_reasoning_gym,

@@ -223,7 +223,7 @@ def test_messages_need_a_template(model: Path, tmp_path: Path) -> None:
         ("model=nowhere", "error: model: found no directory nowhere"),
         ("trl.max_step=3", "did you mean max_steps?"),
         ("data.train=[nowhere.jsonl]", "error: data.train: found nowhere.jsonl, which does not exist"),
-        ("chat_template=nowhere.jinja", "error: nowhere.jinja: found no such file"),
+        ("chat_template=nowhere.jinja", "error: chat_template: found nowhere.jinja (no such file)"),
     ],
 )
 def test_one_line_and_exit_code_2(

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from remit_megatron.posttrain import command_engine, nemo_rl
+from remit_megatron.posttrain import command_engine
 from remit_megatron.posttrain.configuration import settings_of
 from remit_megatron.posttrain.examples import Example
 from remit_megatron.posttrain.formats import FORMATS, write_format
 from remit_megatron.posttrain.verl_reward import compute_score
 from remit_megatron.runtime.errors import DoNotRestart, UserError
 from tests.posttrain_runs import lines_of, make_tiny, write_lines
-
-KEYS = json.loads((Path(__file__).parents[2] / "golden/nemo_rl_keys.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +100,14 @@ def test_a_signal_reaches_it(content: Callable[..., dict[str, Any]], tmp_path: P
         ({"run": "no_such_program_here {model_out}"}, "a program that can be started"),
         ({"run": "train {model_out}", "fromat": "swift"}, "did you mean format?"),
         ({"run": "train {model_out}", "format": "swfit"}, "did you mean swift?"),
+        ({"run": "train {model_out}", "keep": 5}, "keep.every: found 5; expected null, with engine command"),
     ],
 )
 def test_commands_that_are_none(section: dict[str, Any], says: str, content: Callable[..., dict[str, Any]]) -> None:
+    section = dict(section)
+    keep = {"every": section.pop("keep", None)}
     with pytest.raises(UserError) as caught:
-        command_engine.run(settings_of(content(engine="command", command=section), stage="sft"))
+        command_engine.run(settings_of(content(engine="command", command=section, keep=keep), stage="sft"))
     assert says in str(caught.value)
 
 
@@ -143,126 +143,3 @@ def test_verl_asks_our_verifiers(tmp_path: Path) -> None:
     arguments = (row["data_source"], "a", row["reward_model"]["ground_truth"])
     assert compute_score(*arguments, extra_info=row["extra_info"]) == 1.0
     assert compute_score(*arguments) == 0.0
-
-
-# NeMo-RL.
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """Example files with the published keys, and nothing of their values."""
-    folder = tmp_path / "nemo/examples/configs"
-    folder.mkdir(parents=True)
-    for name, keys in KEYS["keys"].items():
-        tree: dict[str, Any] = {}
-        for key in keys:
-            place = tree
-            for part in key.split("."):
-                place = place.setdefault(part, {})
-        (folder / name).write_text(yaml.safe_dump(tree))
-    return tmp_path / "nemo"
-
-
-def nemo(checkout: Path, **more: Any) -> dict[str, Any]:
-    return {"repository": str(checkout), "container": "image.sqsh", "nodes": 2, **more}
-
-
-TRL = {
-    "sft": {"max_steps": 100, "warmup_steps": 0.03, "learning_rate": 3e-5, "max_length": 4096},
-    "dpo": {"max_steps": 50, "beta": 5.0, "loss_type": ["sigmoid_norm"], "lr_scheduler_type": "constant"},
-    "rlvr": {
-        **{"max_steps": 10, "max_length": 4096, "num_generations": 16, "per_device_train_batch_size": 48},
-        **{"beta": 0.01, "loss_type": "grpo", "lr_scheduler_type": "constant", "temperature": 1.0},
-    },
-}
-
-
-@pytest.mark.parametrize("family", ["llama", "olmo2"])
-@pytest.mark.parametrize("stage", ["sft", "dpo", "rlvr"])
-def test_every_key_is_a_published_one(
-    stage: str, family: str, content: Callable[..., dict[str, Any]], checkout: Path
-) -> None:
-    settings = settings_of(content(stage, engine="nemo_rl", nemo_rl=nemo(checkout), trl=TRL[stage]), stage=stage)
-    cluster = nemo_rl.read_cluster(settings)
-    values = nemo_rl.render(settings, cluster, model=Path("/m"), family=family, has_valid=True)
-    known = set(KEYS["keys"][nemo_rl.EXAMPLES[stage]])
-    assert KEYS["version"] == nemo_rl.VERSION
-    assert {key for key in values if key not in known} <= {"policy.tokenizer.chat_template", "policy.scheduler"}
-    assert "policy.scheduler" in KEYS["keys"]["dpo.yaml"]
-    assert values["policy.megatron_cfg.enabled"] is (family == "llama")
-    assert values["policy.dtensor_cfg.enabled"] is (family != "llama")
-    learnt = "policy.megatron_cfg.optimizer.lr" if family == "llama" else "policy.optimizer.kwargs.lr"
-    assert values[learnt] == TRL[stage].get("learning_rate", 1e-6)
-
-
-def test_what_grpo_becomes(content: Callable[..., dict[str, Any]], checkout: Path) -> None:
-    settings = settings_of(content("rlvr", engine="nemo_rl", nemo_rl=nemo(checkout), trl=TRL["rlvr"]), stage="rlvr")
-    cluster = nemo_rl.read_cluster(settings)
-    values = nemo_rl.render(settings, cluster, model=Path("/m"), family="olmo2", has_valid=False)
-    assert values["policy.train_global_batch_size"] == 48 * 16  # completions of a step over 2 x 8 GPUs
-    assert values["grpo.num_prompts_per_step"] * values["grpo.num_generations_per_prompt"] == 48 * 16
-    assert values["loss_fn.token_level_loss"] is False and values["grpo.use_leave_one_out_baseline"] is False
-    assert values["data.validation"] is None and values["grpo.val_period"] == 0
-    assert values["data.train"]["split_validation_size"] == 0
-    assert values["policy.tokenizer.chat_template"] == "default"
-
-
-def test_the_job_and_its_model(
-    content: Callable[..., dict[str, Any]], checkout: Path, model: Path, tmp_path: Path
-) -> None:
-    template = tmp_path / "chat.jinja"
-    template.write_text("{{ messages }}")
-    more = {"engine": "nemo_rl", "chat_template": str(template), "verifier": "gsm8k", "trl": TRL["rlvr"]}
-    settings = settings_of(content("rlvr", nemo_rl=nemo(checkout, sbatch={"time": "4:0:0"}), **more), stage="rlvr")
-    assert nemo_rl.run(settings) == 75
-    run_dir = tmp_path / "run"
-    for script in ("run.sh", "submit.sh"):
-        assert subprocess.run(["bash", "-n", str(run_dir / script)]).returncode == 0
-    submit = (run_dir / "submit.sh").read_text()
-    assert "sbatch --nodes=2 --job-name=run --time=4:0:0 ray.sub" in submit and "CONTAINER=image.sqsh" in submit
-    assert "convert_megatron_to_hf.py" in (run_dir / "run.sh").read_text()
-    written = yaml.safe_load((run_dir / "nemo_rl.yaml").read_text())
-    assert written["defaults"] == str(checkout / "examples/configs/grpo_math_1B.yaml")
-    assert written["policy"]["tokenizer"]["chat_template"] == str(template)
-    assert len((run_dir / "data/train.jsonl").read_text().splitlines()) == 12
-    import shutil
-
-    shutil.copytree(model, run_dir / "output")  # as the job leaves it
-    assert nemo_rl.run(settings) == 0
-    assert (run_dir / "model/model.safetensors").exists() and not (run_dir / "output").exists()
-    assert nemo_rl.run(settings) == 0
-
-
-@pytest.mark.parametrize(
-    ("stage", "more", "says"),
-    [
-        ("rlvr", {"trl": {"max_steps": 5, "top_entropy_quantile": 0.2}}, "trl.top_entropy_quantile: found 0.2"),
-        ("rlvr", {"trl": {"max_steps": 5}}, "trl.max_length: found nothing"),
-        ("rlvr", {"verifier": "number_at_end"}, "verifier 'number_at_end'; expected math or gsm8k"),
-        ("dpo", {"trl": {"max_steps": 5, "loss_type": "ipo"}}, "trl.loss_type: found 'ipo'"),
-        ("sft", {"trl": {"lr_scheduler_type": "cosine", "max_steps": 5}}, "trl.lr_scheduler_type: found 'cosine'"),
-        ("sft", {"chat_template": "none"}, "chat_template: found 'none'"),
-        ("sft", {"chat_template": None}, "chat_template: found none in"),
-        ("sft", {"nemo_rl": {"overrides": {"policy.dtensor_cfg.tensor_paralel_size": 2}}}, "tensor_parallel_size?"),
-        ("sft", {"nemo_rl": {"nodse": 2}}, "did you mean nodes?"),
-        ("sft", {"nemo_rl": {"tensor_parallel_size": 3}}, "a divisor of the number of GPUs"),
-        ("sft", {"nemo_rl": {"repository": "nowhere"}}, "nowhere without examples/configs/sft.yaml"),
-    ],
-)
-def test_what_nemo_rl_cannot_do(
-    stage: str,
-    more: dict[str, Any],
-    says: str,
-    content: Callable[..., dict[str, Any]],
-    checkout: Path,
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "chat.jinja").write_text("{{ messages }}")
-    defaults: dict[str, Any] = {"chat_template": str(tmp_path / "chat.jinja"), "trl": TRL[stage]}
-    defaults |= {"verifier": "math"} if stage == "rlvr" else {}
-    section = nemo(checkout) | more.pop("nemo_rl", {})
-    with pytest.raises(UserError) as caught:
-        nemo_rl.run(
-            settings_of(content(stage, **{**defaults, "engine": "nemo_rl", "nemo_rl": section, **more}), stage=stage)
-        )
-    assert says in str(caught.value)

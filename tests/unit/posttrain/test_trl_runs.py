@@ -122,6 +122,18 @@ def test_killed_from_outside(stage: str, content: Callable[..., dict[str, Any]],
     assert outcome(run_dir) == undisturbed
 
 
+@pytest.mark.parametrize("stage", ["sft", "rlvr"])
+def test_killed_behind_the_last_step(stage: str, content: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """With the last checkpoint, and without the model: there is no step left to do, in the midst of an epoch."""
+    settings, run_dir = content(stage, save_steps=4, max_steps=4), tmp_path / "run"
+    assert run_content(settings, stage) == 0
+    undisturbed = outcome(run_dir)
+    shutil.rmtree(run_dir / "model")
+    (run_dir / "complete.json").unlink()
+    assert run_content(settings, stage) == 0
+    assert outcome(run_dir) == undisturbed
+
+
 def test_a_signal_saves_and_stops(content: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     settings, run_dir = content("rlvr", save_steps=100), tmp_path / "run"
     assert run_content(settings, "rlvr") == 0
