@@ -76,7 +76,7 @@ if [ -n "$small" ]; then
   part steps_fp8 300 python scripts/bench_step.py --fp8 tensorwise --student-fp8 "${tiny[@]}" --layers 3 --arms ntp "${record[@]}"
   part parity 900 python scripts/gpu_parity.py --small "${record[@]}"
   part layouts 900 python scripts/gpu_parity.py --small --layouts 4 --families olmo2_1b "${record[@]}"
-  part run 900 python scripts/gpu_run.py --small "${record[@]}"
+  part run 900 python scripts/gpu_run.py --small --nproc 2 "${record[@]}"
 else
   size=(--hidden 2048 --layers 16 --vocabulary 100352 --sequence 4096 --micro-batch 2)
   part doctor 120 python -m remit_megatron doctor --require-gpu

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The record of a day on GPUs as a whole: python scripts/gpu_day_record.py STEM --record DIR
 
-Reads what gpu_day.sh left (STEM-parts.log: name, outcome and seconds of each part; STEM-doctor.log, STEM-tests.log), and
-appends a section to gpu_day.md: the parts, what remit doctor said, and how the tests ended.
+Reads what gpu_day.sh left (STEM-parts.log: name, outcome and seconds of each part; STEM-doctor.log, STEM-tests.log),
+and appends a section to gpu_day.md: the parts, what remit doctor said, and how the tests ended.
 """
 
 from __future__ import annotations

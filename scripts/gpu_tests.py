@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """tests/gpu, where passing means that tests ran: python scripts/gpu_tests.py [pytest arguments]
 
-pytest is content where every test is skipped, as all of these are where torch finds no GPU. Here at most two may be, which need
-more memory than a GPU that others use has left. Exit code: pytest's, or 1 where too many were left out.
+pytest is content where every test is skipped, as all of these are where torch finds no GPU. Here at most two may be,
+which need more memory than a GPU that others use has left. Exit code: pytest's, or 1 where too many were left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main(arguments: list[str]) -> int:
     code = pytest.main(["-q", "-rs", str(ROOT / "tests" / "gpu"), *arguments], plugins=[count])
     too_few = count.passed == 0 or count.left_out > MOST_LEFT_OUT
     if code == 0 and too_few:
-        sys.stdout.write(f"{count.passed} tests ran, {count.left_out} were left out; expected at most {MOST_LEFT_OUT}\n")
+        sys.stdout.write(
+            f"{count.passed} tests ran, {count.left_out} were left out; expected at most {MOST_LEFT_OUT}\n"
+        )
         return 1
     return int(code)
 
