@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -175,9 +176,11 @@ def run(folder: Path, name: str, config: dict[str, Any], nproc: int, *, profiled
 
 
 def apart(one: list[float], other: list[float]) -> float:
-    """The largest difference of two runs' losses; infinite where they are not of equal length."""
-    pairs = list(zip(one, other, strict=False))
-    return max((abs(a - b) for a, b in pairs), default=float("inf")) if len(one) == len(other) else float("inf")
+    """The largest difference of two runs' losses; infinite where they are not of equal length, or one is no number."""
+    if len(one) != len(other) or not one:
+        return math.inf
+    differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 def faults(
