@@ -165,9 +165,14 @@ class Layout:
         error = (torch.cat(found).cpu() - truth).abs()[counted.bool()].double()
         return {"sum": error.sum().item(), "count": error.numel(), "largest": error.max().item()}
 
-    def student(self) -> tuple[dict[str, tuple[float, float]], float]:
+    def student(self, objective: str) -> tuple[dict[str, tuple[float, float]], float | None]:
         """Squares of the gradients' errors and of the true gradients, of this rank's shards, by the name of the weight;
-        and the mean loss of the step, or 0 where it is not known."""
+        and the step's mean loss where it is known.
+
+        Args:
+            objective: "ntp", or "kd" with half of that: its divergence from a reference of the same weights is 0, and
+                so is that one's gradient.
+        """
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -177,6 +182,7 @@ class Layout:
         from remit_megatron.conversion.loading import load_weights
         from remit_megatron.models.build import build_chunks, model_config
         from remit_megatron.objectives import build_objective
+        from remit_megatron.reference.live import LiveReference
         from remit_megatron.training.step import TrainingStep
 
         chunks = build_chunks(model_config(self.case.source.hf_config, self.arguments), self.groups)
@@ -190,9 +196,19 @@ class Layout:
             models.append(DistributedDataParallel(chunk.config, ddp, chunk))
             models[-1].zero_grad_buffer()
         vocab_size = self.case.source.hf_config["vocab_size"]
-        step = TrainingStep(objective=build_objective("ntp"), vocab_size=vocab_size, forward=self.forward)
-        iterators = [iter(self.items) for _ in models]
-        reports = self.schedule(
+        settings: dict[str, Any] = {"vocab_size": vocab_size, "forward": self.forward}
+        share = 1.0
+        if objective == "kd":
+            share = 0.5
+            signal: dict[str, Any] = {"forward": self.forward, "signal": "hidden"}
+            reference = LiveReference.load(self.case.source, self.arguments, **signal)
+            settings |= {"objective": build_objective("kd", temperature=2.0, ntp_weight=share)}
+            settings |= {"scores": lambda: reference}
+        else:
+            settings |= {"objective": build_objective("ntp")}
+        step = TrainingStep(**settings)
+        iterators = [iter([dict(item) for item in self.items]) for _ in models]
+        reports = step.wrap_schedule(self.schedule)(
             forward_step_func=step.forward_step,
             data_iterator=iterators if len(models) > 1 else iterators[0],
             model=models if len(models) > 1 else models[0],
@@ -200,10 +216,9 @@ class Layout:
             forward_only=False,
             **self.sizes,
         )
-        total, count = sum((report["lm_loss"].double().cpu() for report in reports), torch.zeros(2)).tolist()
-        return self._squares(models), total / count if count else 0.0
+        return self._squares(models, share), reports[0]["lm_loss"].item() if reports else None
 
-    def _squares(self, models: list[Any]) -> dict[str, tuple[float, float]]:
+    def _squares(self, models: list[Any], share: float) -> dict[str, tuple[float, float]]:
         from remit_megatron.conversion.loading import load_weights, weights_of
         from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
         from remit_megatron.models.family import family_of
@@ -227,7 +242,7 @@ class Layout:
         squares = {}
         for chunk in models:
             for _, layer, weight, parameter in weights_of(unwrap(chunk), names):
-                wanted = expected.pop((layer, weight.local)).double()
+                wanted = expected.pop((layer, weight.local)).double() * share
                 error = parameter.main_grad.double() - wanted
                 name = " ".join(names.hf_names(layer, weight))
                 squares[name] = (error.square().sum().item(), wanted.square().sum().item())
@@ -245,15 +260,8 @@ def measure(case: Case, layout: str) -> dict[str, Any]:
     with groups_of(arguments) as groups:
         work = Layout(case, layout, groups, arguments)
         losses = {placement: gather_objects(work.scores(placement)) for placement in placements}
-        ranks = gather_objects(work.student())
-    squares: dict[str, tuple[float, float]] = {}
-    for own, _ in ranks:
-        for name, pair in own.items():
-            old = squares.get(name, (0.0, 0.0))
-            squares[name] = (old[0] + pair[0], old[1] + pair[1])
-    means = [mean for _, mean in ranks if mean]
-    if arguments.context_parallel_size > 1:  # each rank has the mean of its part; the parts have equally many tokens
-        means = [sum(means) / len(means)]
+        students = {objective: gather_objects(work.student(objective)) for objective in ("ntp", "kd")}
+    means = [mean for ranks in students.values() for _, mean in ranks if mean is not None]
     counted = case.counted.bool()
     return {
         "layers": work.layers,
@@ -268,8 +276,18 @@ def measure(case: Case, layout: str) -> dict[str, Any]:
             for placement, found in losses.items()
         },
         "mean_loss_error": max(abs(mean - case.losses[counted].double().mean().item()) for mean in means),
-        "gradients": {name: (error / true) ** 0.5 for name, (error, true) in squares.items() if true},
+        "gradients": {objective: relative([own for own, _ in ranks]) for objective, ranks in students.items()},
     }
+
+
+def relative(ranks: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Norm of each gradient's error over its own norm, from the squares of all ranks' shards."""
+    squares: dict[str, tuple[float, float]] = {}
+    for own in ranks:
+        for name, pair in own.items():
+            old = squares.get(name, (0.0, 0.0))
+            squares[name] = (old[0] + pair[0], old[1] + pair[1])
+    return {name: (error / true) ** 0.5 for name, (error, true) in squares.items() if true}
 
 
 def main(folder: str) -> int:

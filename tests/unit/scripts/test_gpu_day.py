@@ -145,8 +145,9 @@ THEIRS = {"mean": 1e-2, "largest": 5e-2, "gradients": {"a": 0.01, "b": 0.02}}
 
 def result(dtype: str, **changes: Any) -> dict[str, Any]:
     losses = {"mean": 1e-5, "largest": 1e-4} | changes.pop("losses", {})
+    small = {"a": 1e-5, "b c": 1e-5}
     own = {"dtype": dtype, "mean_loss_error": 0.0, "losses": {"pipeline": losses}}
-    return own | {"gradients": {"a": 1e-5, "b c": 1e-5}} | changes
+    return own | {"gradients": {"ntp": small, "kd": changes.pop("gradients", small)}} | changes
 
 
 @pytest.mark.parametrize(
