@@ -84,9 +84,9 @@ else
   part kernels 540 python scripts/bench_kernels.py --compile "${record[@]}"
   part steps 480 python scripts/bench_step.py --fp8 tensorwise "${size[@]}" "${record[@]}"
   part steps_fp8 300 python scripts/bench_step.py --fp8 tensorwise --student-fp8 "${size[@]}" "${record[@]}"
-  part parity 540 python scripts/gpu_parity.py "${record[@]}"
+  part parity 480 python scripts/gpu_parity.py "${record[@]}"
   if [ "$gpus" -ge 2 ]; then
-    part layouts 540 python scripts/gpu_parity.py --layouts "$gpus" "${record[@]}"
+    part layouts 600 python scripts/gpu_parity.py --layouts "$gpus" "${record[@]}"
   else
     left_out layouts "one GPU; tensor, pipeline and context parallelism need 2, some layouts 4"
   fi

@@ -125,10 +125,12 @@ class Case:
 class Layout:
     """A case on a layout: reference and student of the same weights."""
 
-    def __init__(self, case: Case, layout: str, groups: Any, arguments: Any):
+    def __init__(self, case: Case, groups: Any, arguments: Any):
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        from remit_megatron.models.family import family_of
         from remit_megatron.models.forward import ModelForward
+        from remit_megatron.reference.live import LiveReference
 
         self.case, self.groups, self.arguments = case, groups, arguments
         self.layers = arguments.transformer_impl
@@ -143,21 +145,23 @@ class Layout:
         self.last = groups.pp.rank() == groups.pp.size() - 1
         self.items = case.microbatches(arguments.micro_batch_size)
         self.sizes = {"seq_length": case.ids.shape[1], "micro_batch_size": arguments.micro_batch_size}
+        self.names = family_of(case.source.hf_config).names(case.source.hf_config)
+        self.reference = LiveReference.load(case.source, arguments, forward=self.forward)
+        self.models = self._student()
+        self.truth = self._true_gradients()
 
     def scores(self, placement: str) -> dict[str, float]:
         """Errors of a reference's losses: their sum and number, and the largest."""
         from remit_megatron.models.batch import sequence_slice
         from remit_megatron.reference.idle import IdleFiller
-        from remit_megatron.reference.live import LiveReference
         from remit_megatron.reference.replicated import ReplicatedReference
 
-        settings = {"forward": self.forward}
+        reference = self.reference
         if placement == "replicated":
-            filler = IdleFiller(group=lambda: self.groups.tp_cp)
-            reference = ReplicatedReference.load(self.case.source, self.arguments, filler=filler, **settings)
-        else:
-            reference = LiveReference.load(self.case.source, self.arguments, **settings)
-        found = reference.score(self.schedule, [list(self.items) for _ in range(self.chunks)], **self.sizes)
+            settings: dict[str, Any] = {"filler": IdleFiller(group=lambda: self.groups.tp_cp), "forward": self.forward}
+            reference = ReplicatedReference.load(self.case.source, self.arguments, **settings)
+        buffers = [[dict(item) for item in self.items] for _ in range(self.chunks)]
+        found = reference.score(self.schedule, buffers, **self.sizes)
         if not self.last:
             return {"sum": 0.0, "count": 0, "largest": 0.0}
         cp = self.groups.cp
@@ -165,14 +169,8 @@ class Layout:
         error = (torch.cat(found).cpu() - truth).abs()[counted.bool()].double()
         return {"sum": error.sum().item(), "count": error.numel(), "largest": error.max().item()}
 
-    def student(self, objective: str) -> tuple[dict[str, tuple[float, float]], float | None]:
-        """Squares of the gradients' errors and of the true gradients, of this rank's shards, by the name of the weight;
-        and the step's mean loss where it is known.
-
-        Args:
-            objective: "ntp", or "kd" with half of that: its divergence from a reference of the same weights is 0, and
-                so is that one's gradient.
-        """
+    def _student(self) -> list[Any]:
+        """The model's chunks as a run has them, but for the optimizer."""
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -181,9 +179,6 @@ class Layout:
 
         from remit_megatron.conversion.loading import load_weights
         from remit_megatron.models.build import build_chunks, model_config
-        from remit_megatron.objectives import build_objective
-        from remit_megatron.reference.live import LiveReference
-        from remit_megatron.training.step import TrainingStep
 
         chunks = build_chunks(model_config(self.case.source.hf_config, self.arguments), self.groups)
         load_weights(chunks, self.case.source)
@@ -194,37 +189,47 @@ class Layout:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=in_float32)
             models.append(DistributedDataParallel(chunk.config, ddp, chunk))
-            models[-1].zero_grad_buffer()
-        vocab_size = self.case.source.hf_config["vocab_size"]
-        settings: dict[str, Any] = {"vocab_size": vocab_size, "forward": self.forward}
-        share = 1.0
+        return models
+
+    def step(self, objective: str) -> tuple[dict[str, tuple[float, float]], float | None]:
+        """Squares of the gradients' errors and of the true gradients, of this rank's shards, by the name of the weight;
+        and the step's mean loss where it is known.
+
+        Args:
+            objective: "ntp", or "kd" with half of that: its divergence from a reference of the same weights is 0, and
+                so is that one's gradient.
+        """
+        from remit_megatron.objectives import build_objective
+        from remit_megatron.reference.live import LiveReference
+        from remit_megatron.training.step import TrainingStep
+
+        share = 0.5 if objective == "kd" else 1.0
+        settings: dict[str, Any] = {"vocab_size": self.case.source.hf_config["vocab_size"], "forward": self.forward}
         if objective == "kd":
-            share = 0.5
-            signal: dict[str, Any] = {"forward": self.forward, "signal": "hidden"}
-            reference = LiveReference.load(self.case.source, self.arguments, **signal)
-            settings |= {"objective": build_objective("kd", temperature=2.0, ntp_weight=share)}
-            settings |= {"scores": lambda: reference}
+            reference = LiveReference(self.reference.chunks, signal="hidden", **settings)
+            settings["scores"] = lambda: reference
+            settings["objective"] = build_objective("kd", temperature=2.0, ntp_weight=share)
         else:
-            settings |= {"objective": build_objective("ntp")}
-        step = TrainingStep(**settings)
-        iterators = [iter([dict(item) for item in self.items]) for _ in models]
+            settings["objective"] = build_objective("ntp")
+        for model in self.models:
+            model.zero_grad_buffer()
+        step, several = TrainingStep(**settings), len(self.models) > 1
+        iterators = [iter([dict(item) for item in self.items]) for _ in self.models]
         reports = step.wrap_schedule(self.schedule)(
             forward_step_func=step.forward_step,
-            data_iterator=iterators if len(models) > 1 else iterators[0],
-            model=models if len(models) > 1 else models[0],
+            data_iterator=iterators if several else iterators[0],
+            model=self.models if several else self.models[0],
             num_microbatches=len(self.items),
             forward_only=False,
             **self.sizes,
         )
-        return self._squares(models, share), reports[0]["lm_loss"].item() if reports else None
+        return self._squares(share), reports[0]["lm_loss"].item() if reports else None
 
-    def _squares(self, models: list[Any], share: float) -> dict[str, tuple[float, float]]:
+    def _true_gradients(self) -> dict[Any, torch.Tensor]:
+        """Those of this rank's shards, by layer and local name of the weight: float32, through the family's table."""
         from remit_megatron.conversion.loading import load_weights, weights_of
         from remit_megatron.models.build import build_chunks, default_arguments, model_config, unwrap
-        from remit_megatron.models.family import family_of
 
-        config = self.case.source.hf_config
-        names = family_of(config).names(config)
         like = {size: getattr(self.arguments, size) for size in (*SIZES, "sequence_parallel")}
         arguments = default_arguments(
             virtual_pipeline_model_parallel_size=self.arguments.virtual_pipeline_model_parallel_size,
@@ -232,21 +237,26 @@ class Layout:
             use_cpu_initialization=not torch.cuda.is_available(),  # on a GPU what ranks share goes through NCCL
             **like,
         )
-        truth = build_chunks(model_config(config, arguments), self.groups)
+        truth = build_chunks(model_config(self.case.source.hf_config, arguments), self.groups)
         load_weights(truth, self.case.gradient)
-        expected = {
+        return {
             (layer, weight.local): parameter
             for chunk in truth
-            for _, layer, weight, parameter in weights_of(unwrap(chunk), names)
+            for _, layer, weight, parameter in weights_of(unwrap(chunk), self.names)
         }
+
+    def _squares(self, share: float) -> dict[str, tuple[float, float]]:
+        from remit_megatron.conversion.loading import weights_of
+        from remit_megatron.models.build import unwrap
+
         squares = {}
-        for chunk in models:
-            for _, layer, weight, parameter in weights_of(unwrap(chunk), names):
-                wanted = expected.pop((layer, weight.local)).double() * share
+        for model in self.models:
+            for _, layer, weight, parameter in weights_of(unwrap(model), self.names):
+                wanted = self.truth[layer, weight.local].double() * share
                 error = parameter.main_grad.double() - wanted
-                name = " ".join(names.hf_names(layer, weight))
+                name = " ".join(self.names.hf_names(layer, weight))
                 squares[name] = (error.square().sum().item(), wanted.square().sum().item())
-        assert not expected, "every true gradient has its weight"
+        assert len(squares) == len(self.truth), "every true gradient has its weight"
         return squares
 
 
@@ -258,16 +268,14 @@ def measure(case: Case, layout: str) -> dict[str, Any]:
     arguments = run_arguments(case.source.hf_config, layout, case.dtype, sequences=sequences, length=length)
     placements = ["pipeline", *(["replicated"] if arguments.pipeline_model_parallel_size > 1 else [])]
     with groups_of(arguments) as groups:
-        work = Layout(case, layout, groups, arguments)
+        work = Layout(case, groups, arguments)
         losses = {placement: gather_objects(work.scores(placement)) for placement in placements}
-        students = {objective: gather_objects(work.student(objective)) for objective in ("ntp", "kd")}
+        students = {objective: gather_objects(work.step(objective)) for objective in ("ntp", "kd")}
     means = [mean for ranks in students.values() for _, mean in ranks if mean is not None]
     counted = case.counted.bool()
     return {
         "layers": work.layers,
-        "settings": {
-            key: bool(getattr(arguments, key)) for key in ("apply_rope_fusion", "gradient_accumulation_fusion")
-        },
+        "settings": {key: bool(getattr(arguments, key)) for key in SHOWN},
         "losses": {
             placement: {
                 "mean": sum(one["sum"] for one in found) / sum(one["count"] for one in found),

@@ -197,6 +197,19 @@ def test_ranks_that_fail_are_a_case_that_failed_and_the_others_go_on(scripts, tm
     assert not good and [row[-1] for row in rows] == ["yes", "NO", "yes"] and len({len(row) for row in rows}) == 1
 
 
+def test_what_there_was_when_the_time_was_up_is_reported(scripts, tmp_path, monkeypatch):
+    import gpu_parity  # type: ignore[import-not-found]
+
+    from remit_megatron.runtime import launch
+
+    starts = []
+    monkeypatch.setattr(launch, "launch", lambda *args, **settings: starts.append(args) or 143)
+    jobs = [{"case": "f/x-1", "layout": layout, "dtype": "float32"} for layout in ("tp2", "pp2")]
+    results = gpu_parity.run_jobs(tmp_path, 2, jobs)
+    assert len(starts) == 1 and [found["failed"] for found in results] == [143, 143]
+    assert gpu_parity.rows_of(results, {"f/x-1": THEIRS})[1] is False
+
+
 def test_every_layout_that_fits_is_taken_and_none_that_a_run_would_refuse(scripts):
     from gpu_parity_ranks import LAYOUTS, ranks_of  # type: ignore[import-not-found]
 
