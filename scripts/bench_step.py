@@ -391,7 +391,8 @@ def report(
         lines += ["", f"Without FP8: {without_fp8}."]
     what = "kernels and copies on the GPU" if torch.cuda.is_available() else "operations that are dispatched"
     found = ", ".join(f"{number} with {count}" for count, number in launched.items())
-    lines += ["", f"Of a step of ntp by documents in a sequence, {what}: {found}."]
+    if launched:
+        lines += ["", f"Of a step of ntp by documents in a sequence, {what}: {found}."]
     return "\n".join(lines) + "\n"
 
 
@@ -404,13 +405,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         arms, parameters = setup(args, Path(folder))
         seconds = measure({name: arms[name] for name in args.arms if name in arms}, args.rounds)
-        launched = {count: launches(arms[documents_arm(count)]) for count in DOCUMENTS}
+        launched, failure = {}, None
+        try:
+            launched = {count: launches(arms[documents_arm(count)]) for count in DOCUMENTS}
+        except Exception as error:  # whatever it is, the times that were measured go into the record
+            failure = f"{type(error).__name__}: {error}"
     text = report(args, seconds, parameters, without_fp8, launched)
+    if failure is not None:
+        text += f"\nLaunches were not counted: {failure}\n"
     sys.stdout.write(text)
     if args.record is not None:
         raw = {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": seconds, "launches": launched}
         record(args.record, "step", title="Training step", text=text, raw=raw)
-    one, many = (launched[count] for count in DOCUMENTS)
+    one, many = (launched.get(count, 0) for count in DOCUMENTS)
     return 0 if one and many <= MORE_LAUNCHES * one else 1
 
 
