@@ -83,8 +83,8 @@ def main() -> int:
         heading("how threads wait"),
         f"{versions('megatron-core')}. {cores} cores, load of the last minute {before:.1f} at the start and "
         f"{os.getloadavg()[0]:.1f} at the end, {args.busy} processes of this script's own among it. {args.rounds} "
-        f"rounds after one warm-up round, each of processes of {args.steps} steps. Arms take {cores} threads: hidden size "
-        f"{args.hidden}, {args.layers} layers, 256 tokens.",
+        f"rounds after one warm-up round, each of processes of {args.steps} steps. Arms take {cores} threads: hidden "
+        f"size {args.hidden}, {args.layers} layers, 256 tokens.",
         "",
         "| arm | median s of a step | p20 | p80 | ratio (median over rounds) |",
         "|---|---|---|---|---|",

@@ -282,7 +282,7 @@ def main() -> int:
         text, figures, good = measure(args, Path(folder))
     sys.stdout.write(text + "\n")
     if args.record:
-        head = f"{heading('a run from end to end')}\n{versions('torch', 'megatron-core')}\n\n"
+        head = f"{heading('a run from end to end')}\n{versions('megatron-core', 'transformer-engine')}\n\n"
         record(args.record, "gpu_run", title="A run from end to end", text=head + text, raw=figures)
     return 0 if good else 1
 
