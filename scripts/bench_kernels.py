@@ -4,8 +4,9 @@
     python scripts/bench_kernels.py --sections loss --tokens 512 --rounds 25
 
 Sections: ``loss``, forward and backward from logits; ``logprob``, no gradient from logits; ``hidden``, no gradient from
-hidden states; ``linear``, forward and backward from hidden states and output weight; ``norms``, forward and backward of
-OLMo 2's norms of queries and keys. In each, all arms take turns in
+hidden states; ``linear``, forward and backward from hidden states and output weight; ``divergence``, forward and
+backward of `kd`'s divergence, from the student's logits and the reference's hidden states; ``norms``, forward and
+backward of OLMo 2's norms of queries and keys. In each, all arms take turns in
 one process, in an order that rotates, over the same data; the incoming gradient differs from token to token and is 0
 for the first, so that an arm that scales every row alike is found out. Every arm is compared with float64 before it is
 timed, and one that is wrong is reported as wrong in place of a time.
@@ -41,6 +42,7 @@ SECTIONS = {
     "logprob": "no gradient, from logits",
     "hidden": "no gradient, from hidden states",
     "linear": "forward and backward from hidden states and output weight",
+    "divergence": "forward and backward of kd's divergence from the reference's hidden states",
     "norms": "forward and backward of the norms of queries and keys",
 }
 NORMED = ("OLMo 2 1B", "own shape")  # shapes whose models have those
@@ -51,6 +53,7 @@ BOUNDS = {
     "logprob": (1e-3, 0.0),
     "hidden": (0.1, 0.0),
     "linear": (0.1, 0.05),
+    "divergence": (0.02, 0.1),  # a logit of the reference may be rounded to a neighbor
     "norms": (0.01, 0.02),
 }
 
@@ -186,7 +189,7 @@ def run_section(
     """Measures one section at one shape; returns its results, complete."""
     import kernel_arms as arms
     import torch
-    from kernel_problems import LinearProblem, LogitsProblem, NormProblem
+    from kernel_problems import DivergenceProblem, LinearProblem, LogitsProblem, NormProblem
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype)
@@ -204,6 +207,10 @@ def run_section(
         problem = NormProblem(args.hidden_tokens, hidden, kind, device)
         found = arms.norm_arms(device, compiled=args.compile or device.type == "cuda")
         base, tokens = ("copy of queries and keys", problem.copy), args.hidden_tokens
+    elif section == "divergence":
+        problem = DivergenceProblem(args.hidden_tokens, vocabulary, hidden, kind, device)
+        found = arms.divergence_arms(device, compiled=args.compile or device.type == "cuda")
+        base, tokens = ("products alone", problem.products), args.hidden_tokens
     else:
         problem = LinearProblem(
             args.hidden_tokens, args.sequences, vocabulary, hidden, kind, device, gradient=section == "linear"
@@ -262,6 +269,8 @@ def report(args: argparse.Namespace, parts: list[tuple[str, list[dict[str, Any]]
         what = f"{first['tokens']} tokens, vocabulary {first['vocabulary']}"
         if first["section"] == "norms":
             what = f"{first['tokens']} tokens, queries and keys of {first['hidden']} channels each"
+        elif first["section"] == "divergence":
+            what += f", hidden size {first['hidden']}"
         elif first["section"] in ("hidden", "linear"):
             what += f", hidden size {first['hidden']}, {args.sequences} sequences"
         lines += ["", f"### {shape}: {SECTIONS[first['section']]}, {first['dtype']} ({what})", ""]

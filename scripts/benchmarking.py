@@ -1,10 +1,14 @@
-"""What the bench scripts share: arms that take turns, figures of a run, and dated records."""
+"""What the bench scripts share: arms that take turns, figures of a run, and dated records.
+
+Importing this module also sets what a run's command sets before the driver of a GPU starts, so it comes before torch.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -12,6 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as cli.py: Megatron asks for it where ranks share layers
 
 
 def interleave(names: Sequence[str], rounds: int, run: Callable[[str], float], *, label: str) -> dict[str, list[float]]:

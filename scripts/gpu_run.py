@@ -3,16 +3,23 @@
 
     python scripts/gpu_run.py [--nproc N] [--small] [--record DIR]
 
-Trains a random model on random text with `remit` and a live reference: a few steps, saved and stopped (exit code 75),
-started again and trained to its end, where the losses of a run that was not stopped must be found to 1e-5. Then the
-peak memory of every rank beside the plan's, and the time of a step by kinds of kernels (torch.profiler; on a CPU, by
-operations). Exit code 1 where a part fails.
+Trains a random model on random text with `remit` and a live reference: two runs to their end, and one that is saved and
+stopped (exit code 75) and started again. GPUs may add in another order each time, so the two whole runs say how far
+apart losses of the same run are; the stopped one may be at most four times that and 1e-5 from the first, and the two at
+most 1e-3 from each other. With an even number of ranks the same data on two pipeline stages, the reference in the
+pipeline and then whole on every rank (`reference.placement: replicated`): losses apart by no more than that either.
+
+Reported beside it: the peak memory of every rank over the plan's, which must be at most 8% above it (what the plan
+leaves alone for CUDA and NCCL) and at least 1 / 1.4; and the time of one step, the last but one, by kinds of kernels
+(torch.profiler; on a CPU, by operations). Exit code 1 where a part fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import random
 import re
@@ -22,10 +29,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarking import heading, record, versions
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-STEPS, STOP = 6, 3
+STEPS, STOP = 7, 3  # a replicated reference fills pauses from the fifth step on, and the last has nothing ahead of it
+# Losses of two runs of the same: apart by at most this, or nothing can be said of a third.
+NOISE, TIMES, EXACT = 1e-3, 4.0, 1e-5
+# Peak of a GPU's memory over the plan's.
+LEAST_MEMORY, MOST_MEMORY = 1 / 1.4, 1.08
 # Kind of a kernel -> what its name holds; the first that fits. On a CPU the names are those of operations.
 KINDS = {
     "loss over the vocabulary": r"_statistics_kernel|_gradient_kernel|_divergence",
@@ -48,19 +61,38 @@ def parse() -> argparse.Namespace:
 
 
 def rank(config: str, out: str) -> int:
-    """One rank of the run, profiled; leaves its peak memory and the time of each kind in OUT.RANK.json."""
+    """One rank of the run, one step profiled; leaves its peak memory and the time of each kind in OUT.RANK.json."""
     import patches
 
     patches.apply()
     import torch
+    from megatron.training import training
     from torch.profiler import ProfilerActivity, profile
 
     from remit_megatron.run.configuration import load_config
     from remit_megatron.training.command import train
 
     gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
-        code = train(load_config(config))
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    original, profilers = training.train_step, []
+    steps = 0
+
+    @functools.wraps(original)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps != STEPS - 1:
+            return original(*args, **kwargs)
+        with profile(activities=activities) as profiler:
+            result = original(*args, **kwargs)
+            if gpu:
+                torch.cuda.synchronize()
+        profilers.append(profiler)
+        return result
+
+    training.train_step = train_step
+    code = train(load_config(config))
+    (profiler,) = profilers
     seconds: dict[str, float] = {}
     for event in profiler.key_averages():
         spent = event.self_device_time_total if gpu else event.self_cpu_time_total
@@ -143,6 +175,44 @@ def run(folder: Path, name: str, config: dict[str, Any], nproc: int, *, profiled
     return launch(nproc, ["--rank-of", str(path), str(folder / "profile")], module="gpu_run")
 
 
+def apart(one: list[float], other: list[float]) -> float:
+    """The largest difference of two runs' losses; infinite where they are not of equal length, or one is no number."""
+    if len(one) != len(other) or not one:
+        return math.inf
+    differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+
+def faults(
+    codes: dict[str, int], found: dict[str, list[float]], planned: int, peaks: list[int | None]
+) -> tuple[list[str], dict[str, float]]:
+    """What does not hold, in words, and the differences that were judged.
+
+    Args:
+        codes: exit code of each start, by name.
+        found: losses of "straight", "again" and "resumed", and of "pipeline" and "replicated" where those ran.
+        planned: bytes of a GPU by the plan.
+        peaks: the most that each rank had allocated; None where there is no GPU.
+    """
+    wrong = [f"{name}: exit code {code}" for name, code in codes.items() if code != (75 if name == "stopped" else 0)]
+    wrong += [f"{name}: {len(losses)} steps of {STEPS}" for name, losses in found.items() if len(losses) != STEPS]
+    differences = {"again": apart(found["straight"], found["again"])}
+    differences["resumed"] = apart(found["straight"], found["resumed"])
+    if "replicated" in found:
+        differences["replicated"] = apart(found["pipeline"], found["replicated"])
+    if not differences["again"] <= NOISE:
+        wrong.append(f"two runs of the same are {differences['again']:.1e} apart, more than {NOISE}")
+    limit = EXACT + TIMES * differences["again"]
+    for name in ("resumed", "replicated"):
+        if name in differences and not differences[name] <= limit:
+            wrong.append(f"{name}: {differences[name]:.1e} apart, more than {limit:.1e}")
+    for number, peak in enumerate(peaks):
+        if peak is not None and not LEAST_MEMORY <= peak / planned <= MOST_MEMORY:
+            ratio = f"{peak / planned:.3f} times the plan's memory"
+            wrong.append(f"rank {number} took {ratio}; expected {LEAST_MEMORY:.2f} to {MOST_MEMORY}")
+    return wrong, differences
+
+
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["lm_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -162,48 +232,57 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]
         (folder / "reference_model" / file.name).write_bytes(file.read_bytes())
     words = ["--input", str(folder / "text.jsonl"), "--tokenizer", str(folder / "tokenizer")]
     remit("data", "build", *words, "--output", str(folder / "corpus"))
-    codes = [
-        run(folder, "straight", config, args.nproc, profiled=True),
-        run(folder, "first", config | {"run": "resumed"}, args.nproc, exit_interval=STOP),
-        run(folder, "second", config | {"run": "resumed"}, args.nproc),
-    ]
-    straight, resumed = losses(folder / "straight"), losses(folder / "resumed")
-    apart = max(abs(one - other) for one, other in zip(straight, resumed, strict=True))
+    codes = {
+        "straight": run(folder, "straight", config, args.nproc),
+        "again": run(folder, "again", config, args.nproc, profiled=True),
+        "stopped": run(folder, "stopped", config | {"run": "resumed"}, args.nproc, exit_interval=STOP),
+        "resumed": run(folder, "resumed", config | {"run": "resumed"}, args.nproc),
+    }
+    if args.nproc % 2 == 0:
+        for placement in ("pipeline", "replicated"):
+            reference = config["reference"] | {"placement": placement}
+            changes = {"pipeline_model_parallel_size": 2}
+            codes[placement] = run(folder, placement, config | {"reference": reference}, args.nproc, **changes)
+    found = {name: losses(folder / name) for name in codes if name != "stopped"}
     ranks = [json.loads((folder / f"profile.{number}.json").read_text()) for number in range(args.nproc)]
     plan = folder / "plan.json"
-    remit(
-        "plan", str(folder / "straight.yaml"), "--nodes", "1", "--gpus-per-node", str(args.nproc), "--json", str(plan)
-    )
+    nodes = ["--nodes", "1", "--gpus-per-node", str(args.nproc)]
+    remit("plan", str(folder / "straight.yaml"), *nodes, "--json", str(plan))
     planned = json.loads(plan.read_text())["stages"][0]["total"]
+    wrong, differences = faults(codes, found, planned, [one["peak"] for one in ranks])
+    figures = {"codes": codes, "losses": found, "apart": differences, "planned": planned, "ranks": ranks}
+    return text_of(differences, planned, ranks, wrong), figures | {"wrong": wrong}, not wrong
+
+
+def text_of(differences: dict[str, float], planned: int, ranks: list[dict[str, Any]], wrong: list[str]) -> str:
+    """The record in Markdown."""
     spent = ranks[-1]["seconds"]
-    good = codes == [0, 75, 0] and len(straight) == STEPS and apart <= 1e-5
+    shown = ("no GPU" if one["peak"] is None else f"{one['peak'] / 2**30:.2f} GiB" for one in ranks)
+    compared = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     lines = [
-        f"Exit codes of straight, stopped and resumed run: {codes}. Largest difference of a loss: {apart:.1e}.",
-        f"Memory of a GPU by the plan: {planned / 2**30:.2f} GiB; peak of the ranks: "
-        + ", ".join("no GPU" if one["peak"] is None else f"{one['peak'] / 2**30:.2f} GiB" for one in ranks)
-        + ".",
+        f"Largest difference of a loss from the run beside it: {compared}.",
+        f"Memory of a GPU by the plan: {planned / 2**30:.2f} GiB; peak of the ranks: {', '.join(shown)}.",
+        *(f"WRONG: {fault}." for fault in wrong),
         "",
-        f"| kind | share of {sum(spent.values()):.2f} s, {STEPS} steps and what is around them |",
+        f"| kind | share of {sum(spent.values()):.3f} s of step {STEPS - 1} |",
         "|---|---|",
         *(
             f"| {kind} | {value / sum(spent.values()):.1%} |"
             for kind, value in sorted(spent.items(), key=lambda x: -x[1])
         ),
     ]
-    return "\n".join(lines), {"codes": codes, "apart": apart, "planned": planned, "ranks": ranks}, good
+    return "\n".join(lines)
 
 
 def main() -> int:
     args = parse()
     if args.rank_of:
         return rank(*args.rank_of)
-    from benchmarking import heading, record, versions
-
     with tempfile.TemporaryDirectory() as folder:
         text, figures, good = measure(args, Path(folder))
     sys.stdout.write(text + "\n")
     if args.record:
-        head = f"{heading('a run from end to end')}\n{versions('torch', 'megatron-core')}\n\n"
+        head = f"{heading('a run from end to end')}\n{versions('megatron-core', 'transformer-engine')}\n\n"
         record(args.record, "gpu_run", title="A run from end to end", text=head + text, raw=figures)
     return 0 if good else 1
 

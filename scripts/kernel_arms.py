@@ -32,6 +32,8 @@ class Missing:
 LossArm = Callable[[Tensor, Tensor], Tensor]
 # hidden [b, s, h], weight [V, h], labels [b, s], token weights [b, s] to the weighted sum and losses [b, s].
 LinearArm = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# logits [T, V], labels [T], reference's hidden states [T, h] and output weight [V, h] to divergences [T].
+DivergenceArm = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Queries and keys [T, n, d], and weights [n * d] of each, to the normed queries and keys [T, n, d]; differentiable.
 NormArm = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -223,6 +225,31 @@ def linear_arms(device: torch.device) -> dict[str, LinearArm | Missing]:
         "logits, then ours": through(_ours("auto")),
         "logits, then Megatron native": through(native),
         "Liger fused linear": _gpu_package("liger_kernel.ops.fused_linear_cross_entropy", device) or liger,
+    }
+
+
+def divergence_arms(device: torch.device, *, compiled: bool) -> dict[str, DivergenceArm | Missing]:
+    """kd's divergence. No package at hand has one for each token that takes the reference by its hidden states."""
+    from remit_megatron.kernels.kl_divergence import distillation_loss
+
+    def ours(impl: str) -> DivergenceArm:
+        def arm(logits: Tensor, labels: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+            return distillation_loss(logits, labels, hidden, weight, impl=impl)[0]  # type: ignore[arg-type]
+
+        return arm
+
+    def plain(logits: Tensor, labels: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        log_p = torch.log_softmax((hidden @ weight.t()).float(), -1)
+        return functional.kl_div(torch.log_softmax(logits.float(), -1), log_p, reduction="none", log_target=True).sum(
+            -1
+        )
+
+    gpu = device.type == "cuda"
+    return {
+        OURS: ours("auto"),
+        "ours, torch": ours("torch") if gpu else Missing('is "ours" here'),
+        "torch.compile": _compiled(plain, compiled),
+        "plain torch": plain,
     }
 
 

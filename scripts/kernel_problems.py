@@ -164,6 +164,56 @@ class LinearProblem:
         return losses, of_hidden, torch.cat(rows), torch.cat(of_weight)
 
 
+class DivergenceProblem:
+    """Student's logits [T, V], reference's hidden states [T, h] and output weight [V, h], incoming gradients [T]."""
+
+    def __init__(self, tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator(device).manual_seed(vocabulary)
+
+        def normal(*shape: int, scale: float) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+        self.source = normal(tokens, vocabulary, scale=2.0).requires_grad_()
+        self.hidden = normal(tokens, hidden, scale=1.0)
+        self.weight = normal(vocabulary, hidden, scale=2 / hidden**0.5)
+        self.labels = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
+        self.weights = token_weights_of((tokens,), generator, device)
+
+    def products(self) -> None:
+        """The yardstick: the product that makes the reference's logits, twice, as forward and backward each need it."""
+        for _ in range(2):
+            _ = self.hidden @ self.weight.t()
+
+    def prepare(self, arm: Callable[..., Any]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """A call that runs the arm once, over logits of its own, which may be overwritten."""
+        logits = self.source * 1
+
+        def call() -> tuple[Tensor, Tensor]:
+            losses = arm(logits, self.labels, self.hidden, self.weight)
+            (gradient,) = torch.autograd.grad(losses, logits, self.weights.to(losses.dtype))
+            return losses.detach(), gradient
+
+        return call
+
+    def errors(self, arm: Callable[..., Any]) -> tuple[float, float]:
+        """Largest error of the divergences, beside max(1, divergence), and of the gradient, beside the largest entry of
+        its row (of a row of incoming gradient 0: beside a thousandth of the largest incoming one)."""
+        losses, gradient = self.prepare(arm)()
+        loss_error, gradient_error = 0.0, 0.0
+        least = float(self.weights.max()) * 1e-3
+        for first in range(0, len(self.labels), _ROWS):
+            rows = slice(first, first + _ROWS)
+            log_q = torch.log_softmax(self.source.detach()[rows].double(), -1)
+            y = (self.hidden[rows].float() @ self.weight.float().t()).to(self.hidden.dtype)
+            log_p = torch.log_softmax(y.double(), -1)
+            true = (log_p.exp() * (log_p - log_q)).sum(-1)
+            loss_error = max(loss_error, float(((losses[rows].double() - true).abs() / true.clamp(min=1)).max()))
+            wanted = (log_q.exp() - log_p.exp()) * self.weights[rows].double().unsqueeze(1)
+            error = (gradient[rows].detach().double() - wanted).abs().amax(1)
+            gradient_error = max(gradient_error, float((error / wanted.abs().amax(1).clamp(min=least * 1e-3)).max()))
+        return loss_error, gradient_error
+
+
 class NormProblem:
     """Queries and keys of an attention layer [T, n, d], weights [n * d] and incoming gradients [T, n, d] of each.
 

@@ -60,8 +60,8 @@ def under_launcher() -> bool:
 def openmp_wait_policy(load: float, cores: int) -> str | None:
     """How OpenMP's threads should wait for each other; None leaves it to the library, which spins.
 
-    Spinning takes the cores from whoever else computes: measured on two cores, a step of 1.65 s takes 3.6 s beside one
-    busy process, and 2.6 s where threads sleep instead, which costs 10% where the cores are quiet (1.82 s).
+    Spinning takes the cores from whoever else computes, and from the threads that are waited for
+    (scripts/bench_waiting.py measures it, docs/benchmarks/waiting.md holds what it found).
 
     Args:
         load: average of the last minute, before the ranks are started.

@@ -13,6 +13,9 @@ from tests.distributed.test_conversion import run_import
 from tests.tiny import make_llama, make_tokenizer
 
 RANKS = 4
+# Bytes that all ranks together read, in models: by source and tensor-parallel size. docs/benchmarks/reading.md has what
+# was measured; each replica for itself would read 4, 4, 2 and 4.
+LIMITS = {("huggingface", 1): 1.1, ("checkpoint", 1): 1.4, ("huggingface", 2): 1.45, ("checkpoint", 2): 2.65}
 
 
 def bytes_read() -> int:
@@ -92,10 +95,10 @@ def test_every_byte_is_read_once(pool, models, kind, tp):
     replicas = RANKS // tp
     whole = sum(found["held"] for found in ranks) / replicas
     read = sum(found["read"] for found in ranks)
-    # Headers and metadata are read by every rank; the weights, of a megabyte, by one replica. Of a checkpoint a
+    # Headers and metadata are read by every rank; the weights, of 5 MB, by one replica. Of a checkpoint a
     # tensor-parallel rank reads the stored piece that holds its part, here the whole of each weight.
-    limit = 0.75 + (tp if kind == "checkpoint" else 1)
-    assert whole > 1e6 and read < limit * whole, f"{read / whole:.2f} times the model over {replicas} replicas"
+    times = f"{read / whole:.2f} times the model over {replicas} replicas"
+    assert whole > 1e6 and whole <= read < LIMITS[kind, tp] * whole, times
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.models import test_parity as parity
 from tests.families import VOCABULARY
@@ -108,6 +109,20 @@ def decays(name: str, parameter: torch.nn.Parameter) -> list[bool]:
     return found
 
 
+class Additions(TorchDispatchMode):
+    """Counts what adds to a gradient buffer and is no part of a product: operations, and the numbers they add."""
+
+    def __init__(self, parameters: list[Any]):
+        super().__init__()
+        self._buffers = {parameter.main_grad.untyped_storage().data_ptr() for parameter in parameters}
+        self.count = self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.add_.Tensor and args[0].untyped_storage().data_ptr() in self._buffers:
+            self.count, self.numbers = self.count + 1, self.numbers + args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
 def step(
     directories: dict[str, str],
     tokens: list[list[int]],
@@ -151,19 +166,22 @@ def step(
             model.zero_grad_buffer()
             logits: list[torch.Tensor] = []
             calls.clear()
-            get_forward_backward_func()(
-                forward_step_func=_forward_step(groups, logits, layers, documents is not None, scale=2 / size),
-                data_iterator=iter(microbatches),
-                model=model,
-                num_microbatches=len(microbatches),
-                seq_length=parity.LENGTH,
-                micro_batch_size=size,
-                forward_only=False,
-            )
+            with Additions(list(chunk.parameters())) as additions:
+                get_forward_backward_func()(
+                    forward_step_func=_forward_step(groups, logits, layers, documents is not None, scale=2 / size),
+                    data_iterator=iter(microbatches),
+                    model=model,
+                    num_microbatches=len(microbatches),
+                    seq_length=parity.LENGTH,
+                    micro_batch_size=size,
+                    forward_only=False,
+                )
             gradients = parity._gradients([model], names_of(directory))
             fused = [name for name, parameter in chunk.named_parameters() if parameter.grad_added_to_main_grad]
             results[case] = {"logits": logits, "gradients": gradients, "tp_rank": groups.tp.rank()}
             results[case] |= {"fused": fused, "calls": dict(calls)}
+            results[case] |= {"additions": additions.count, "added": additions.numbers}
+            results[case] |= {"sizes": {name: parameter.numel() for name, parameter in chunk.named_parameters()}}
     return results
 
 

@@ -95,15 +95,36 @@ def test_gradients_that_the_layers_add_to_the_buffer(models, expected, on_layout
         assert result["calls"].get("fused_rope_backward", 0) == rotated
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_fused_gradients_save(on_layout, case):
+    """For each matrix and microbatch one operation, which reads a gradient and reads and writes the buffer."""
+    plain = on_layout("tp2_sp")[case]
+    fused = on_layout("tp2_sp", gradient_accumulation_fusion=True, apply_rope_fusion=True)[case]
+    for before, after in zip(plain, fused, strict=True):
+        matrices = sum(after["sizes"][name] for name in after["fused"])
+        assert before["additions"] == 2 * len(before["sizes"]), "every weight, in two microbatches"
+        assert before["additions"] - after["additions"] == 2 * len(after["fused"])
+        assert before["added"] - after["added"] == 2 * matrices > before["added"] / 2
+
+
+# What a run sets where it has these layers on a GPU, beside Megatron's own defaults.
+OF_A_RUN = {"gradient_accumulation_fusion": True, "apply_rope_fusion": True}
+
+
+@pytest.mark.parametrize("choices", [{}, OF_A_RUN], ids=["plain", "as a run"])
 @pytest.mark.parametrize("layout", LAYOUTS | PIPELINES)
 @pytest.mark.parametrize("case", CASES)
-def test_packed_documents_are_those_of_a_mask(models, on_layout, case, layout):
+def test_packed_documents_are_those_of_a_mask(models, on_layout, case, layout, choices):
     """Logits and gradients of the local layers under a mask, which other tests compare with documents alone."""
     masked = on_layout("one", layers=LOCAL, packed=True)[case]
-    packed = on_layout(layout, packed=True)[case]
+    packed = on_layout(layout, packed=True, **choices)[case]
     logits = torch.cat(masked[0]["logits"])[..., :VOCABULARY]
     check_logits(packed, logits)
     check_gradients(whole_gradients(models[case], packed), whole_gradients(models[case], masked))
+    for result in packed:
+        rotated = result["calls"].get("fused_rope_forward", 0)
+        assert (rotated > 0) is (bool(choices) and not case.startswith("youtu")), "in one kernel where it was asked for"
+        assert bool(result["fused"]) is bool(choices)
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp"])

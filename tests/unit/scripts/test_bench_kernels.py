@@ -42,7 +42,7 @@ def test_a_tiny_run_leaves_a_record(tmp_path):
     assert page == "# Kernels\n\n" + printed
     assert raw["arguments"]["tokens"] == "12" and raw["arguments"]["vocabulary"] == "300"
     results = raw["results"]
-    assert {r["section"] for r in results} == {"loss", "logprob", "hidden", "linear", "norms"}
+    assert {r["section"] for r in results} == {"loss", "logprob", "hidden", "linear", "divergence", "norms"}
     assert {r["dtype"] for r in results} == {"float32", "bfloat16"}
 
     timed = [r for r in results if r["status"] == "ok"]
@@ -63,9 +63,10 @@ def test_a_tiny_run_leaves_a_record(tmp_path):
     assert {("loss", name) for name in ("ours", "Megatron native", "Megatron fused", "plain torch")} <= arms
     assert {("linear", name) for name in ("ours", "logits, then ours", "logits, then Megatron native")} <= arms
     assert {("logprob", "ours"), ("hidden", "ours"), ("hidden", "logits, then ours"), ("norms", "ours")} <= arms
+    assert {("divergence", "ours"), ("divergence", "plain torch")} <= arms
 
     yardsticks = [r for r in results if r["status"] == "yardstick"]
-    assert len(yardsticks) == 10  # two of each section
+    assert len(yardsticks) == 12  # two of each section
     assert all(r["copy_bytes_per_second"] > 0 for r in yardsticks if r["section"] in ("loss", "logprob"))
     missing = {r["arm"]: r["note"] for r in results if r["status"] == "not run"}
     assert (
