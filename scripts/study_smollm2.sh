@@ -54,7 +54,7 @@ mkdir -p "$output"
 output=$(realpath "$output")
 data=$(realpath "$data")
 
-say() { printf '\n== %s (after %d s)\n' "$*" "$SECONDS"; }
+say() { printf '\n== %s (after %d s)\n' "$*" "$SECONDS" | tee -a "$output/stages.txt"; }
 
 say "SmolLM2-135M-Instruct: GGUF to a Hugging Face directory, import"
 if [[ ! -f $output/hf/config.json ]]; then

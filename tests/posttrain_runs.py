@@ -85,6 +85,7 @@ def start_child(function: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         code = 99
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so in whoever is started
         try:
             code = function()
         except BaseException:

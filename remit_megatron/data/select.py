@@ -100,12 +100,7 @@ def select_miniplm(
         _score_all(sources, scores.in_order, progress=Progress("scores", total=samples, unit="samples"), show=progress)
         scores.sort()
         threshold, ties = scores.threshold(kept)
-        scored = samples - int(np.searchsorted(scores.ascending, -np.inf, side="right"))
-        if kept < samples and kept - scored > _MOST_WITHOUT * kept:
-            expected = (
-                f"at least 99% of the {kept} that --keep keeps: the scores of --teacher or --reference are not finite"
-            )
-            raise UserError("--keep", f"{scored} of {samples} samples with a finite score in both caches", expected)
+        _require_finite(scores, samples, kept)
         shown = Progress("writing", total=kept, unit="samples")
         per_dataset = _write_kept(sources, scores, threshold, ties, writer, progress=shown, show=progress)
         assert writer.documents == kept, (writer.documents, kept)
@@ -136,6 +131,16 @@ def select_miniplm(
         )
     write_atomic(f"{os.fspath(output)}.selection.json", json.dumps(_strict(report), indent=1, allow_nan=False) + "\n")
     return report
+
+
+def _require_finite(scores: Scores, samples: int, kept: int) -> None:
+    """Refuses to keep samples because they come first in the corpus and not because of their score."""
+    scored = samples - int(np.searchsorted(scores.ascending, -np.inf, side="right"))
+    if kept < samples and kept - scored > _MOST_WITHOUT * kept:
+        expected = (
+            f"at least 99% of the {kept} that --keep keeps: the scores of --teacher or --reference are not finite"
+        )
+        raise UserError("--keep", f"{scored} of {samples} samples with a finite score in both caches", expected)
 
 
 def _open_sources(

@@ -214,7 +214,7 @@ def test_overrides(folder, key, data):
         ({"megatron": [[]]}, "megatron"),
         ({"model": RUN["model"] | {"vocab_size": None}}, "config.json vocab_size"),
         ({"model": RUN["model"] | {"vocab_size": "51"}}, "config.json vocab_size"),
-        ({"model": RUN["model"] | {"num_hidden_layers": 10**30}}, "config.json num_hidden_layers"),
+        ({"model": RUN["model"] | {"num_hidden_layers": 10**18}}, "config.json num_hidden_layers"),
     ],
 )
 def test_found(folder, monkeypatch, change, field):

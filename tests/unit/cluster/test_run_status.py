@@ -136,24 +136,28 @@ def test_what_the_holder_of_the_directory_tells(run: Run) -> None:
     text = config.read_text()
     config.unlink()
     with pytest.raises(UserError, match=r"no config\.yaml"):
-        run_status(run.folder)
+        run_status(run.folder, now=NOW)
     command = [sys.executable, "-c", HOLDS, str(run.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
-        assert run_status(run.folder).state == "starting" and "starting" in status_text(run_status(run.folder))
+        assert run_status(run.folder, now=NOW).state == "starting" and "starting" in status_text(
+            run_status(run.folder, now=NOW)
+        )
         config.write_text(text)
-        assert run_status(run.folder).state == "starting"
+        assert run_status(run.folder, now=NOW).state == "starting"
         run.steps(1, 10, age=1)
         events = run.events()
         events.start(step=0, ranks=1)
-        assert run_status(run.folder).state == "running"
+        assert run_status(run.folder, now=NOW).state == "running"
         events.end(step=10, code=75)
-        assert run_status(run.folder).state == "starting", "the one that is stopped has let go of the directory"
+        assert run_status(run.folder, now=NOW).state == "starting", (
+            "the one that is stopped has let go of the directory"
+        )
         run.events().start(step=10, ranks=1)
         run.steps(11, 20, age=1)
-        assert run_status(run.folder).state == "running"
+        assert run_status(run.folder, now=NOW).state == "running"
         holder.kill()
-    found = run_status(run.folder)
+    found = run_status(run.folder, now=NOW)
     assert (found.state, found.crashes, found.stops) == ("crashed", 1, 1)
 
 

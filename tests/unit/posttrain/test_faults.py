@@ -92,12 +92,11 @@ def test_missing_weights_are_not_drawn_at_random(stage, posttrain, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_rewards_that_are_all_the_same_teach_nothing(posttrain):
+def test_rewards_that_are_all_the_same_teach_nothing(posttrain, tmp_path):
     lines = [{"prompt": "1+1=", "answer": "99999"}] * 8  # longer than a completion may be
     code, said = posttrain("rlvr", lines=lines)
-    assert code == 0
-    expected = "warning: the gradient was 0 in all 2 steps, and nothing was learnt; the completions of each prompt had"
-    assert said.startswith(expected), said
+    assert code == 70 and "nothing was learnt, and no model is written" in said, said
+    assert not (tmp_path / "run" / "model").exists()
     assert posttrain("dpo") == (0, ""), "a run that learns says nothing of the kind"
 
 
@@ -169,12 +168,12 @@ def test_a_padding_token_without_a_row_is_named(posttrain):
 @pytest.mark.parametrize(
     ("stage", "trl", "says"),
     [
-        ("sft", {"learning_rate": 0.0}, "trl.learning_rate: found 0.0; expected a finite number above 0"),
+        ("sft", {"learning_rate": 0.0}, "trl.learning_rate: found 0.0; expected a number above 0"),
         ("dpo", {"learning_rate": -1e-3}, "trl.learning_rate: found -0.001"),
-        ("sft", {"max_steps": 0}, "trl.max_steps: found 0; expected more than 0, or -1"),
-        ("sft", {"max_steps": -1, "num_train_epochs": 0}, "trl.num_train_epochs: found 0; expected more than 0"),
-        ("sft", {"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "data.train: found 12 records"),
-        ("rlvr", {"per_device_train_batch_size": 64}, "data.train: found 12 records; expected at least 16"),
+        ("sft", {"max_steps": 0}, "trl.max_steps: found 0; expected at least 1, or -1"),
+        ("sft", {"max_steps": -1, "num_train_epochs": 0}, "trl.num_train_epochs: found 0; expected a number above 0"),
+        ("sft", {"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "data.train: found 12 lines"),
+        ("rlvr", {"per_device_train_batch_size": 64}, "data.train: found 12 lines; expected at least 16"),
     ],
 )
 def test_a_run_of_no_steps_is_refused(stage, trl, says, posttrain):
