@@ -289,6 +289,9 @@ class Chain:
             "data.train": json.dumps([str(self.directory / "text" / "problems.jsonl")]),
             "seed": self.text.seed,
         }
+        if self.text.documents < ToyText.documents:
+            # A trial of the chain: its few steps solve no problem, and a run without any gradient has failed.
+            values["trl.entropy_coef"] = 1e-3
         words = [f"{key}={value}" for key, value in (values | dict(overrides)).items()]
         config = str(find_config(RL_CONFIG, announce=False))
         return Command(("posttrain", "rlvr", config, *words), reads=_content(RL_CONFIG))

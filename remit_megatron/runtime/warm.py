@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import importlib
 import os
-import runpy
 import signal
 import sys
 import time
@@ -51,14 +50,15 @@ def command(words: Sequence[object]) -> Work:
     """``remit WORDS``, as ``python -m remit_megatron`` runs it."""
 
     def work() -> int:
+        from remit_megatron.__main__ import main
+
         sys.argv = ["remit", *map(str, words)]
         try:
-            runpy.run_module("remit_megatron", run_name="__main__", alter_sys=False)
+            return main()
         except SystemExit as stop:
             return _code(stop)
         finally:
             _as_at_the_start()  # a program ignores signals at its end; here other work may follow
-        return 0
 
     return work
 

@@ -126,7 +126,8 @@ def main(path: str, kills: int, seed: int, output: str) -> None:
     for position, stage in enumerate(plan.planned):
         share = kills // len(plan.planned) + (position < kills % len(plan.planned)) + missed
         # Early ones first: a stage that goes on where it was has less left every time, and ends sooner than it did.
-        moments = sorted(generator.uniform(0, 0.5 * seconds[stage]) for _ in range(share))
+        # The first as soon as it has begun, so that every stage is killed also where it is quicker this time.
+        moments = [0.0, *sorted(generator.uniform(0, 0.5 * seconds[stage]) for _ in range(share - 1))]
         killed_here = 0
         while killed_here < share and kill_in(path, killed, stage, moments[killed_here]):
             done.append([stage, round(moments[killed_here], 3)])
