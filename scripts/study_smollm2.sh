@@ -16,7 +16,7 @@
 #   --seed N        (1)
 #   --full          sizes for a GPU: 300, 512, 256, 1000, 64, 250
 #
-# The defaults end within about half an hour on two quiet CPU cores by estimate, and are too small to show an effect: they
+# The defaults took 31 minutes on two CPU cores (others used them too), and are too small to show an effect: they
 # show that the turn turns. A GPU, where there is one, is used with the same stages. Stopped, the same command goes on.
 set -euo pipefail
 
