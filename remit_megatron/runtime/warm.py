@@ -50,11 +50,9 @@ def command(words: Sequence[object]) -> Work:
     """``remit WORDS``, as ``python -m remit_megatron`` runs it."""
 
     def work() -> int:
-        from remit_megatron.__main__ import main
-
         sys.argv = ["remit", *map(str, words)]
         try:
-            return main()
+            return importlib.import_module("remit_megatron.__main__").main()
         except SystemExit as stop:
             return _code(stop)
         finally:
