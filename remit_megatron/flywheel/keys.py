@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -194,6 +193,7 @@ def posttrain_content(kind: str, path: str, overrides: list[str], digests: Diges
 
     The number of ranks is part of it: TRL's batch is so many times the one of a device.
     """
+    from remit_megatron.posttrain.command_engine import words_of
     from remit_megatron.posttrain.configuration import load_settings
     from remit_megatron.posttrain.verifiers import verifier_source
 
@@ -207,36 +207,36 @@ def posttrain_content(kind: str, path: str, overrides: list[str], digests: Diges
     file = (settings.verifier or "").rpartition(":")[0]
     if file.endswith(".py"):
         values["verifier_file"] = digests.of(file, field="verifier")
-    named = set() if kind != "rlvr" else _verifiers_of_lines(settings.data.train + settings.data.valid)
+    named: set[str] = set()
+    for name in (*settings.data.train, *settings.data.valid) if kind == "rlvr" else ():
+        named |= _verifiers_of_lines(name, tuple(digests.of_texts([name])))
     if settings.verifier and not file.endswith(".py"):
         named.add(settings.verifier)
     sources = {name: verifier_source(name) for name in sorted(named)}
     values["verifiers"] = {name: digests.of(path, field="verifier") for name, path in sources.items() if path}
     if settings.engine == "command":
-        files = [word for word in _words(settings.command.get("run")) if Path(word).is_file()]
-        values["command_files"] = {word: digests.of(word, field="command.run") for word in files}
+        with suppress(UserError):  # which the stage itself refuses
+            files = [word for word in words_of(settings) if Path(word).is_file()]
+            values["command_files"] = {word: digests.of(word, field="command.run") for word in files}
     return {**values, "ranks": nproc}
 
 
-def _verifiers_of_lines(inputs: Sequence[str]) -> set[str]:
-    """Names of the verifiers that lines ask for; of no file that is not there yet, or that the stage itself refuses."""
+@functools.cache
+def _verifiers_of_lines(name: str, contents: tuple[str, ...]) -> frozenset[str]:
+    """Names of the verifiers that lines ask for; of no file that is not there yet, or that the stage itself refuses.
+
+    Args:
+        name: a file, folder or pattern; ``contents`` are its digests, so that each is read once for all stages.
+    """
     from remit_megatron.posttrain.examples import read_examples
 
-    names = set()
-    for name in inputs:
-        with suppress(UserError, OSError):
-            if not name.startswith(STAGE):
-                names |= {
-                    example.fields.get("verifier", "") for example in read_examples([name], stage="rlvr", field="data")
-                }
-    return names - {""}
-
-
-def _words(run: Any) -> list[str]:
+    if name.startswith(STAGE):
+        return frozenset()
     try:
-        return shlex.split(run) if isinstance(run, str) else [word for word in run or () if isinstance(word, str)]
-    except ValueError:
-        return []  # the stage refuses it
+        examples = read_examples([name], stage="rlvr", field="data")
+    except (UserError, OSError):
+        return frozenset()
+    return frozenset(example.fields["verifier"] for example in examples if "verifier" in example.fields)
 
 
 def suite_content(name: str, digests: Digests) -> Any:

@@ -10,16 +10,19 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remit_megatron.flywheel.chain import WITHOUT_REFERENCE, Stage
 from remit_megatron.flywheel.keys import STAGE, Digests, posttrain_content, run_content, suite_content
 from remit_megatron.flywheel.references import Reference, filled, only
-from remit_megatron.run.configuration import load_config
+from remit_megatron.run.configuration import RunConfig, load_config
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.extras import require
 from remit_megatron.runtime.installed import find_config
 from remit_megatron.scoring.verdicts import GAIN, beginning
+
+if TYPE_CHECKING:
+    from remit_megatron.posttrain.configuration import PosttrainSettings
 
 POSTTRAIN = ("sft", "dpo", "rlvr")
 # Where the kinds that take a run's or a post-training's configuration put it.
@@ -91,7 +94,7 @@ def content(stage: Stage, filling: Filling, digests: Digests) -> dict[str, Any]:
     nproc = settings.get("nproc") or 1
     result: dict[str, Any] = {"kind": stage.kind}
     if stage.kind in ("train", "score", "check"):
-        config = load_config(settings["config"], _run_overrides(stage, settings, filling))
+        config = _run_config(stage, settings, filling)
         result["config"] = run_content(config, digests, nproc=nproc)
         result |= {name: settings[name] for name in ("all", "samples", "require") if name in settings}
         if stage.kind == "train" and settings.get("scores"):
@@ -135,11 +138,9 @@ def check_arguments(stage: Stage, filling: Filling) -> None:
         patches.apply()
         from remit_megatron.run.megatron_args import read_overrides
 
-        read_overrides(load_config(settings["config"], _run_overrides(stage, settings, filling)).megatron)
+        read_overrides(_run_config(stage, settings, filling).megatron)
     elif stage.kind in POSTTRAIN:
-        from remit_megatron.posttrain.configuration import load_settings
-
-        found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
+        found = _posttrain_settings(stage, settings, filling)
         if found.engine == "trl":  # the others have checks of their own, and need no TRL
             require("trl", field=f"{stage.field}: engine trl")
         if found.trl and found.engine == "trl":
@@ -167,9 +168,7 @@ def step_problem(stage: Stage, step: int, filling: Filling) -> tuple[str, str] |
     """
     settings = filled(stage.settings, filling.fill, field=stage.field)
     if stage.kind in POSTTRAIN:
-        from remit_megatron.posttrain.configuration import load_settings
-
-        found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
+        found = _posttrain_settings(stage, settings, filling)
         every = found.keep.every
         if every is None or step % every:
             return f"keep.every {show(every)}", f"keep.every, a number that divides {step}"
@@ -177,7 +176,7 @@ def step_problem(stage: Stage, step: int, filling: Filling) -> tuple[str, str] |
         if isinstance(last, int) and 0 < last < step:
             return f"trl.max_steps {last}", f"trl.max_steps of {step} or more"
         return None
-    config = load_config(settings["config"], _run_overrides(stage, settings, filling))
+    config = _run_config(stage, settings, filling)
     interval = config.megatron.get("save_interval")
     if not interval or step % interval:
         return f"megatron.save_interval {show(interval)}", f"megatron.save_interval, a number that divides {step}"
@@ -198,7 +197,7 @@ def token_data(stage: Stage, filling: Filling) -> list[str]:
     if stage.kind not in ("train", "score", "check"):
         return []
     settings = filled(stage.settings, filling.fill, field=stage.field)
-    data = load_config(settings["config"], _run_overrides(stage, settings, filling)).data
+    data = _run_config(stage, settings, filling).data
     found = [entry if isinstance(entry, str) else entry[1] for entry in (*data.train, *data.valid)]
     return [prefix for prefix in found if not prefix.startswith(STAGE)]
 
@@ -211,10 +210,8 @@ def job_of_its_own(stage: Stage, filling: Filling) -> str | None:
     """
     if stage.kind not in POSTTRAIN:
         return None
-    from remit_megatron.posttrain.configuration import load_settings
-
     settings = filled(stage.settings, filling.fill, field=stage.field)
-    found = load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
+    found = _posttrain_settings(stage, settings, filling)
     return found.engine if found.engine == "nemo_rl" else None
 
 
@@ -280,6 +277,16 @@ def _run_overrides(stage: Stage, settings: dict[str, Any], filling: Filling) -> 
         values.setdefault("seed", filling.seed)
     values["run_dir"] = str(filling.directory / RUN)
     return [_override(key, value) for key, value in values.items()]
+
+
+def _run_config(stage: Stage, settings: dict[str, Any], filling: Filling) -> RunConfig:
+    return load_config(settings["config"], _run_overrides(stage, settings, filling))
+
+
+def _posttrain_settings(stage: Stage, settings: dict[str, Any], filling: Filling) -> PosttrainSettings:
+    from remit_megatron.posttrain.configuration import load_settings
+
+    return load_settings(settings["config"], _posttrain_overrides(stage, settings, filling), stage=stage.kind)
 
 
 def _posttrain_overrides(stage: Stage, settings: dict[str, Any], filling: Filling) -> list[str]:

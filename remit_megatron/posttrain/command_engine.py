@@ -39,14 +39,7 @@ def command_of(settings: PosttrainSettings, values: dict[str, str]) -> list[str]
     for key, value in settings.command.items():
         if key not in _KEYS:
             raise UserError(f"command.{key}", show(value), f"one of {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}")
-    run = settings.command.get("run")
-    if isinstance(run, str):
-        try:
-            run = shlex.split(run)
-        except ValueError as error:
-            raise UserError("command.run", f"{show(run)} ({error})", "words as a shell splits them") from None
-    if not isinstance(run, list) or not run or not all(isinstance(word, str) for word in run):
-        raise UserError("command.run", show(run), "a command line, or a list of its words")
+    run = words_of(settings)
     for word in run:
         try:
             names = [name for _, name, _, _ in string.Formatter().parse(word) if name is not None]
@@ -62,6 +55,23 @@ def command_of(settings: PosttrainSettings, values: dict[str, str]) -> list[str]
     if not any("{model_out}" in word for word in run):
         raise UserError("command.run", "no {model_out}", "the place where the command writes its Hugging Face model")
     return [word.format_map(values) for word in run]
+
+
+def words_of(settings: PosttrainSettings) -> list[str]:
+    """The words of the command as they are written, with their places.
+
+    Raises:
+        UserError: ``command.run`` is no command line.
+    """
+    run = settings.command.get("run")
+    if isinstance(run, str):
+        try:
+            run = shlex.split(run)
+        except ValueError as error:
+            raise UserError("command.run", f"{show(run)} ({error})", "words as a shell splits them") from None
+    if not isinstance(run, list) or not run or not all(isinstance(word, str) for word in run):
+        raise UserError("command.run", show(run), "a command line, or a list of its words")
+    return run
 
 
 def run(settings: PosttrainSettings, *, dry_run: bool = False) -> int:

@@ -18,6 +18,7 @@ import torch
 
 from remit_megatron.posttrain.configuration import PosttrainSettings
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
+from remit_megatron.runtime.extras import is_installed
 from remit_megatron.runtime.settings_files import first_line
 
 # Argument -> where it is said instead, or why it is not there.
@@ -71,6 +72,8 @@ REFUSED: dict[str, str] = {
     "use_transformers_paged": _HERE + "use_transformers_continuous_batching is its name now",
     "vllm_importance_sampling_cap": _HERE + "vllm_importance_sampling_clip_max is its name now",
 }
+# What TRL and the libraries under it raise where arguments or data are wrong.
+REFUSALS = (ValueError, TypeError, ArithmeticError, NotImplementedError, ImportError)
 _HUB = ("push_to_hub", "hub_")
 # Argument -> whether a number is one of it, in words. TRL takes others, and fails later or trains nothing.
 _Limit = tuple[Callable[[float], bool], str]
@@ -149,7 +152,7 @@ def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
     if settings.stage == "rlvr":
         values["num_completions_to_print"] = 0  # log_completions writes files; its tables would fill the terminal
     for name, (package, advice) in _PACKAGES.items():
-        if given.get(name) and not _installed(package):
+        if given.get(name) and not is_installed(package):
             raise UserError(f"trl.{name}", f"{show(given[name])}, without {package}", advice)
     if cpu and given.get("use_vllm"):
         raise UserError("trl.use_vllm", "true, on a machine without a GPU", "false")
@@ -159,7 +162,7 @@ def build_arguments(settings: PosttrainSettings, *, has_valid: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that TRL's own defaults use too
             return cls(**arguments)
-    except (ValueError, TypeError, ArithmeticError, ImportError, NotImplementedError) as error:
+    except REFUSALS as error:
         found = first_line(error)
         name = next((name for name in sorted(given, key=len, reverse=True) if name in found), None)
         raise UserError(f"trl.{name}" if name else "trl", found, "arguments that TRL takes together") from None
@@ -274,9 +277,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-def _installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None

@@ -28,7 +28,7 @@ from remit_megatron.posttrain.quiet import logs_in
 from remit_megatron.posttrain.results import COMPLETE, compare_identity, write_model
 from remit_megatron.posttrain.rewards import VerifiedReward
 from remit_megatron.posttrain.token_ids import check_ids
-from remit_megatron.posttrain.trl_arguments import build_arguments, check_amount, resolved_arguments
+from remit_megatron.posttrain.trl_arguments import REFUSALS, build_arguments, check_amount, resolved_arguments
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import EXIT_DONE, EXIT_START_ME_AGAIN, DoNotRestart, UserError
 from remit_megatron.runtime.exported import huggingface_model
@@ -39,9 +39,6 @@ from remit_megatron.runtime.settings_files import first_line
 from remit_megatron.runtime.whole_model import check_whole
 
 logger = logging.getLogger(__name__)
-
-# What the libraries raise where arguments or data are wrong.
-_REFUSALS = (ValueError, TypeError, ArithmeticError, NotImplementedError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -281,7 +278,7 @@ def _one_line(settings: PosttrainSettings, *, until_step: Callable[[], bool] = l
     except TemplateError as error:
         logger.info("the template failed", exc_info=True)
         raise template_error(error, settings.chat_template, "of every line of data") from error
-    except _REFUSALS as error:
+    except REFUSALS as error:
         if not until_step():
             raise
         logger.info("TRL refused the run", exc_info=True)

@@ -37,6 +37,7 @@ from remit_megatron.run.megatron_keys import ARCHITECTURE, DEFAULTS, OWNED, UNSU
 from remit_megatron.run.megatron_values import check_values, value_refusal
 from remit_megatron.run.optimization import check_optimization, construct
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
+from remit_megatron.runtime.files import INT64
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ _POSITIVE = (
     "make_vocab_size_divisible_by",
 )
 # What torch and the files hold; beyond it, products of two arguments are no floats.
-_LARGEST = 2**63 - 1
+_LARGEST = INT64[-1]
 _NO_PLACE = "a graph of the whole step would have no place for the reference"
 _FLAGS = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
 

@@ -10,11 +10,11 @@ way. Most are for GPUs, and have not been run here. docs/configuration.md shows 
 from __future__ import annotations
 
 
-def _names(*lines: str) -> frozenset[str]:
+def names(*lines: str) -> frozenset[str]:
     return frozenset(" ".join(lines).split())
 
 
-HONORED = _names(
+HONORED = names(
     # layout and communication
     "sequence_parallel tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs",
     "tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs overlap_p2p_comm overlap_p2p_comm_warmup_flush",
@@ -54,7 +54,7 @@ HONORED = _names(
 
 # Reason -> flags that nothing reads in a run of these models. One that is set is refused, with the reason.
 INERT: dict[str, frozenset[str]] = {
-    "the model has no experts": _names(
+    "the model has no experts": names(
         "overlap_moe_expert_parallel_comm overlap_dispatch_backward_with_experts_wgrad use_fused_weighted_squared_relu",
         "ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream use_grouped_gemm_for_shared_expert",
         "use_grouped_gemm_for_dense_mlp moe_shared_expert_gate moe_shared_expert_overlap moe_enable_routing_replay",
@@ -66,16 +66,16 @@ INERT: dict[str, frozenset[str]] = {
         "moe_ncclep_static_shape moe_ncclep_zero_copy moe_paged_stash moe_use_upcycling delay_wgrad_compute",
         "moe_routing_trace_capture_logits moe_routing_trace_capture_hidden_states moe_routing_trace_dump_weights",
     ),
-    "the model has no multi-token prediction": _names("mtp_standalone mtp_use_repeated_layer mtp_detach_heads"),
-    "the model has no sparse attention of that kind": _names(
+    "the model has no multi-token prediction": names("mtp_standalone mtp_use_repeated_layer mtp_detach_heads"),
+    "the model has no sparse attention of that kind": names(
         "dsa_indexer_use_sparse_loss dsa_indexer_rope_interleaved dsa_indexer_rotate_activation",
         "dsa_indexer_scoring_relu dsa_indexer_k_norm_fp32 yarn_correction_range_round_to_int",
     ),
-    "the model is no hybrid, BERT, retriever or vision model": _names(
+    "the model is no hybrid, BERT, retriever or vision model": names(
         "use_mamba_mem_eff_path bert_binary_head biencoder_shared_query_context_model use_one_sent_docs",
         "retriever_score_scaling vision_pretraining dino_norm_last_layer output_bert_embeddings",
     ),
-    "nothing is generated in a run": _names(
+    "nothing is generated in a run": names(
         "flash_decode inference_fuse_tp_communication inference_disable_triton_nvls_kernels use_legacy_static_engine",
         "inference_moe_disable_fused_quant_kernels inference_dynamic_batching inference_rng_tracker",
         "inference_dynamic_batching_track_paused_request_events decode_only_cuda_graphs enable_chunked_prefill",
@@ -84,36 +84,36 @@ INERT: dict[str, frozenset[str]] = {
         "inference_text_gen_server_logging inference_wandb_logging inference_use_synchronous_zmq_collectives",
         "inference_disable_ep_consensus nccl_all_reduce_for_prefill",
     ),
-    "a run trains on data, not on what it generates (remit posttrain does)": _names(
+    "a run trains on data, not on what it generates (remit posttrain does)": names(
         "grpo_filter_groups_with_same_reward rl_offload_optimizer_during_inference rl_persist_cuda_graphs",
         "rl_partial_rollouts rl_inference_logprobs_is_correction rl_use_sequence_packing rl_training_cuda_graphs",
         "rl_offload_inference_model_weights_when_idle rl_verify_model_weights_swap rl_skip_bos_token rl_profile",
     ),
-    "the data are read by this project's own loader (data.*)": _names(
+    "the data are read by this project's own loader (data.*)": names(
         "dataloader_fast_cache_load dataloader_defer_npy_index_mmap mmap_bin_files fim_data allow_ambiguous_pad_tokens",
         "tokenizer_sentencepiece_legacy tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_hf_no_use_fast",
         "tokenizer_hf_no_include_special_tokens data_sharding exit_signal_handler_for_dataloader",
     ),
-    "it belongs to Megatron-FSDP, which is not used": _names(
+    "it belongs to Megatron-FSDP, which is not used": names(
         "fsdp_manual_registration fsdp_double_buffer keep_fp8_transpose_cache enable_full_sharding_in_hsdp",
         "strict_fsdp_dtensor_load megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer",
         "fsdp_db_use_persist_buf_on_alloc_fail create_all_gather_group gradient_reduce_div_fusion",
     ),
-    "the process group is made before Megatron's own start, which alone reads it": _names(
+    "the process group is made before Megatron's own start, which alone reads it": names(
         "flight_recorder_dump_on_timeout flight_recorder_include_stack_trace flight_recorder_include_only_active",
         "flight_recorder_extra_dump_on_exec",
     ),
-    "Megatron no longer reads it": _names(
+    "Megatron no longer reads it": names(
         "deprecated_use_mcore_models use_dist_ckpt_deprecated ckpt_fully_parallel_save_deprecated",
         "disable_msc_deprecated check_for_spiky_loss use_flash_attn dist_ckpt_save_pre_mcore_014",
     ),
-    "Megatron's builder of models does not read it": _names("use_layer_wise_param_layout"),
-    "the feed-forward parts are SwiGLU": _names("bias_gelu_fusion"),
-    "it compares norms that no model here has": _names("test_mode"),
-    "it reports to a service inside NVIDIA": _names(
+    "Megatron's builder of models does not read it": names("use_layer_wise_param_layout"),
+    "the feed-forward parts are SwiGLU": names("bias_gelu_fusion"),
+    "it compares norms that no model here has": names("test_mode"),
+    "it reports to a service inside NVIDIA": names(
         "one_logger_async enable_ft_package calc_ft_timeouts adlr_autoresume"
     ),
-    "the reference's scores take the place of saved logits": _names("logits_load_ignore_errors"),
+    "the reference's scores take the place of saved logits": names("logits_load_ignore_errors"),
 }
 
 # Flags that would be accepted and then do harm; refused at any value but Megatron's default.

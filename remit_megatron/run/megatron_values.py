@@ -15,15 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.run.megatron_flags import NEEDS
+from remit_megatron.run.megatron_flags import NEEDS, names
 from remit_megatron.runtime.errors import UserError, show
 
-
-def _names(*lines: str) -> frozenset[str]:
-    return frozenset(" ".join(lines).split())
-
-
-HONORED_VALUES = _names(
+HONORED_VALUES = names(
     # length, batches, layout
     "seq_length train_iters train_samples global_batch_size eval_global_batch_size eval_micro_batch_size",
     "start_eval_at_iter tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size cp_comm_type",
@@ -68,38 +63,36 @@ HONORED_VALUES = _names(
 
 # Reason -> beginnings of names, ending in _, and names that nothing reads in a run of these models.
 INERT_VALUES: dict[str, frozenset[str]] = {
-    "the model has no experts": _names("moe_ expert_ save_tokens_per_expert_interval"),
-    "the model has no multi-token prediction": _names("mtp_"),
-    "the model has no sparse attention of that kind": _names("dsa_"),
-    "the model is no hybrid, BERT, retriever, vision or audio model": _names(
+    "the model has no experts": names("moe_ expert_ save_tokens_per_expert_interval"),
+    "the model has no multi-token prediction": names("mtp_"),
+    "the model has no sparse attention of that kind": names("dsa_"),
+    "the model is no hybrid, BERT, retriever, vision or audio model": names(
         "mamba_ bert_ dino_ ict_ indexer_ retriever_ vision_ swin_backbone_type biencoder_projection_dim head_lr_mult",
         "block_data_path embedding_path evidence_data_path titles_data_path classes_fraction data_per_class_fraction",
         "iter_per_epoch img_h img_w mask_factor mask_prob mask_type num_channels num_classes patch_dim",
         "query_in_block_prob relative_attention_max_distance relative_attention_num_buckets sample_rate",
         "short_seq_prob decoder_seq_length encoder_seq_length",
     ),
-    "nothing is generated in a run": _names(
+    "nothing is generated in a run": names(
         "inference_ max_tokens_to_oom mlp_chunks_for_prefill num_speculative_tokens symmetric_ar_type"
     ),
-    "a run trains on data, not on what it generates (remit posttrain does)": _names(
+    "a run trains on data, not on what it generates (remit posttrain does)": names(
         "rl_ grpo_ langrl_env_config refit_method"
     ),
-    "the data are read by this project's own loader (data.*)": _names(
+    "the data are read by this project's own loader (data.*)": names(
         "fim_ null_tokenizer_ chat_template sft_tokenizer_prompt_format max_seqlen_per_dp_cp_rank",
         "mid_level_dataset_surplus num_dataset_builder_threads object_storage_cache_path per_dataset_sequences_path",
     ),
-    "it belongs to Megatron-FSDP, which is not used": _names(
+    "it belongs to Megatron-FSDP, which is not used": names(
         "megatron_fsdp_ data_parallel_sharding_strategy outer_dp_sharding_strategy suggested_communication_unit_size"
     ),
-    "the process group is made before Megatron's own start, which alone reads it": _names("flight_recorder_"),
-    "Megatron no longer reads it": _names("dist_ckpt_format_deprecated onnx_safe"),
-    "it reports to a service inside NVIDIA": _names(
-        "adlr_autoresume_interval app_tag_ ft_num_warmup_iters one_logger_"
-    ),
-    "the reference's scores take the place of saved logits": _names("logits_load_ logits_save_"),
-    "no family here has layers of Kitchen": _names("kitchen_attention_backend"),
-    "it belongs to inprocess_restart, which is refused": _names("inprocess_"),
-    "checkpoints are files that stay": _names(
+    "the process group is made before Megatron's own start, which alone reads it": names("flight_recorder_"),
+    "Megatron no longer reads it": names("dist_ckpt_format_deprecated onnx_safe"),
+    "it reports to a service inside NVIDIA": names("adlr_autoresume_interval app_tag_ ft_num_warmup_iters one_logger_"),
+    "the reference's scores take the place of saved logits": names("logits_load_ logits_save_"),
+    "no family here has layers of Kitchen": names("kitchen_attention_backend"),
+    "it belongs to inprocess_restart, which is refused": names("inprocess_"),
+    "checkpoints are files that stay": names(
         "non_persistent_ckpt_type non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo",
         "non_persistent_local_ckpt_dir replication_factor replication_jump",
     ),
@@ -127,8 +120,8 @@ def value_refusal(name: str) -> str | None:
     for known, expected in REFUSED_VALUES.items():
         if _covers(known, name):
             return expected
-    for reason, names in INERT_VALUES.items():
-        if any(_covers(known, name) for known in names):
+    for reason, covered in INERT_VALUES.items():
+        if any(_covers(known, name) for known in covered):
             return f"no such key: it has no effect, {reason}"
     return None
 
@@ -138,19 +131,19 @@ def _covers(known: str, name: str) -> bool:
 
 
 # What honored numbers have to be, where Megatron looks late or never.
-_WHOLE_FROM_1 = _names(
+_WHOLE_FROM_1 = names(
     "eval_global_batch_size eval_micro_batch_size mlp_chunks_for_training microbatch_group_size_per_vp_stage",
     "check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval log_memory_interval save_params_interval",
     "save_activations_interval save_dgrads_interval save_wgrads_interval tensorboard_log_interval recompute_num_layers",
     "tensorboard_queue_size distributed_timeout_minutes distributed_timeout_seconds_after_init straggler_minmax_count",
     "dist_ckpt_workers ddp_bucket_size ddp_num_buckets",
 )
-_FROM_0 = _names(
+_FROM_0 = names(
     "eval_iters start_eval_at_iter exit_interval exit_duration_in_mins train_sync_interval manual_gc_interval",
     "profile_step_start profile_step_end cpu_offloading_num_layers init_method_std embedding_init_method_std",
     "wgrad_deferral_limit num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 cuda_graph_warmup_steps",
 )
-_SHARES = _names("attention_dropout hidden_dropout")
+_SHARES = names("attention_dropout hidden_dropout")
 
 # Value -> why not, of arguments whose parser offers more than a run here can have.
 _NOT_OFFERED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -176,14 +169,14 @@ _NOT_OFFERED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "p2p, all_gather, a2a or a2a+p2p",
     ),
 }
-_NO_EXIT_SIGNALS = _names("SIGKILL SIGSTOP SIGCHLD SIGCLD SIGSEGV SIGBUS SIGFPE SIGILL SIGABRT SIGIOT")
+_NO_EXIT_SIGNALS = names("SIGKILL SIGSTOP SIGCHLD SIGCLD SIGSEGV SIGBUS SIGFPE SIGILL SIGABRT SIGIOT")
 
 # Settings that this machine must have something for: where it has not, the run would die of them.
-_ON_A_GPU = _names(
+_ON_A_GPU = names(
     "cuda_graph_impl enable_cuda_graph external_cuda_graph nccl_ub use_sharp record_memory_history",
     "optimizer_cuda_graph pipeline_model_parallel_comm_backend gpu_sniff_test_interval log_straggler",
 )
-_WITH_TRANSFORMER_ENGINE = _names("cpu_offloading_num_layers save_activations_interval save_dgrads_interval")
+_WITH_TRANSFORMER_ENGINE = names("cpu_offloading_num_layers save_activations_interval save_dgrads_interval")
 
 
 def check_values(values: Mapping[str, Any], chosen: Mapping[str, Any], *, gpu: bool) -> None:

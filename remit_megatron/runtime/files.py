@@ -21,6 +21,7 @@ from remit_megatron.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+INT64 = range(-(2**63), 2**63)
 # Folder of a checkpoint with config.json, the tokenizer and what else a Hugging Face model has besides weights.
 HF_SUBFOLDER = "hf"
 
@@ -43,7 +44,7 @@ def whole(value: Any) -> int:
     Raises:
         ValueError: it is anything else.
     """
-    if type(value) is not int or not -(2**63) <= value < 2**63:
+    if type(value) is not int or value not in INT64:
         raise ValueError(f"{str(value)[:40]!r} is no integer of 64 bits")
     return value
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import INT64
 
 _TOO_LARGE = "an integer of more than 64 bits"
 
@@ -40,7 +41,7 @@ def _refuse_large(content: Any) -> None:
     if isinstance(content, dict | list):
         for item in content if isinstance(content, list) else (*content, *content.values()):
             _refuse_large(item)
-    elif isinstance(content, int) and not -(2**63) <= content < 2**63:
+    elif isinstance(content, int) and content not in INT64:
         raise yaml.YAMLError(_TOO_LARGE)
 
 

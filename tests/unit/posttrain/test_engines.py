@@ -18,12 +18,7 @@ from remit_megatron.posttrain.examples import Example
 from remit_megatron.posttrain.formats import FORMATS, write_format
 from remit_megatron.posttrain.verl_reward import compute_score
 from remit_megatron.runtime.errors import DoNotRestart, UserError
-from tests.posttrain_runs import lines_of, make_tiny, write_lines
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+from tests.posttrain_runs import lines_of, write_lines
 
 
 @pytest.fixture

@@ -14,21 +14,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from remit_megatron.cli import main
-from tests.posttrain_runs import content_of, in_child, make_tiny, write_lines
+from tests.posttrain_runs import content_of, in_child, write_lines
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 STAGES = ["sft", "dpo", "rlvr"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def trl_once() -> None:
-    """What the children of this process have then, without importing it each."""
-    import remit_megatron.posttrain.trl_trainers  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+pytestmark = pytest.mark.usefixtures("trl_once")
 
 
 @pytest.fixture

@@ -17,15 +17,10 @@ from remit_megatron.posttrain import nemo_rl
 from remit_megatron.posttrain.configuration import load_settings, settings_of
 from remit_megatron.posttrain.nemo_rl_keys import Facts, amounts_of, check_arguments, render
 from remit_megatron.runtime.errors import UserError
-from tests.posttrain_runs import lines_of, make_tiny, write_lines
+from tests.posttrain_runs import lines_of, write_lines
 
 KEYS = json.loads((Path(__file__).parents[2] / "golden/nemo_rl_keys.json").read_text())
 CONFIGS = Path(__file__).resolve().parents[3] / "configs/posttrain"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -14,18 +14,9 @@ from remit_megatron.posttrain.configuration import settings_of
 from remit_megatron.posttrain.trl_arguments import build_arguments
 from remit_megatron.posttrain.trl_callbacks import learnt_nothing
 from remit_megatron.runtime.errors import DoNotRestart, UserError
-from tests.posttrain_runs import content_of, in_child, lines_of, make_tiny, metrics_of, run_content, write_lines
+from tests.posttrain_runs import content_of, in_child, lines_of, metrics_of, run_content, write_lines
 
-
-@pytest.fixture(scope="module", autouse=True)
-def trl_once() -> None:
-    """What the children of this process have then, without importing it each."""
-    import remit_megatron.posttrain.trl_trainers  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+pytestmark = pytest.mark.usefixtures("trl_once")
 
 
 @pytest.fixture

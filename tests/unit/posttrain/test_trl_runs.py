@@ -23,22 +23,12 @@ from tests.posttrain_runs import (
     killed_from_outside,
     killed_in,
     lines_of,
-    make_tiny,
     metrics_of,
     run_content,
     write_lines,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def trl_once() -> None:
-    """What the children of this process have then, without importing it each."""
-    import remit_megatron.posttrain.trl_trainers  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+pytestmark = pytest.mark.usefixtures("trl_once")
 
 
 @pytest.fixture
