@@ -90,8 +90,10 @@ if [[ -n "$compiled" ]]; then
   build
   install --no-deps "${wheels[0]}" "transformer-engine-cu13==$version"
   install nvidia-cudnn-frontend
-else
-  "$uv" pip uninstall --quiet --python "$python" transformer-engine-torch transformer-engine-cu13 2> /dev/null || true
+elif "$uv" pip show --quiet --python "$python" transformer-engine-cu13 2> /dev/null; then
+  "$uv" pip uninstall --quiet --python "$python" transformer-engine-torch transformer-engine-cu13
+  # It has files of the Python part, too, which went with it.
+  install --no-deps --reinstall "transformer-engine==$version"
 fi
 
 if [[ "${1:-}" == --build ]]; then
