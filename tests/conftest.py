@@ -4,6 +4,7 @@ but for tests/gpu."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     itself, does (scripts/test.sh)."""
     if not only_gpu_tests(config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks; workers and ranks inherit it
+    config.option.loadscopereorder = False  # pytest-xdist hands out files in the order that is made below
 
 
 def only_gpu_tests(arguments: Sequence[str]) -> bool:
@@ -61,6 +63,14 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those of most tests: two workers that take file after file end together."""
+    tests = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

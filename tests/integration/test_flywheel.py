@@ -20,7 +20,7 @@ from tests.posttrain_runs import lines_of, write_lines
 from tests.tiny import make_llama
 from tests.unit.flywheel.conftest import WORKER, events
 
-pytestmark = pytest.mark.timeout(1200)  # a whole chain of stages
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a whole chain of stages
 
 KILLS = 40
 ITEMS = [{"input": f"{i}+{i}=", "target": str(2 * i % 10)} for i in range(1, 25)]

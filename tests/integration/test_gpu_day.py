@@ -19,6 +19,7 @@ def day(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # eight parts, three of them with processes of their own
 def test_every_part_runs_and_leaves_its_record(tmp_path):
     done = day("--small", "--out", str(tmp_path))

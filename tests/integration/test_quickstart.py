@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(1200)  # a whole chain of stages
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a whole chain of stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

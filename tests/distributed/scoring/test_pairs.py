@@ -77,6 +77,7 @@ def test_a_reference_of_another_vocabulary(pool, material, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [["--tp", "2"], ["--pp", "2"]], ids=["tp2", "pp2"])
 def test_analyses_on_ranks_equal_transformers(material, expected, layout, tmp_path, monkeypatch):
     """The commands, which start their own ranks."""

@@ -229,6 +229,7 @@ def wait_for_scores(config: dict[str, Any], count: int, job: subprocess.Popen) -
 
 
 @pytest.mark.timeout(1500)  # five starts of a program that imports for seconds, on whatever else the machine does
+@pytest.mark.slow
 def test_stopped_killed_resumed_and_shared(material, single):
     """SIGTERM gives 75; after SIGKILL, and with a second job at the same time, every sample is scored once."""
     config = scoring(material, "score_shared")
