@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
+from remit_megatron.conversion.weight_files import tensor_files
 from remit_megatron.posttrain.configuration import PosttrainSettings, dump
 from remit_megatron.posttrain.examples import Example, digest_of, read_examples
 from remit_megatron.posttrain.results import COMPLETE, compare_identity
-from remit_megatron.runtime.errors import DoNotRestart
+from remit_megatron.runtime.errors import DoNotRestart, UserError, show
 from remit_megatron.runtime.exported import HuggingFaceModel, huggingface_model
-from remit_megatron.runtime.files import write_atomic
+from remit_megatron.runtime.files import fsync_directory, fsync_file, write_atomic
 from remit_megatron.runtime.whole_model import check_whole
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -83,28 +87,67 @@ def take_model(output: Path, run_dir: Path, given: Given) -> None:
     """Makes what an engine has written the result of the run; the tokenizer comes from the source where it has none.
 
     Raises:
-        DoNotRestart: it has written no model.
+        DoNotRestart: it has written no model, one that is not whole, another one, or has learnt nothing.
     """
-    if not is_model(output):
-        raise DoNotRestart(f"{output}: found no config.json and *.safetensors; expected a Hugging Face directory")
-    _add_tokenizer(output, given)
-    if (run_dir / "model").exists():
-        shutil.rmtree(run_dir / "model")
-    output.rename(run_dir / "model")
+    _check_model(output, given)
+    if not _changed(output, given.source.path):
+        raise DoNotRestart(f"{output}: found the weights that it started from; expected a model that learnt something")
+    _take(output, run_dir / "model", given)
     write_atomic(run_dir / COMPLETE, json.dumps({"step": None, "identity": given.identity}) + "\n")
     sys.stdout.write(f"{run_dir / 'model'}: the model\n")
 
 
 def take_kept(kept: Path, run_dir: Path, given: Given) -> None:
-    """Makes what an engine has written of intermediate models ``models/step-N`` of the run, as those of TRL."""
+    """Makes what an engine has written of intermediate models ``models/step-N`` of the run, as those of TRL.
+
+    Raises:
+        DoNotRestart: one is not whole, or another model.
+    """
     for directory in sorted(kept.glob("step-*")):
-        if not is_model(directory):
-            continue
-        _add_tokenizer(directory, given)
-        place = run_dir / "models" / directory.name
-        place.parent.mkdir(exist_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
-        directory.rename(place)
+        _check_model(directory, given)
+        (run_dir / "models").mkdir(exist_ok=True)
+        _take(directory, run_dir / "models" / directory.name, given)
+
+
+def _take(output: Path, place: Path, given: Given) -> None:
+    """Moves a directory that was checked; what is there is on disk when it is there."""
+    _add_tokenizer(output, given)
+    for file in output.iterdir():
+        if file.is_file():
+            fsync_file(file)
+    fsync_directory(output)
+    if place.exists():
+        shutil.rmtree(place)
+    output.rename(place)
+    fsync_directory(place.parent)
+
+
+def _check_model(directory: Path, given: Given) -> None:
+    """Refuses what no later stage could go on from, while it is known who wrote it."""
+    if not is_model(directory):
+        raise DoNotRestart(f"{directory}: found no config.json and *.safetensors; expected a Hugging Face directory")
+    try:
+        check_whole(directory, field="the model that was written")
+    except UserError as error:
+        raise DoNotRestart(str(error)) from None
+    made, source = (json.loads((path / "config.json").read_text()) for path in (directory, given.source.path))
+    for name in ("model_type", "vocab_size"):
+        if made.get(name) != source.get(name):
+            found, expected = show(made.get(name)), show(source.get(name))
+            raise DoNotRestart(f"{directory}: found {name} {found}; expected {expected}, as in {given.source.path}")
+
+
+def _changed(directory: Path, source: Path) -> bool:
+    """Whether a weight has another value than in ``source``; nearly always told by the first."""
+    before, after = tensor_files(source), tensor_files(directory)
+    for name in sorted(before.keys() & after.keys()):
+        with safe_open(before[name], "pt") as was, safe_open(after[name], "pt") as now:
+            old, new = was.get_tensor(name), now.get_tensor(name)
+            # An engine may write another dtype: what it was given, rounded to it, is not learnt.
+            narrow = min(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+            if not torch.equal(old.to(narrow), new.to(narrow)):
+                return True
+    return False
 
 
 def _add_tokenizer(output: Path, given: Given) -> None:

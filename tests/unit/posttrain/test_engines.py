@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from remit_megatron.posttrain import command_engine
 from remit_megatron.posttrain.configuration import settings_of
@@ -34,7 +38,9 @@ def content(model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 COPIES = (
     "import pathlib, shutil, sys; out = pathlib.Path(sys.argv[2]); shutil.copytree(sys.argv[1], out); "
-    "(out / 'lines').write_text(open(sys.argv[3]).read()); (out / 'tokenizer.json').unlink()"
+    "(out / 'lines').write_text(open(sys.argv[3]).read()); (out / 'tokenizer.json').unlink(); "
+    "weights = out / 'model.safetensors'; held = bytearray(weights.read_bytes()); held[-1] ^= 128; "  # the sign of one
+    "weights.write_bytes(held)"
 )
 
 
@@ -47,7 +53,7 @@ def test_a_command_makes_the_model(content: Callable[..., dict[str, Any]], model
     settings = settings_of(content(engine="command", command=run), stage="sft")
     assert command_engine.run(settings) == 0
     result = tmp_path / "run/model"
-    assert (result / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert (result / "model.safetensors").read_bytes()[:-1] == (model / "model.safetensors").read_bytes()[:-1]
     assert (result / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert [json.loads(line) for line in (result / "lines").read_text().splitlines()] == lines_of("sft")
     before = (result / "lines").stat().st_mtime_ns
@@ -66,6 +72,51 @@ def test_its_exit_code_is_ours(code: int, content: Callable[..., dict[str, Any]]
 def test_success_without_a_model(content: Callable[..., dict[str, Any]]) -> None:
     run = command("pass", "{model_out}")
     with pytest.raises(DoNotRestart, match=r"found no config.json and \*.safetensors"):
+        command_engine.run(settings_of(content(engine="command", command=run), stage="sft"))
+
+
+def rewritten(model: Path, directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of a model with other weights."""
+    shutil.copytree(model, directory)
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def narrower(weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        weights[name] = weight.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "says"),
+    [
+        (lambda weights: None, {}, "found the weights that it started from; expected a model that learnt something"),
+        (narrower, {"dtype": "bfloat16"}, "found the weights that it started from"),
+        (lambda weights: weights.pop("model.norm.weight"), {}, "found no model.norm.weight in"),
+        (lambda weights: weights["model.norm.weight"].add_(1), {"vocab_size": 9}, "embed_tokens.weight of shape"),
+        (lambda weights: weights["model.norm.weight"].add_(1), {"model_type": "mistral"}, "found model_type 'mistral'"),
+    ],
+)
+def test_a_model_that_is_no_result(
+    change: Any, config: dict[str, Any], says: str, content: Callable[..., dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    """Refused at once, and left where it is, by the command that knows who wrote it."""
+    made = rewritten(model, tmp_path / "made", change)
+    of_model = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(of_model | config))
+    run = command("import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])", str(made), "{model_out}")
+    with pytest.raises(DoNotRestart, match=re.escape(says)):
+        command_engine.run(settings_of(content(engine="command", command=run), stage="sft"))
+    assert not (tmp_path / "run/model").exists() and (tmp_path / "run/output").exists()
+
+
+def test_an_adapter_is_no_model(content: Callable[..., dict[str, Any]], model: Path, tmp_path: Path) -> None:
+    made = rewritten(model, tmp_path / "made", lambda weights: weights["model.norm.weight"].add_(1))
+    (made / "adapter_config.json").write_text("{}")
+    run = command("import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])", str(made), "{model_out}")
+    with pytest.raises(DoNotRestart, match="an adapter that transformers applies"):
         command_engine.run(settings_of(content(engine="command", command=run), stage="sft"))
 
 

@@ -16,7 +16,7 @@ from remit_megatron import cli
 from remit_megatron.posttrain import nemo_rl
 from remit_megatron.posttrain.configuration import load_settings, settings_of
 from remit_megatron.posttrain.nemo_rl_keys import Facts, amounts_of, check_arguments, render
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import DoNotRestart, UserError
 from tests.posttrain_runs import lines_of, write_lines
 
 KEYS = json.loads((Path(__file__).parents[2] / "golden/nemo_rl_keys.json").read_text())
@@ -189,7 +189,13 @@ def test_the_job_and_its_model(
     assert written["defaults"] == str(checkout / "examples/configs/grpo_math_1B.yaml")
     assert written["policy"]["tokenizer"]["chat_template"] == str(template)
     assert len((run_dir / "data/train.jsonl").read_text().splitlines()) == 200
-    shutil.copytree(model, run_dir / "output")  # as the job leaves it
+    shutil.copytree(model, run_dir / "output")  # as the job leaves it, but for what it has learnt
+    with pytest.raises(DoNotRestart, match="found the weights that it started from"):
+        nemo_rl.run(settings)
+    weights = run_dir / "output/model.safetensors"
+    held = bytearray(weights.read_bytes())
+    held[-1] ^= 128  # the sign of one
+    weights.write_bytes(held)
     for step in (4, 8):
         shutil.copytree(model, run_dir / f"kept/step-{step}", ignore=shutil.ignore_patterns("tokenizer*"))
     assert nemo_rl.run(settings) == 0
