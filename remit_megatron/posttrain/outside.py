@@ -103,7 +103,7 @@ def take_kept(kept: Path, run_dir: Path, given: Given) -> None:
     Raises:
         DoNotRestart: one is not whole, or another model.
     """
-    for directory in sorted(kept.glob("step-*")):
+    for directory in sorted(kept.glob("step-*[0-9]")):
         _check_model(directory, given)
         (run_dir / "models").mkdir(exist_ok=True)
         _take(directory, run_dir / "models" / directory.name, given)
