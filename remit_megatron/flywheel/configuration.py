@@ -170,7 +170,7 @@ def _check_stage(name: str, stage: Any, rounds: int) -> None:
     if not isinstance(stage, dict):
         raise UserError(where, show(stage), f"a mapping with kind, one of {', '.join(KINDS)}")
     kind = stage.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{where}.kind", show(kind), f"one of {', '.join(KINDS)}{did_you_mean(str(kind), list(KINDS))}")
     required, optional = KINDS[kind]
     known = (*required, *optional, *COMMON_KEYS)
@@ -182,6 +182,7 @@ def _check_stage(name: str, stage: Any, rounds: int) -> None:
         wrong_bool = isinstance(value, bool) and expected_type is not bool
         if not isinstance(value, expected_type) or wrong_bool:
             raise UserError(f"{where}.{key}", show(value), words)
+        _check_items(f"{where}.{key}", key, value, words)
     if missing := [key for key in required if not stage.get(key)]:
         raise UserError(f"{where}.{missing[0]}", "nothing", _TYPES[missing[0]][1])
     for key in ("nproc", "limit", "samples", "max_length"):
@@ -199,6 +200,22 @@ def _check_stage(name: str, stage: Any, rounds: int) -> None:
     if kind == "command":
         _check_command(where, stage)
     _sbatch_options(f"{where}.slurm", stage.get("slurm") or {})
+
+
+def _check_items(where: str, key: str, value: Any, expected: str) -> None:
+    """What is in a list or a mapping of a stage, and that a text says something."""
+    if value == "":
+        raise UserError(where, "''", expected)
+    if key in ("runs", "results", "after", "model_arg"):
+        for number, item in enumerate(value):
+            if not isinstance(item, str) or not item:
+                raise UserError(f"{where}[{number}]", show(item), expected)
+    if key == "models":
+        for name, path in value.items():
+            if not isinstance(name, str) or not name or not isinstance(path, str) or not path:
+                raise UserError(f"{where}.{name}", show(path), expected)
+    if key == "set" and (wrong := [name for name in value if not isinstance(name, str) or not name]):
+        raise UserError(where, show(wrong[0]), expected)
 
 
 def _check_command(where: str, stage: Mapping[str, Any]) -> None:

@@ -178,7 +178,7 @@ def step_problem(stage: Stage, step: int, filling: Filling) -> tuple[str, str] |
         return None
     config = _run_config(stage, settings, filling)
     interval = config.megatron.get("save_interval")
-    if not interval or step % interval:
+    if not isinstance(interval, int) or interval < 1 or step % interval:
         return f"megatron.save_interval {show(interval)}", f"megatron.save_interval, a number that divides {step}"
     if config.checkpoint.keep is not None:
         return f"checkpoint.keep {config.checkpoint.keep}", "checkpoint.keep null"

@@ -113,8 +113,9 @@ def _dpo(record: dict[str, Any], place: str) -> dict[str, Any]:
     chosen, rejected = (_talk(place, name, record[name]) for name in ("chosen", "rejected"))
     if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
         raise UserError(place, "chosen and rejected of different prompts", "conversations with one prompt")
-    if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        raise UserError(place, f"an answer of {chosen[-1]['role']} or {rejected[-1]['role']}", "one of the assistant")
+    roles = [talk[-1].get("role") for talk in (chosen, rejected)]
+    if roles != ["assistant", "assistant"]:
+        raise UserError(place, f"an answer of {show(roles[0])} or {show(roles[1])}", "one of the assistant")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 

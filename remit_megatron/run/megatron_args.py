@@ -214,6 +214,8 @@ def _coerce_one(action: argparse.Action, value: Any, *, field: str) -> Any:
     if action.type in (str, None):
         if not isinstance(value, str) and not number:
             raise UserError(field, show(value), "a text")
+        if value == "" != action.default:
+            raise UserError(field, "''", "a text that is not empty")
         return str(value)
     assert callable(action.type), action
     text = json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
@@ -518,7 +520,7 @@ def _translated(args: argparse.Namespace, chosen: Mapping[str, Any]) -> Iterator
     """Turns a failed check of Megatron into one line that names the argument, one of ``chosen`` where it can."""
     try:
         yield
-    except (AssertionError, ValueError, RuntimeError, NotImplementedError, KeyError, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # its checks also fail by what they do not check: an IndexError, say
         _raise_translated(error, args, chosen)
 
 

@@ -104,7 +104,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"messages": [message("assistant", "x", tool_calls=[{"a": 1}])]}, "tool_calls in a message"),
     ("dpo", {"chosen": [ASKED, SAID], "rejected": [message("user", "x"), OTHER]}, "of different prompts"),
     ("dpo", {"chosen": [SAID], "rejected": [OTHER]}, "of different prompts"),
-    ("dpo", {"chosen": [ASKED, ASKED], "rejected": [ASKED, OTHER]}, "an answer of user"),
+    ("dpo", {"chosen": [ASKED, ASKED], "rejected": [ASKED, OTHER]}, "an answer of 'user'"),
     ("rlvr", {"messages": [ASKED], "ground_truth": "x", "dataset": "gsm8k"}, "gsm8k: found answer 'x'"),
     ("rlvr", {"messages": [ASKED], "ground_truth": "", "dataset": "MATH"}, "an empty answer"),
     ("rlvr", {"messages": [ASKED], "ground_truth": "x", "dataset": "code"}, "dataset 'code'; expected a verifier"),

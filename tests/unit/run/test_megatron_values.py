@@ -92,6 +92,7 @@ def test_the_documentation_has_the_tables():
         ({"phase_transition_iterations": "1"}, "megatron.phase_transition_iterations: found '1'; expected"),
         ({"rerun_mode": "report_stats"}, "megatron.rerun_mode: found report_stats; expected disabled or"),
         ({"sharp_enabled_group": "dp"}, "megatron.sharp_enabled_group: found dp; expected nothing without use_sharp"),
+        ({"pipeline_model_parallel_layout": ""}, "megatron.pipeline_model_parallel_layout: found ''; expected a text"),
         ({"validation_set_names": ["a"]}, "megatron.validation_set_names: found ['a']; expected one blend"),
         ({"manual_gc": True, "manual_gc_interval": -1}, "megatron.manual_gc_interval: found -1; expected 0 or more"),
         ({"profile": True}, "megatron.use_pytorch_profiler: found false; expected true with megatron.profile"),
