@@ -168,20 +168,20 @@ def test_whole(folder):
     assert said is not REFUSED and all(name in said for name in STAGES)
 
 
-@examples(60)
+@examples(25)
 @given(data=st.data())
 def test_altered_flywheel(folder, data):
     planned(folder, data.draw(altered(FLYWHEEL)))
 
 
-@examples(60)
+@examples(25)
 @given(name=st.sampled_from(sorted(STAGES)), data=st.data())
 def test_altered_stage(folder, name, data):
     stages = STAGES | {name: data.draw(altered(STAGES[name], edits=1))}
     planned(folder, FLYWHEEL | {"stages": stages})
 
 
-@examples(30)
+@examples(12)
 @given(key=st.sampled_from(("rlvr", "train")), data=st.data())
 def test_altered_configuration_of_a_stage(folder, key, data):
     original = {"rlvr": POSTTRAIN, "train": TRAIN}[key]
@@ -192,13 +192,13 @@ def test_altered_configuration_of_a_stage(folder, key, data):
         written(folder, f"{key}.yaml", original)
 
 
-@examples(30)
+@examples(15)
 @given(data=st.data())
 def test_damaged_flywheel(folder, data):
     planned(folder, data.draw(damaged(yaml.safe_dump(FLYWHEEL).encode())))
 
 
-@examples(100)
+@examples(50)
 @given(stage=st.sampled_from(sorted(LINES)), data=st.data())
 def test_altered_posttrain_settings(folder, stage, data):
     content = data.draw(altered(POSTTRAIN | {"engine": data.draw(st.sampled_from(("trl", "nemo_rl", "command")))}))
@@ -213,7 +213,7 @@ def test_altered_posttrain_settings(folder, stage, data):
     assert as_json(inside(folder, lambda: load_settings(again, stage=stage)).to_plain()) == as_json(said)
 
 
-@examples(100)
+@examples(60)
 @given(stage=st.sampled_from(sorted(LINES)), data=st.data())
 def test_altered_lines(folder, stage, data):
     lines = [data.draw(altered(line)) for line in LINES[stage]]
