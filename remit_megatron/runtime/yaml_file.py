@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import INT64
 
 _TOO_LARGE = "an integer of more than 64 bits"
@@ -24,7 +24,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-        _refuse_large(content)
+        _refuse(content)
         return content
     except AssertionError:  # which is how it refuses a bare number, flag or date
         raise yaml.YAMLError("one value alone") from None
@@ -36,13 +36,16 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(_TOO_LARGE if "digits" in str(error) else str(error)) from None
 
 
-def _refuse_large(content: Any) -> None:
-    """Nothing here counts beyond 64 bits, and arithmetic with such integers ends in an OverflowError somewhere."""
+def _refuse(content: Any) -> None:
+    """Nothing here counts beyond 64 bits, and arithmetic with such integers ends in an OverflowError somewhere; a zero
+    byte ends a name for the system, and no text of ours has one."""
     if isinstance(content, dict | list):
         for item in content if isinstance(content, list) else (*content, *content.values()):
-            _refuse_large(item)
+            _refuse(item)
     elif isinstance(content, int) and content not in INT64:
         raise yaml.YAMLError(_TOO_LARGE)
+    elif isinstance(content, str) and "\0" in content:
+        raise yaml.YAMLError(f"a text with a zero byte, {show(content)}")
 
 
 def read_yaml(path: Path, *, field: str, expected: str) -> Any:

@@ -315,6 +315,7 @@ def test_a_step_that_no_interval_keeps(folder, monkeypatch):
     [
         ("tasks: [a]\nabout: x\nabout: y\n", "found duplicate key about"),
         ("tasks: [a]\n1: x\nb: y\n", "1: found str 'x'; expected one of about"),
+        ('tasks: ["a\\0b"]', "found a text with a zero byte"),
         ("tasks: " + "[" * 9000 + "]" * 9000, "nested too deeply"),
     ],
 )
