@@ -130,7 +130,7 @@ def load_flywheel(path: str | Path, overrides: Sequence[str] = ()) -> FlywheelCo
     content = read_settings(path, overrides)
     for key, value in content.items():
         if key not in _KEYS:
-            raise UserError(key, show(value), f"one of {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}")
+            raise UserError(key or "''", show(value), f"one of {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}")
     run_dir = content.get("run_dir")
     if not isinstance(run_dir, str) or not run_dir:
         raise UserError("run_dir", show(run_dir), "the directory that receives what the flywheel writes")

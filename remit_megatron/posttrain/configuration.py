@@ -198,4 +198,4 @@ def _check_names(content: Mapping[str, Any], known: Sequence[str], prefix: str) 
     for name, value in content.items():
         if name not in known:
             hint = did_you_mean(str(name), known) or ("" if prefix else "; arguments of TRL go under trl")
-            raise UserError(f"{prefix}{name}", show(value), f"one of {', '.join(known)}{hint}")
+            raise UserError(f"{prefix}{name}" or "''", show(value), f"one of {', '.join(known)}{hint}")

@@ -91,7 +91,7 @@ def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise UserError(where, f"a {type(plain).__name__}", "a mapping of keys to values")
     for key in plain:
-        if not isinstance(key, str) or not key:
+        if not isinstance(key, str):
             raise UserError(where, show(key), "keys that are names")
     return typing.cast("dict[str, Any]", plain)
 
