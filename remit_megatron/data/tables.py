@@ -21,9 +21,11 @@ def iter_batches(file: str, fields: Sequence[str], store: FileStore) -> Iterator
     import pyarrow
     import pyarrow.parquet
 
-    local = store is LOCAL_FILES  # Arrow reads these itself, without the detour over Python
+    local = store is LOCAL_FILES and _can_be_named(file)  # Arrow reads these itself, without the detour over Python
     if file.endswith(".parquet"):
-        with pyarrow.parquet.ParquetFile(file if local else store.open(file), pre_buffer=False) as table:
+        source = file if local else store.open(file)
+        # Many writers leave checksums out, and Arrow's own reader does not look at those that are there.
+        with pyarrow.parquet.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as table:
             _check_columns(file, table.schema_arrow, fields)
             rows, done = max(table.metadata.num_rows, 1), 0
             for batch in table.iter_batches(batch_size=1024, columns=list(fields), use_threads=False):
@@ -43,6 +45,15 @@ def iter_batches(file: str, fields: Sequence[str], store: FileStore) -> Iterator
         for batch in stream:
             yield batch.select(list(fields)), source.tell() / max(source.size(), 1)
         _check_end(file, source)
+
+
+def _can_be_named(file: str) -> bool:
+    """Whether Arrow can open a file by its name, which to Linux is bytes and to Arrow is UTF-8."""
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_end(file: str, source: Any) -> None:

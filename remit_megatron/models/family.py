@@ -161,8 +161,8 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
     """Rope as config.json has it: ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling``
     (before).
 
-    The theta is always the checkpoint's own: models of one family differ in it, and the defaults of the Hugging Face
-    classes are wrong for every released one.
+    The theta is always the checkpoint's own, in either spelling; what it is where a file says nothing, families add
+    before, as the classes of transformers do.
 
     Raises:
         UserError: there is no theta, or it is not a positive number; or both spellings are there, of which

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -154,3 +155,31 @@ def test_streams_of_old_versions_are_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="without its end mark"):
         rows(path, TextFormat())
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_page_that_is_not_what_its_checksum_says(tmp_path, version):
+    """Nothing else tells: other letters of the same length are text like any other."""
+    path = tmp_path / "x.parquet"
+    options = {"compression": "none", "use_dictionary": False, "data_page_version": version}
+    texts = [f"document {number}" for number in range(3000)]
+    pq.write_table(pa.table({"text": texts}), path, write_page_checksum=True, **options)
+    assert [document.text for document in iter_documents([path])] == texts
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"document 2000", b"document 9999"))
+    with pytest.raises(UserError, match=r"cannot be read \(could not verify page integrity, CRC checksum"):
+        list(iter_documents([path]))
+    # Without a checksum there is nothing to compare.
+    pq.write_table(pa.table({"text": texts}), path, **options)
+    assert [document.text for document in iter_documents([path])] == texts
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.parquet", b"stream.caf\xe9.arrow", b"file.caf\xe9.arrow"])
+def test_names_that_are_not_utf8(tmp_path, name):
+    path = write(tmp_path / name.decode(errors="replace"), pa.table({"text": ["one", "two"]}))
+    path = path.rename(tmp_path / os.fsdecode(name))
+    assert [document.text for document in iter_documents([path])] == ["one", "two"]
+    assert [document.text for document in iter_documents([tmp_path])] == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"cannot be read|end mark"):
+        list(iter_documents([path]))
