@@ -47,7 +47,9 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
         from transformers import AutoTokenizer
 
         try:
-            opened: Any = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
+            opened: Any = AutoTokenizer.from_pretrained(
+                os.fspath(folder), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # of any kind, from any tokenizer's own code
             found = f"{folder}, which transformers cannot open ({next(iter(str(error).splitlines()), '')})"
             raise UserError("--add-special-tokens", found, "a tokenizer whose special tokens it can tell") from None
