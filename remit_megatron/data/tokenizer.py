@@ -170,8 +170,9 @@ class Tokenizer:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """`digest`, and the one that data and score caches made with this tokenizer had before."""
-        return (self.digest, former_digest(self.path))
+        """`digest`, and those that data and score caches made with this tokenizer had before."""
+        without = digest_of(self._backend, dropout=self._dropout, added_words=False)
+        return tuple(dict.fromkeys((self.digest, without, former_digest(self.path))))
 
 
 def load_tokenizer(path: str | os.PathLike, *, field: str = "tokenizer") -> Tokenizer:
