@@ -165,13 +165,13 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
     before, as the classes of transformers do.
 
     Raises:
-        UserError: there is no theta, or it is not a positive number; or both spellings are there, of which
+        UserError: there is no theta, or it is not a positive number; or both spellings are there and differ, of which
             transformers takes ``rope_scaling``.
     """
     parameters, scaling = hf_config.get("rope_parameters"), hf_config.get("rope_scaling")
     field = "rope_parameters.rope_theta"
-    if parameters is not None and scaling:
-        raise UserError("config.json rope_scaling", scaling, "null beside rope_parameters")
+    if parameters is not None and scaling and scaling != parameters:
+        raise UserError("config.json rope_scaling", scaling, "null beside rope_parameters, or the same")
     if parameters is None:
         if scaling and not isinstance(scaling, dict):
             raise UserError("config.json rope_scaling", scaling, "one set of parameters, or null")
