@@ -26,10 +26,9 @@ NOTHING = SpecialTokens((), ())
 
 
 def own_special_tokens(tokenizer: Tokenizer) -> SpecialTokens | None:
-    """What the post-processor of ``tokenizer.json`` adds; None where it does something else than adding tokens."""
-    import tokenizers
-
-    return _added(tokenizers.Tokenizer.from_file(str(tokenizer.path)))
+    """What its post-processor adds, that of ``tokenizer.json`` or of the class that transformers makes of it; None for
+    one that does something else than adding tokens."""
+    return _added(tokenizer.backend)
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:

@@ -66,6 +66,11 @@ class Tokenizer:
         self.__dict__.update(state)
         self._backend.encode_special_tokens = split
 
+    @property
+    def backend(self) -> Any:
+        """The library's object, with the post-processor that is not used here. Not to be changed."""
+        return self._backend
+
     @cached_property
     def vocab_size(self) -> int:
         """Largest token id + 1, added tokens included. The model's embedding may be larger."""
