@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from remit_megatron.conversion.loading import HuggingFaceWeights, same_values
-from remit_megatron.conversion.source import resolve, with_dtype
+from remit_megatron.conversion.source import resolve, with_dtype, with_head
 from remit_megatron.conversion.weight_files import tensor_files
 from remit_megatron.runtime.errors import UserError
 from tests.tiny import make_llama
@@ -325,7 +325,17 @@ def test_a_model_that_was_saved_without_its_head(tmp_path, models, head):
         rewrite(tmp_path / "bare", lambda t: t.update({HEAD: t["embed_tokens.weight"].clone()}))
     assert "embed_tokens.weight" in tensors_of(tmp_path / "bare")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare").state_dict()
-    weights = HuggingFaceWeights(resolve(tmp_path / "bare"))
+    source = resolve(tmp_path / "bare")
+    assert source.hf_config["architectures"] == ["LlamaModel"]
+    assert with_head(source.hf_config) == source.hf_config | {"architectures": ["LlamaForCausalLM"]}
+    for other in (
+        {},
+        {"architectures": None},
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": "LlamaModel"},
+    ):
+        assert with_head(other) is other
+    weights = HuggingFaceWeights(source)
     weights.check()
     assert len(weights.used()) == len(expected) - 1
     for name in expected.keys() - {HEAD}:
