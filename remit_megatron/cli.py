@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -126,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Wrong input is one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A file's name may be any bytes: saying what was written must not fail after the work is done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # The CUDA driver reads it when it starts, which the first question for a GPU may do: kernels of tensor and context
     # parallelism start in the order in which they were issued. Megatron demands it on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

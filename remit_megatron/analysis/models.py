@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
 from remit_megatron.analysis.texts import TextTokenizer, TokenizedText, read_texts, tokenize_all
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show_error
 from remit_megatron.runtime.exported import HuggingFaceModel, huggingface_model
 from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.whole_model import refuse_adapter
@@ -47,11 +46,12 @@ class TextModel:
                 self.source.path,
                 dtype=_DTYPES[dtype],
                 local_files_only=True,
+                trust_remote_code=False,  # None asks on the terminal
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            found = f"{self.source.path}, which transformers cannot load ({error})"
+        except Exception as error:  # whatever its classes make of these files
+            found = f"{self.source.path}, which transformers cannot load ({show_error(error)})"
             raise UserError(field, found, "a causal language model") from None
         self._model: Any = loaded[0]
         if missing := sorted(loaded[1]["missing_keys"]):  # which transformers draws at random

@@ -107,7 +107,8 @@ class HuggingFaceWeights:
         self._shape, self._path = shape_of(source.hf_config), source.path
         self._files = TensorFiles(source.path)
         self._num_layers: int = required(source.hf_config, "num_hidden_layers")
-        known = hf_names(self.names, self._num_layers)
+        (embedding,) = self.names.embedding.hf
+        known = self._named_in_files(hf_names(self.names, self._num_layers), embedding)
         # A tied model's files may hold the one matrix twice, or under the head's name alone.
         self._tied = self.names.head is None and HEAD in self._files.names()
         unknown = self._files.names() - known - ({HEAD} if self._tied else set())
@@ -116,10 +117,18 @@ class HuggingFaceWeights:
             raise UserError(
                 f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
             )
-        (embedding,) = self.names.embedding.hf
-        self._renamed = {embedding: HEAD} if self._tied and embedding not in self._files.names() else {}
-        if self._tied and not self._renamed:
-            self._check_tied(embedding)
+        if self._tied and self._renamed.get(embedding, embedding) not in self._files.names():
+            self._renamed[embedding] = HEAD
+        elif self._tied:
+            self._check_tied(self._renamed.get(embedding, embedding))
+
+    def _named_in_files(self, known: set[str], embedding: str) -> set[str]:
+        """The names ``known`` as the files have them. A model that was saved without its head (``AutoModel``) has them
+        without the part that says which part of a model they are."""
+        found, part = self._files.names(), embedding.split(".", 1)[0] + "."
+        bare = embedding not in found and embedding.removeprefix(part) in found
+        self._renamed = {name: name.removeprefix(part) for name in known if bare and name.startswith(part)}
+        return {self._renamed.get(name, name) for name in known}
 
     def _check_tied(self, embedding: str) -> None:
         """Refuses a head of its own in a model that config.json calls tied; a few rows at a time."""

@@ -192,6 +192,16 @@ def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPAN
             (target / name).write_bytes(content)
 
 
+def with_head(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """config.json content that names a model with its head, ``LlamaForCausalLM`` for ``LlamaModel``: an export has one,
+    and some programs go by the name. The content itself where it names none without."""
+    named = hf_config.get("architectures")
+    if not isinstance(named, list) or not any(isinstance(name, str) and name.endswith("Model") for name in named):
+        return hf_config
+    whole = [f"{name.removesuffix('Model')}ForCausalLM" if str(name).endswith("Model") else name for name in named]
+    return hf_config | {"architectures": whole}
+
+
 def with_dtype(hf_config: dict[str, Any], name: str) -> dict[str, Any]:
     """config.json content that says of its weights that they are ``name`` ("bfloat16"), under each of the two keys
     that is there; ``dtype`` where none is. transformers reads ``dtype``, and before version 5 ``torch_dtype``."""

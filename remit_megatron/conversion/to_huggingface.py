@@ -22,7 +22,7 @@ from remit_megatron.conversion.checkpoint_files import CheckpointFiles
 from remit_megatron.conversion.directories import complete_directory
 from remit_megatron.conversion.loading import hf_names, sharded_weights, weights_of
 from remit_megatron.conversion.processes import process_groups
-from remit_megatron.conversion.source import ModelSource, copy_companions, resolve, with_dtype
+from remit_megatron.conversion.source import ModelSource, copy_companions, resolve, with_dtype, with_head
 from remit_megatron.conversion.tensor_files import TensorFileWriter
 from remit_megatron.conversion.to_megatron import DTYPES
 from remit_megatron.models.build import build_chunks, default_arguments, model_config, shape_of, unwrap
@@ -153,9 +153,10 @@ def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], d
 
 
 def _write_config(directory: Path, source: ModelSource, dtype: torch.dtype) -> None:
-    """config.json unchanged, but for the dtype where that is another, and for names that transformers does not know."""
+    """config.json unchanged, but for the dtype where that is another, names that transformers does not know, and the
+    name of a model without its head."""
     exported = family_of(source.hf_config).exported(source.hf_config)
-    config = with_dtype(exported, _DTYPE_NAMES[dtype])
+    config = with_dtype(with_head(exported), _DTYPE_NAMES[dtype])
     if config == source.hf_config:
         shutil.copyfile(source.hf_files / "config.json", directory / "config.json")
         return

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from remit_megatron.data.inputs import KNOWN_SUFFIXES
+from remit_megatron.data.inputs import BESIDE_DATA, KNOWN_SUFFIXES
 from remit_megatron.data.recipe import HubPlace
 from remit_megatron.runtime.errors import UserError
 
@@ -67,7 +67,7 @@ class HubFiles:
         return {
             full.split("/", _PLACE_PARTS)[_PLACE_PARTS]: (full, int(entry["size"]))
             for full, entry in found.items()
-            if full.endswith(KNOWN_SUFFIXES)
+            if full.endswith(KNOWN_SUFFIXES) and full.rsplit("/", 1)[-1] not in BESIDE_DATA
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol
 
@@ -18,6 +18,12 @@ KNOWN_SUFFIXES = (
     ".parquet",
     ".arrow",
 )
+
+
+# Beside data, and none of it: `load_dataset` leaves these names out of a folder, too.
+BESIDE_DATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json"))
+# Where a table keeps which of its files count; rows that were changed or removed are still in the others.
+_LOGS_OF_TABLES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 
 
 class FileStore(Protocol):
@@ -50,14 +56,16 @@ def expand_inputs(inputs: Sequence[str | os.PathLike], *, left_out: list[str] | 
     ``datasets.Dataset.save_to_disk`` wrote.
 
     Of a directory, and of the directories that a pattern without ``**`` matches, all folders below are read, also those
-    behind symbolic links, and each of them once: a link that leads back is no loop. Hidden files and folders are not.
+    behind symbolic links, and each of them once: a link that leads back is no loop. Hidden files and folders are not,
+    nor what `datasets` keeps beside its data: descriptions, and results of ``map`` in its cache.
 
     Args:
         left_out: receives a line for each input of which something was left out: files with another ending, and links
             to folders that are read under another name.
 
     Raises:
-        UserError: something does not exist, matches nothing, cannot be listed, or has an ending that nothing reads.
+        UserError: something does not exist, matches nothing, cannot be listed, or has an ending that nothing reads; or
+            a folder whose files are not all meant, as of a table with a log.
     """
     notes: list[str] = []
     files: list[str] = []
@@ -148,15 +156,22 @@ def _files_of_directories(directories: Sequence[str], item: str, notes: list[str
     plain = [Path(directory) for directory, found in saved.items() if found is None]
     again: list[Path] = []
     others, odd = [], []
-    for path in sorted(_walk(plain, again)):
+    data_sets = _DataSets()
+    for path in sorted(_walk(plain, again, check=_refuse_table)):
         if not path.name.endswith(KNOWN_SUFFIXES):
             others.append(path)
+        elif not data_sets.has(path):
+            data_sets.left_out.append(path)
         elif path.is_file():
             files.append(str(path))
         elif path.is_symlink():
             _refuse_broken_link(path)
         else:
             odd.append(path)
+    data_sets.check_complete(files)
+    if data_sets.left_out:
+        count, example = len(data_sets.left_out), data_sets.left_out[0]
+        notes.append(f"{item}: passed over {_counted(count, 'file')} beside a data set's own, such as {example}")
     if odd:
         notes.append(
             f"{item}: passed over {_counted(len(odd), 'pipe or device', 'pipes or devices')}, such as {odd[0]}"
@@ -165,6 +180,51 @@ def _files_of_directories(directories: Sequence[str], item: str, notes: list[str
         notes.append(f"{item}: passed over {_counted(len(others), 'file')} for the ending, such as {others[0]}")
     _note_links(item, again, notes)
     return files
+
+
+class _DataSets:
+    """Folders of the library `datasets` below an input: those of its cache, and those that ``save_to_disk`` wrote.
+
+    Attributes:
+        left_out: for whoever asks, to collect what is not of them.
+    """
+
+    def __init__(self) -> None:
+        self.left_out: list[Path] = []
+        self._listed: dict[Path, list[str] | None] = {}
+
+    def has(self, path: Path) -> bool:
+        """Whether a file is data, and not a description of it or something that was computed from it."""
+        if path.name in BESIDE_DATA:
+            return False
+        folder = path.parent
+        if not (folder / "dataset_info.json").exists():
+            return True
+        if folder not in self._listed:
+            self._listed[folder] = _files_of_data_set(folder)
+        listed = self._listed[folder]
+        return not fnmatch.fnmatchcase(path.name, "cache-*.arrow") if listed is None else str(path) in listed
+
+    def check_complete(self, files: Sequence[str]) -> None:
+        """Refuses a data set of which a file is not among ``files``."""
+        there = set(files)
+        for folder, listed in self._listed.items():
+            for file in listed or ():
+                if file not in there:
+                    found = f"no {os.path.basename(file)}, which state.json names"
+                    raise UserError(str(folder), found, "a whole data set written by save_to_disk")
+
+
+def _refuse_table(place: str, folders: Sequence[str]) -> None:
+    """Refuses a folder of which a log says what is in it: its files hold rows that are no longer meant."""
+    found = next((f"{place}, a {kind} table" for name, kind in _LOGS_OF_TABLES.items() if name in folders), None)
+    if "metadata" in folders and glob.glob(os.path.join(glob.escape(place), "metadata", "*.metadata.json")):
+        found = f"{place}, an Iceberg table"
+    if "_temporary" in folders:
+        raise UserError("--input", f"{place}, the output of a Spark job that has not ended", "one without _temporary")
+    if found:
+        expected = "files written from the table, or a pattern for those that are meant"
+        raise UserError("--input", f"{found}: its log decides which files count", expected)
 
 
 def _files_of_data_set(root: Path) -> list[str] | None:
@@ -193,11 +253,14 @@ def _note_links(item: str, again: Sequence[Path], notes: list[str]) -> None:
         notes.append(f"{item}: passed over {links} to a folder that is read already, such as {again[0]}")
 
 
-def _walk(roots: Sequence[Path], again: list[Path]) -> Iterator[Path]:
+def _walk(
+    roots: Sequence[Path], again: list[Path], *, check: Callable[[str, Sequence[str]], None] | None = None
+) -> Iterator[Path]:
     """Everything below ``roots`` that is no folder and not hidden; each folder once, by its own name before a link's.
 
     Args:
         again: receives the links to folders that were there already.
+        check: called with each folder and the names of those in it, hidden ones too.
     """
     entered: set[tuple[int, int]] = set()
     pending = [*roots]
@@ -207,6 +270,8 @@ def _walk(roots: Sequence[Path], again: list[Path]) -> Iterator[Path]:
             continue
         for place, folders, names in os.walk(top, onerror=_refuse_unlisted):
             entered.add(_identity(place))
+            if check is not None:
+                check(place, folders)
             visible = sorted(name for name in folders if not name.startswith("."))
             links = [name for name in visible if os.path.islink(os.path.join(place, name))]
             pending += [Path(place, name) for name in links]

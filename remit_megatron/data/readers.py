@@ -196,6 +196,10 @@ def _iter_lines(file: str, store: FileStore) -> Iterator[tuple[int, bytes, int]]
 
 
 def _decompressed(raw: BinaryIO, file: str) -> BinaryIO:
+    if file.endswith((".gz", ".zst", ".zstd")):
+        if not raw.read(1):  # gzip's own reader takes it for a whole file
+            raise EOFError("0 bytes, where even nothing at all is compressed to a few")
+        raw.seek(0)
     if file.endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
     if file.endswith((".zst", ".zstd")):

@@ -26,10 +26,9 @@ NOTHING = SpecialTokens((), ())
 
 
 def own_special_tokens(tokenizer: Tokenizer) -> SpecialTokens | None:
-    """What the post-processor of ``tokenizer.json`` adds; None where it does something else than adding tokens."""
-    import tokenizers
-
-    return _added(tokenizers.Tokenizer.from_file(str(tokenizer.path)))
+    """What its post-processor adds, that of ``tokenizer.json`` or of the class that transformers makes of it; None for
+    one that does something else than adding tokens."""
+    return _added(tokenizer.backend)
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
@@ -47,7 +46,9 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
         from transformers import AutoTokenizer
 
         try:
-            opened: Any = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
+            opened: Any = AutoTokenizer.from_pretrained(
+                os.fspath(folder), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # of any kind, from any tokenizer's own code
             found = f"{folder}, which transformers cannot open ({next(iter(str(error).splitlines()), '')})"
             raise UserError("--add-special-tokens", found, "a tokenizer whose special tokens it can tell") from None

@@ -8,7 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.data.tokenizer_files import CONFIG, SPECIAL_TOKENS, largest_id, open_directory, open_file
+from remit_megatron.data.tokenizer_files import (
+    CONFIG,
+    FILE,
+    SPECIAL_TOKENS,
+    largest_id,
+    open_directory,
+    open_file,
+    vocabulary_file,
+)
 from remit_megatron.data.tokenizer_identity import digest_of, former_digest
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import HF_SUBFOLDER, parse_json
@@ -26,7 +34,7 @@ class Tokenizer:
     other processes need none of its files.
 
     Args:
-        path: the ``tokenizer.json`` file.
+        path: the ``tokenizer.json`` file, or what a directory without one has in its place (`vocabulary_file`).
         directory: where the files are that go with it; None for a bare file, which is taken as it is.
         field: what the path is called in error messages.
 
@@ -65,6 +73,11 @@ class Tokenizer:
         split = state.pop("_special_tokens_are_split")
         self.__dict__.update(state)
         self._backend.encode_special_tokens = split
+
+    @property
+    def backend(self) -> Any:
+        """The library's object, with the post-processor that is not used here. Not to be changed."""
+        return self._backend
 
     @cached_property
     def vocab_size(self) -> int:
@@ -170,12 +183,17 @@ class Tokenizer:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """`digest`, and the one that data and score caches made with this tokenizer had before."""
-        return (self.digest, former_digest(self.path))
+        """`digest`, and those that data and score caches made with this tokenizer had before."""
+        found = [self.digest, digest_of(self._backend, dropout=self._dropout, added_words=False)]
+        if self.directory is None or self.path.name == FILE:
+            found.append(former_digest(self.path))
+        return tuple(dict.fromkeys(found))
 
 
 def load_tokenizer(path: str | os.PathLike, *, field: str = "tokenizer") -> Tokenizer:
     """Opens the tokenizer of a Hugging Face directory or of a checkpoint (its ``hf`` folder), or a bare tokenizer.json.
+
+    A directory may have a SentencePiece model or vocabulary and merges in place of tokenizer.json.
 
     Args:
         field: what the path is called in error messages.
@@ -186,8 +204,8 @@ def load_tokenizer(path: str | os.PathLike, *, field: str = "tokenizer") -> Toke
     location = Path(path)
     if location.is_dir():
         for directory in (location, location / HF_SUBFOLDER):
-            if (directory / "tokenizer.json").is_file():
-                return Tokenizer(directory / "tokenizer.json", directory=directory, field=field)
+            if (file := vocabulary_file(directory)) is not None:
+                return Tokenizer(file, directory=directory, field=field)
         expected = f"a directory with tokenizer.json, or a checkpoint with {HF_SUBFOLDER}/tokenizer.json"
         raise UserError(field, f"{location} without tokenizer.json", expected)
     if not location.is_file():

@@ -4,7 +4,8 @@
 ``tokenizer_class`` may name a class that takes vocabulary and merges only and builds the rest anew (transformers 5:
 LlamaTokenizer, GPT2Tokenizer, Qwen2Tokenizer). So transformers itself is asked, without a network and without code from
 the directory; that costs its import, about 3 s. It is spared where it is plain that nothing but ``tokenizer.json`` is
-used: the general class, and no token that the file does not have.
+used: the general class, and no token that the file does not have. A directory without that file, with a SentencePiece
+model or vocabulary and merges, is transformers' to read as well.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from remit_megatron.runtime.files import parse_json
 
 FILE, CONFIG, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
+# What transformers makes a tokenizer of where there is no tokenizer.json, of those that travel with a model.
+_OTHER_FILES = ("tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 # Classes that load tokenizer.json as it is, and models for which transformers has no other (a test compares).
 _GENERAL_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 GENERAL_MODELS = (None, "llama", "olmo2", "smollm3", "youtu", "youtu_llm")
@@ -48,7 +51,7 @@ class OpenedTokenizer:
         eos_token: as transformers would have it; None where there is none.
         eos_file: the file that names it; None where a class does by default.
         eos_appended: no file gives it an id, so that transformers appends it to the vocabulary.
-        vocab_size: largest id + 1 of ``tokenizer.json`` itself.
+        vocab_size: largest id + 1 of ``tokenizer.json`` itself; without one, of the vocabulary.
     """
 
     backend: tokenizers.Tokenizer
@@ -56,6 +59,11 @@ class OpenedTokenizer:
     eos_file: Path | None
     eos_appended: bool
     vocab_size: int
+
+
+def vocabulary_file(directory: Path) -> Path | None:
+    """The file of a directory that a tokenizer is made of: ``tokenizer.json`` first; None where there is none."""
+    return next((directory / name for name in (FILE, *_OTHER_FILES) if (directory / name).is_file()), None)
 
 
 def open_file(path: Path, field: str) -> tokenizers.Tokenizer:
@@ -74,12 +82,12 @@ def open_file(path: Path, field: str) -> tokenizers.Tokenizer:
 
 
 def open_directory(directory: Path, field: str) -> OpenedTokenizer:
-    """The tokenizer of a directory with ``tokenizer.json``.
+    """The tokenizer of a directory with a `vocabulary_file`.
 
     Raises:
         UserError: a file cannot be read, or transformers does not load the directory, or not with this library.
     """
-    backend = open_file(directory / FILE, field)
+    own = open_file(directory / FILE, field) if (directory / FILE).is_file() else None
     config, mapped = _json(directory / CONFIG, field), _json(directory / SPECIAL_TOKENS, field)
     if not isinstance(config.get("added_tokens_decoder", {}), dict):
         raise UserError(field, f"{directory / CONFIG} with added_tokens_decoder of another kind", "a JSON object")
@@ -90,18 +98,20 @@ def open_directory(directory: Path, field: str) -> OpenedTokenizer:
         if "eos_token" in content:
             eos_token, eos_file = _text(content["eos_token"]), directory / name
             break
-    vocab_size = largest_id(backend) + 1
-    plain = _is_plain(backend, config, mapped, directory, field)
-    numbered = set(backend.get_vocab(with_added_tokens=True)) | set(_json(directory / ADDED_TOKENS, field))
-    numbered |= {_text(token) for token in config.get("added_tokens_decoder", {}).values()}
-    if not plain:
+    if own is not None and _is_plain(own, config, mapped, directory, field):
+        backend = own
+    else:
         backend, eos_token = _by_transformers(directory, field)
+    # Without tokenizer.json, what was appended to the vocabulary is among the added tokens.
+    vocabulary = backend.get_vocab(with_added_tokens=False) if own is None else own.get_vocab(with_added_tokens=True)
+    numbered = set(vocabulary) | set(_json(directory / ADDED_TOKENS, field))
+    numbered |= {_text(token) for token in config.get("added_tokens_decoder", {}).values()}
     return OpenedTokenizer(
         backend=backend,
         eos_token=eos_token,
         eos_file=eos_file,
         eos_appended=eos_token is not None and eos_token not in numbered,
-        vocab_size=vocab_size,
+        vocab_size=max(vocabulary.values(), default=-1) + 1,
     )
 
 

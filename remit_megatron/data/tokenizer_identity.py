@@ -1,8 +1,9 @@
 """Digests that tell whether two tokenizers give plain text the same ids.
 
-Added tokens, post-processor, decoder and formatting are left out: the base and the instruction-tuned releases of one
-family differ in exactly those (chat markers, templates, bos handling) and still give plain text the same ids, which is
-all that comparing their scores token by token asks for.
+Markers, post-processor, decoder and formatting are left out: the base and the instruction-tuned releases of one family
+differ in exactly those (``<|im_start|>`` and its like, templates, bos handling) and still give plain text the same ids,
+which is all that comparing their scores token by token asks for. Words that were added to a tokenizer (``add_tokens``),
+and runs of spaces, are plain text.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ _FORMER_SWITCHES = (
 _NEUTRAL = (None, False, "")
 
 
-def digest_of(backend: tokenizers.Tokenizer, *, dropout: float | None) -> str:
+def digest_of(backend: tokenizers.Tokenizer, *, dropout: float | None, added_words: bool = True) -> str:
     """SHA-256 (hex) of everything that decides the ids of plain text, as the library understands it: model (type,
-    vocabulary, merges and all switches), normalizer and pre-tokenizer.
+    vocabulary, merges and all switches), normalizer, pre-tokenizer, and added tokens that are no markers.
 
     However a file spells a tokenizer, and whatever it leaves to defaults, the library writes one spelling.
 
     Args:
         backend: its vocabulary, normalizer and pre-tokenizer count.
         dropout: the one that was saved with the BPE; it is switched off in ``backend``, and transformers would use it.
+        added_words: False leaves added tokens out, as digests were before.
     """
     content = json.loads(backend.to_str())
     # A flag that is off, an affix that is empty: as if it was not there.
@@ -46,7 +48,23 @@ def digest_of(backend: tokenizers.Tokenizer, *, dropout: float | None) -> str:
         "normalizer": _steps(content.get("normalizer"), "normalizers"),
         "pre_tokenizer": _steps(content.get("pre_tokenizer"), "pretokenizers"),
     }
+    # Whether a token is special says how it is shown; in which text it is looked for, nothing where both are one.
+    flags = ("special",) if identity["normalizer"] else ("special", "normalized")
+    words = [
+        {name: value for name, value in token.items() if name not in flags}
+        for token in content["added_tokens"]
+        if not _is_marker(token["content"])
+    ]
+    if words and added_words:
+        identity["added_words"] = words
     return _sha256(identity)
+
+
+def _is_marker(content: str) -> bool:
+    """Whether a token is something that no text has by itself: letters between signs, ``<s>``, ``[INST]``,
+    ``|||IP_ADDRESS|||``."""
+    ends = content[:1] + content[-1:]
+    return not any(end.isalnum() or end.isspace() for end in ends) and any(map(str.isalnum, content))
 
 
 def _is_neutral(value: Any) -> bool:

@@ -114,8 +114,8 @@ def chat_template(directory: Path) -> str | None:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # whatever its classes make of these files
         raise UserError(f"MODEL {directory}", show_error(error), "a directory with a tokenizer") from error
     template = getattr(tokenizer, "chat_template", None)
     return template if isinstance(template, str) else (template or {}).get("default") if template else None

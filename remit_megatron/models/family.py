@@ -161,17 +161,17 @@ def rope_of(hf_config: dict[str, Any]) -> Rope:
     """Rope as config.json has it: ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling``
     (before).
 
-    The theta is always the checkpoint's own: models of one family differ in it, and the defaults of the Hugging Face
-    classes are wrong for every released one.
+    The theta is always the checkpoint's own, in either spelling; what it is where a file says nothing, families add
+    before, as the classes of transformers do.
 
     Raises:
-        UserError: there is no theta, or it is not a positive number; or both spellings are there, of which
+        UserError: there is no theta, or it is not a positive number; or both spellings are there and differ, of which
             transformers takes ``rope_scaling``.
     """
     parameters, scaling = hf_config.get("rope_parameters"), hf_config.get("rope_scaling")
     field = "rope_parameters.rope_theta"
-    if parameters is not None and scaling:
-        raise UserError("config.json rope_scaling", scaling, "null beside rope_parameters")
+    if parameters is not None and scaling and scaling != parameters:
+        raise UserError("config.json rope_scaling", scaling, "null beside rope_parameters, or the same")
     if parameters is None:
         if scaling and not isinstance(scaling, dict):
             raise UserError("config.json rope_scaling", scaling, "one set of parameters, or null")

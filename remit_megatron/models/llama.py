@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # What megatron.core's RotaryEmbedding._apply_scaling holds fixed.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
+# Of transformers' class, where a file says nothing: those of the first two Llamas have no theta.
+_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+
 QUERY_KEY_VALUE = QKV(
     ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "self_attention.linear_qkv.weight",
@@ -52,7 +55,7 @@ def decoder_arguments(hf_config: dict[str, Any], *, value_width: int | None = No
         hf_config: content of config.json.
         value_width: channels of a head, where a family has another name for them than ``head_dim``.
     """
-    require(hf_config, "hidden_act", ("silu",))
+    require(hf_config, "hidden_act", ("silu", "swish"))  # two names of one function
     require(hf_config, "attention_bias", (False,))
     require(hf_config, "mlp_bias", (False,))
     require(hf_config, "is_causal", (True,))  # transformers lets attention see what follows where it is false
@@ -104,6 +107,7 @@ def _head_dim(hf_config: dict[str, Any], hidden: int, heads: int) -> int:
 
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a Llama ``config.json``; see :class:`remit_megatron.models.family.Family`."""
+    hf_config = _DEFAULTS | hf_config
     rope = rope_of(hf_config)
     scaling: dict[str, Any] = {"use_rope_scaling": False}
     if rope.kind == "llama3":

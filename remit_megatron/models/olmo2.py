@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+# Of transformers' class, where a file says nothing.
+_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+
 LAYER = (
     QUERY_KEY_VALUE,
     Direct("self_attn.q_norm.weight", "self_attention.q_norm.weight", split="column"),
@@ -36,6 +39,7 @@ LAYER = (
 
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Megatron arguments of an OLMo 2 ``config.json``; see :class:`remit_megatron.models.family.Family`."""
+    hf_config = _DEFAULTS | hf_config
     return decoder_arguments(hf_config) | plain_rope(hf_config)
 
 

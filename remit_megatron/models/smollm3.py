@@ -13,8 +13,14 @@ from remit_megatron.models.llama import PRE_NORM_FLAGS, decoder_arguments, decod
 from remit_megatron.models.mapping import NameMap
 from remit_megatron.runtime.errors import UserError
 
-# Where config.json says neither which layers nor how many: the configuration class of transformers.
-_DEFAULT_INTERVAL = 4
+# Of transformers' class, where a file says nothing; transformers 4 did not write that embeddings are tied.
+_DEFAULTS = {
+    "tie_word_embeddings": True,
+    "rope_theta": 2000000.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+}
+_DEFAULT_INTERVAL = 4  # of layers without rope, where config.json says neither which they are nor how many
 
 
 def _layers_without_rope(hf_config: dict[str, Any]) -> list[int] | None:
@@ -32,26 +38,22 @@ def _layers_without_rope(hf_config: dict[str, Any]) -> list[int] | None:
     return pattern if any(pattern) else None
 
 
-def _explicit(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """With the one default that files rely on: transformers 4 did not write that embeddings are tied."""
-    return {"tie_word_embeddings": True, **hf_config}
-
-
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a SmolLM3 ``config.json``; see :class:`remit_megatron.models.family.Family`."""
+    hf_config = _DEFAULTS | hf_config
     required(hf_config, "num_key_value_heads")  # absent means 4 here, and as many as heads in other families
     if hf_config.get("sliding_window") is not None:
         require(hf_config, "use_sliding_window", (False,))
     kinds = hf_config.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * whole(hf_config, "num_hidden_layers"):
         raise UserError("config.json layer_types", kinds, "full_attention for every layer")
-    values = decoder_arguments(_explicit(hf_config))
+    values = decoder_arguments(hf_config)
     return values | plain_rope(hf_config) | {"no_rope_freq": _layers_without_rope(hf_config)}
 
 
 def names(hf_config: dict[str, Any]) -> NameMap:
     """Table of weights: Llama's."""
-    return decoder_names(_explicit(hf_config))
+    return decoder_names(_DEFAULTS | hf_config)
 
 
 FAMILY = Family(

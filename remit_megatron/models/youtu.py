@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+# Of transformers' class, where a file says nothing.
+_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 131072}
+
 _ATTENTION = "self_attention."
 QUERY = (Direct("self_attn.q_proj.weight", _ATTENTION + "linear_q_proj.weight", split="column"),)
 COMPRESSED_QUERY = (
@@ -80,6 +83,7 @@ def zero_rows(hf_config: dict[str, Any]) -> dict[str, int]:
 
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a Youtu ``config.json``; see :class:`remit_megatron.models.family.Family`."""
+    hf_config = _DEFAULTS | hf_config
     heads = whole(hf_config, "num_attention_heads")
     require(hf_config, "num_key_value_heads", (heads, None))
     require(hf_config, "rope_interleave", (True,))

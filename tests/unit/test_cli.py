@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from remit_megatron.cli import _ANALYZE_COMMANDS, _COMMANDS, _DATA_COMMANDS, _parse, main
+from remit_megatron.data.manifest import read_manifest
+from tests.unit.data.test_tokenizer import make_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,19 @@ def test_a_name_that_no_file_can_have_is_one_line(capsys):
     assert main(["import", "--hf", "a" * 300, "--output", "there"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+
+
+def test_a_name_that_no_text_can_have_is_said(tmp_path):
+    """What was built is there, and the line that says so is no traceback."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "c.jsonl").write_text('{"text": "the thing"}\n')
+    output = tmp_path / os.fsdecode(b"caf\xe9")
+    words = ["data", "build", "--input", tmp_path / "c.jsonl", "--tokenizer", tokenizer, "--output", output]
+    done = subprocess.run(
+        [sys.executable, "-m", "remit_megatron", *map(str, [*words, "--workers", 1])],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        check=False,
+    )
+    assert (done.returncode, done.stdout.count(rb"caf\udce9: 1 documents")) == (0, 1), done
+    assert read_manifest(output, verify=True).documents == 1

@@ -287,6 +287,30 @@ def test_vocabularies_of_other_sizes_are_refused(tiny, tmp_path):
         models.require_same_vocabulary(first, second)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "auto"},  # of the kinds of error that transformers raises for these, two are its own
+        {"text_config": {"a": 1}},
+        {"hidden_size": "48"},
+        {"layer_types": ["x"]},
+        {"hidden_act": "nothing"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"model_type": "unheard", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_transformers_does_not_load_is_one_line(tiny, tmp_path, capsys, monkeypatch, changes):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether code of the directory may run"))
+    shutil.copytree(tiny["student"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | changes))
+    words = ["analyze", "kl", "--student", tmp_path / "model", "--reference", tiny["reference"]]
+    assert main([str(w) for w in [*words, "--input", tiny["texts"], "--output", tmp_path / "out"]]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and ("which transformers cannot load" in error or "does not load" in error)
+
+
 def test_an_adapter_is_refused(tiny, tmp_path, capsys):
     """Here peft is installed: the figures would be those of another model than Megatron would be given."""
     shutil.copytree(tiny["student"], tmp_path / "student")

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from remit_megatron.conversion.loading import HuggingFaceWeights, same_values
-from remit_megatron.conversion.source import resolve, with_dtype
+from remit_megatron.conversion.source import resolve, with_dtype, with_head
 from remit_megatron.conversion.weight_files import tensor_files
 from remit_megatron.runtime.errors import UserError
 from tests.tiny import make_llama
@@ -313,6 +313,34 @@ def test_a_tied_matrix_under_the_heads_name(tmp_path, models):
     weights = HuggingFaceWeights(resolve(directory))
     (embedding,) = weights.tensors(None, weights.names.embedding, expected.shape)
     assert torch.equal(embedding[:], expected) and torch.equal(loaded[EMBEDDING], expected)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["none", "copy"])
+def test_a_model_that_was_saved_without_its_head(tmp_path, models, head):
+    """As AutoModel saves it: the names have no prefix, and transformers takes them all the same."""
+    directory = copy(models["m"], tmp_path / "m")
+    shutil.copytree(directory, tmp_path / "bare")
+    transformers.AutoModel.from_pretrained(directory).save_pretrained(tmp_path / "bare")
+    if head:
+        rewrite(tmp_path / "bare", lambda t: t.update({HEAD: t["embed_tokens.weight"].clone()}))
+    assert "embed_tokens.weight" in tensors_of(tmp_path / "bare")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare").state_dict()
+    source = resolve(tmp_path / "bare")
+    assert source.hf_config["architectures"] == ["LlamaModel"]
+    assert with_head(source.hf_config) == source.hf_config | {"architectures": ["LlamaForCausalLM"]}
+    for other in (
+        {},
+        {"architectures": None},
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": "LlamaModel"},
+    ):
+        assert with_head(other) is other
+    weights = HuggingFaceWeights(source)
+    weights.check()
+    assert len(weights.used()) == len(expected) - 1
+    for name in expected.keys() - {HEAD}:
+        assert torch.equal(weights._tensor(name)[:], expected[name]), name
+        assert torch.equal(expected[name], tensors_of(directory)[name])
 
 
 def test_an_untied_model_without_head_is_refused(tmp_path, models):

@@ -132,6 +132,24 @@ def test_one_line_where_it_matters(tmp_path, caplog, kind, words, line):
     assert len(lines) == (line is not None) and all(found.startswith(str(line)) for found in lines), lines
 
 
+@pytest.mark.parametrize(
+    ("name", "line"), [("RobertaTokenizer", "<s> before each text and </s> after each text"), ("GPT2Tokenizer", None)]
+)
+def test_a_class_that_adds_tokens_by_itself(tmp_path, caplog, name, line):
+    """Nothing in tokenizer.json says so: transformers makes the post-processor of the class."""
+    from transformers import AutoTokenizer
+
+    words = dict.fromkeys(("unk_token", "cls_token"), "<s>") | dict.fromkeys(("pad_token", "sep_token"), "</s>")
+    tokenizer = make(tmp_path / "tokenizer", "none", tokenizer_class=name, mask_token="a", **words)
+    corpus = write_corpus(tmp_path / "c.jsonl")
+    build_dataset([corpus], tokenizer, tmp_path / "out")
+    said = [record.getMessage() for record in caplog.records if "is not added, which transformers" in record.message]
+    assert [found.split(" is not added")[0] for found in said] == ([] if line is None else [line])
+    opened = AutoTokenizer.from_pretrained(tokenizer)
+    build_dataset([corpus], tokenizer, tmp_path / "with", add_special_tokens=True, append_eod=False)
+    assert documents(tmp_path / "with") == [opened(text)["input_ids"] for text in TEXTS]
+
+
 def test_a_mix_is_of_one_kind(tmp_path, caplog):
     """Said once for all sources; what was built the other way is built again only when asked."""
     tokenizer = make(tmp_path / "tokenizer", "begin")

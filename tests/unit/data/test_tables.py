@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -154,3 +155,80 @@ def test_streams_of_old_versions_are_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="without its end mark"):
         rows(path, TextFormat())
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_page_that_is_not_what_its_checksum_says(tmp_path, version):
+    """Nothing else tells: other letters of the same length are text like any other."""
+    path = tmp_path / "x.parquet"
+    options = {"compression": "none", "use_dictionary": False, "data_page_version": version}
+    texts = [f"document {number}" for number in range(3000)]
+    pq.write_table(pa.table({"text": texts}), path, write_page_checksum=True, **options)
+    assert [document.text for document in iter_documents([path])] == texts
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"document 2000", b"document 9999"))
+    with pytest.raises(UserError, match=r"cannot be read \(could not verify page integrity, CRC checksum"):
+        list(iter_documents([path]))
+    # Without a checksum there is nothing to compare.
+    pq.write_table(pa.table({"text": texts}), path, **options)
+    assert [document.text for document in iter_documents([path])] == texts
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.parquet", b"stream.caf\xe9.arrow", b"file.caf\xe9.arrow"])
+def test_names_that_are_not_utf8(tmp_path, name):
+    path = write(tmp_path / name.decode(errors="replace"), pa.table({"text": ["one", "two"]}))
+    path = path.rename(tmp_path / os.fsdecode(name))
+    assert [document.text for document in iter_documents([path])] == ["one", "two"]
+    assert [document.text for document in iter_documents([tmp_path])] == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"cannot be read|end mark"):
+        list(iter_documents([path]))
+
+
+def arrow_file(path: Path, texts: list[list[str]], *, coded: bool = False, **options: object) -> bytes:
+    """A batch for each list; ``coded`` by a dictionary that grows."""
+    column = pa.chunked_array([pa.array(each, pa.string()) for each in texts], pa.string())
+    table = pa.table({"n": list(range(len(column))), "text": column.dictionary_encode() if coded else column})
+    with pa.ipc.new_file(path, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as file:
+        for start in range(0, len(column), 2):
+            file.write_table(table.slice(start, 2))
+    return path.read_bytes()
+
+
+ARROW_FILES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "dictionary": {"coded": True, "emit_dictionary_deltas": True, "unify_dictionaries": True},
+    "zstd": {"compression": "zstd"},
+    "of before 2019": {"use_legacy_format": True, "metadata_version": pa.ipc.MetadataVersion.V4},
+}
+
+
+@pytest.mark.parametrize("kind", ARROW_FILES)
+def test_arrow_files_one_behind_the_other(tmp_path, kind):
+    """The footer of the last speaks of places that are in the first, of which it then gives the rows."""
+    path, options = tmp_path / "x.arrow", ARROW_FILES[kind]
+    first = arrow_file(path, [["one", "two"], ["six"]], **options)
+    second = arrow_file(path, [["1st", "2nd"], ["3rd"]], **options)
+    assert len(first) == len(second)
+    assert [document.text for document in iter_documents([path])] == ["1st", "2nd", "3rd"]
+    empty = arrow_file(path, [], **options)
+    assert list(iter_documents([path])) == []
+    for parts in ((first, second), (second, second, second), (empty, empty), (first, empty)):
+        path.write_bytes(b"".join(parts))
+        with pytest.raises(UserError, match=r"bytes between the last rows and the footer|cannot be read"):
+            list(iter_documents([path]))
+
+
+@pytest.mark.parametrize("options", [{}, {"write_page_index": True, "row_group_size": 2}, {"use_dictionary": False}])
+def test_parquet_files_one_behind_the_other(tmp_path, options):
+    path = tmp_path / "x.parquet"
+    contents = []
+    for texts in (["one", "two", "six"], ["1st", "2nd", "3rd"], ["another length"] * 99, []):
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "n": list(range(len(texts)))}), path, **options)
+        contents.append(path.read_bytes())
+        assert [document.text for document in iter_documents([path])] == texts
+    first, second, other, empty = contents
+    for parts in ((first, second), (first, other), (other, first), (empty, empty), (first, empty), (first,) * 3):
+        path.write_bytes(b"".join(parts))
+        with pytest.raises(UserError, match=r"beginning of another file between|cannot be read"):
+            list(iter_documents([path]))

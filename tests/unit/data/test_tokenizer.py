@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from remit_megatron.data.tokenizer import load_tokenizer
+from remit_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from remit_megatron.runtime.errors import UserError
 
 DOLMA2 = Path(__file__).resolve().parents[3] / "../shared/data/dolma2_tokenizer.json"
@@ -161,6 +161,32 @@ def test_digest_of_the_same_tokenizer_saved_again(tmp_path):
     transformers.AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "gpt2")
     digests = {load_tokenizer(tmp_path / name).digest for name in ("first", "again", "gpt2")}
     assert digests == {first.digest}
+
+
+def test_words_that_were_added_are_plain_text(tmp_path):
+    """`add_tokens` with the words of a field: the ids of its texts are others, and those of a reference without them
+    are not."""
+    directory = make_tokenizer(tmp_path / "base")
+    base = load_tokenizer(directory)
+
+    def added(*contents: str, **flags: bool) -> Tokenizer:
+        backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        backend.add_tokens([tokenizers.AddedToken(content, **flags) for content in contents])
+        path = tmp_path / "added.json"
+        backend.save(str(path))
+        return load_tokenizer(path)
+
+    for same in (added("<think>", "[INST]", "|||IP_ADDRESS|||", "<|x|>"), added("<tool>", special=True)):
+        assert same.digest == base.digest and same.digests[0] == same.digest
+    others = [added("thing"), added("other"), added("thing", "other"), added("other", "thing"), added("   ")]
+    others += [added("thing", lstrip=True), added("thing", single_word=True), added("C++"), added("第一")]
+    assert others[0].encode_batch(["thing"]) != base.encode_batch(["thing"])
+    digests = [tokenizer.digest for tokenizer in others]
+    assert len({base.digest, *digests}) == len(others) + 1
+    assert added("thing", special=True).digest == digests[0], "how a token is shown changes no id"
+    # Data and caches that were made before words counted are still those of this tokenizer.
+    assert others[0].digests[:2] == (digests[0], base.digest) and len(others[0].digests) == 3
+    assert digests[0] not in base.digests
 
 
 def test_former_digests_stay_accepted(tmp_path):

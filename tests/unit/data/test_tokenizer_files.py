@@ -17,6 +17,7 @@ from tokenizers import models, normalizers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from remit_megatron.data import tokenizer_files
+from remit_megatron.data.special_tokens import own_special_tokens, special_tokens
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.models.family import families
 from remit_megatron.runtime.errors import UserError
@@ -184,6 +185,47 @@ def test_a_default_of_a_class_is_no_end_of_text(tmp_path):
     write(directory, {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<gone>"}})
     with pytest.raises(UserError, match=r"tokenizer_config\.json: found eos_token '<gone>'"):
         _ = load_tokenizer(directory).eod_id
+
+
+def vocabulary_and_merges(directory: Path) -> None:
+    content = json.loads((make_tokenizer(directory, special=("<s>",)) / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").unlink()
+    vocabulary = content["model"]["vocab"] | {"<|endoftext|>": 258}
+    (directory / "vocab.json").write_text(json.dumps(vocabulary))
+    (directory / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+    write(directory, {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}})
+
+
+def sentencepiece_model(directory: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS[:2], "the words then the extra words"] * 20),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (directory / "tokenizer.vocab").unlink()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write(directory, {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer", **names}})
+
+
+@pytest.mark.parametrize("model_type", [None, "llama"])
+@pytest.mark.parametrize("make", [vocabulary_and_merges, sentencepiece_model])
+def test_a_directory_without_tokenizer_json(tmp_path, make, model_type):
+    """As OpenLLaMA has it. What the same tokenizer is with one is the same to data and caches."""
+    make(tmp_path)
+    if model_type:
+        write(tmp_path, {"config": {"model_type": model_type}})
+    same_as_transformers(tmp_path)
+    found = load_tokenizer(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").exists() and found.digests == (found.digest,)
+    assert again.digest == found.digest and again.eod_id == found.eod_id
+    assert found.own_vocab_size == (259 if make is vocabulary_and_merges else 310)
+    assert own_special_tokens(found) == special_tokens(found)
 
 
 def own_code(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import struct
@@ -72,10 +73,19 @@ def test_reads_of_any_size(tmp_path, monkeypatch, piece):
         assert ZstandardStream(raw).read() == DATA[:30000]
 
 
-def test_an_empty_file_has_no_documents(tmp_path):
-    path = tmp_path / "x.jsonl.zst"
-    path.write_bytes(b"")
+@pytest.mark.parametrize("suffix", ["zst", "zstd", "gz"])
+def test_nothing_is_some_bytes_when_compressed(tmp_path, suffix):
+    """A download that broke off before its first byte, which the programs gzip and zstd do not take for a file either;
+    plain JSON lines may be empty."""
+    path = tmp_path / f"x.jsonl.{suffix}"
+    path.write_bytes(gzip.compress(b"") if suffix == "gz" else compressed(b""))
     assert texts(path) == []
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot be read \(0 bytes, ") as caught:
+        texts(path)
+    assert caught.value.field == str(path)
+    (tmp_path / "x.jsonl").write_bytes(b"")
+    assert texts(tmp_path / "x.jsonl") == []
 
 
 def test_files_that_are_not_whole(tmp_path):

@@ -35,11 +35,25 @@ def rows(directory: Path) -> None:
     weights(lambda held: held.update({EMBEDDING: held[EMBEDDING][:44].clone()}))(directory)
 
 
+def configured(**changes: object) -> Callable[[Path], None]:
+    def work(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | changes))
+
+    return work
+
+
 EMBEDDING, MISSING = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
 CASES = {
     "missing": ("arc_easy", weights(lambda held: held.pop(MISSING)), f"found no {MISSING} in "),
     "adapter": ("arc_easy", adapter, "adapter_config.json beside the model"),
     "shape": ("arc_easy", weights(lambda held: held.update({MISSING: held[MISSING][:-1].clone()})), "of shape ("),
+    # What transformers raises for these: AttributeError twice, two of its own kinds, KeyError.
+    "auto dtype": ("arc_easy", configured(dtype="auto"), "expected a directory that transformers loads"),
+    "text_config": ("arc_easy", configured(text_config={"a": 1}), "expected a directory that transformers loads"),
+    "text for a number": ("arc_easy", configured(hidden_size="48"), "expected a directory that transformers loads"),
+    "layer_types": ("arc_easy", configured(layer_types=["x"]), "expected a directory that transformers loads"),
+    "activation": ("arc_easy", configured(hidden_act="nothing"), "expected a directory that transformers loads"),
     "a row": ("arc_easy", rows, "found ids up to 44; expected below 44"),
     "generation": (
         "gsm8k",

@@ -1,0 +1,108 @@
+"""Whether a Parquet or Arrow file is one whole file, and not several one behind the other.
+
+What a reader learns of a table stands at the end of these files, with places that count from their beginning. Of
+``cat a b > c``, with two files of one layout, it learns what b holds and reads a: fewer rows, and other ones, without a
+word. Nothing but a look at what lies between the last rows and the end tells.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, BinaryIO
+
+from remit_megatron.runtime.errors import UserError
+
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream: no further message
+_ONE = "one file of rows: several, one behind the other, are read as one of them alone"
+
+
+def check_stream(file: str, source: Any) -> None:
+    """Refuses an Arrow stream that stops without its end mark, as one that was cut between two batches does, and one
+    with another behind it: nothing else would tell that there were more rows.
+
+    Args:
+        source: where all batches have been read from.
+
+    Raises:
+        UserError: it is no whole stream, or there is more.
+    """
+    rest = source.size() - source.tell()
+    if rest:
+        found = f"{rest} bytes behind the end of its stream"
+        raise UserError(file, found, "one stream of rows: several, one behind the other, are read as the first alone")
+    source.seek(0)
+    begin = source.read(4)
+    source.seek(max(source.size() - 8, 0))
+    end = source.read(8)
+    # Streams of before 2019 have no 4 bytes before each length.
+    if end != _STREAM_END if begin == _STREAM_END[:4] else end[4:] != _STREAM_END[4:]:
+        found = "a stream that stops without its end mark"
+        raise UserError(file, found, "a complete file: it may have been cut between two batches of rows")
+
+
+def check_arrow_file(file: str, source: Any) -> None:
+    """Refuses an Arrow file, the layout with a footer, with something between the last rows and the footer.
+
+    Args:
+        source: that Arrow has opened without complaint.
+
+    Raises:
+        UserError: there is.
+    """
+    size = source.size()
+    source.seek(size - 10)  # length of the footer, ARROW1
+    length = struct.unpack("<i", source.read(4))[0]
+    footer_start = size - 10 - length
+    source.seek(8)  # behind ARROW1 and two zeros
+    first, second = struct.unpack("<2I", source.read(8))
+    ends = [16 + second if first == 0xFFFFFFFF else 12 + first]  # of the schema
+    source.seek(footer_start)
+    ends += [offset + head + body for offset, head, body in _blocks(source.read(length))]
+    source.seek(max(ends))
+    between = source.read(max(footer_start - max(ends), 0))
+    if between.strip(_STREAM_END):  # an end mark, and zeros to a round number
+        raise UserError(file, f"{len(between)} bytes between the last rows and the footer", _ONE)
+
+
+def _blocks(footer: bytes) -> list[tuple[int, int, int]]:
+    """(offset, bytes of the head, bytes of the body) of dictionaries and batches: fields 2 and 3 of Arrow's ``Footer``,
+    vectors of ``Block``, in the encoding of FlatBuffers."""
+    (root,) = struct.unpack_from("<I", footer)
+    table = root - struct.unpack_from("<i", footer, root)[0]
+    (table_size,) = struct.unpack_from("<H", footer, table)
+    found: list[tuple[int, int, int]] = []
+    for place in (8, 10):
+        (field,) = struct.unpack_from("<H", footer, table + place) if place < table_size else (0,)
+        if field:
+            vector = root + field + struct.unpack_from("<I", footer, root + field)[0]
+            (count,) = struct.unpack_from("<I", footer, vector)
+            found += [struct.unpack_from("<qi4xq", footer, vector + 4 + 24 * number) for number in range(count)]
+    return found
+
+
+def check_parquet(file: str, source: BinaryIO, metadata: Any) -> None:
+    """Refuses a Parquet file in which another one begins between the last rows and the footer; what may be there is an
+    index of pages, or filters.
+
+    Args:
+        metadata: of the file, as Arrow has read it.
+
+    Raises:
+        UserError: there is.
+    """
+    source.seek(-8, 2)
+    footer_start = source.tell() - struct.unpack("<I", source.read(4))[0]
+    start = 4  # behind PAR1
+    if metadata.num_row_groups:
+        last = metadata.row_group(metadata.num_row_groups - 1)
+        columns = map(last.column, range(last.num_columns))
+        start = max([start, *(_first_page(column) + column.total_compressed_size for column in columns)])
+    if start > footer_start:
+        return  # a footer that Arrow will not get far with
+    source.seek(start)
+    if b"PAR1PAR1" in source.read(footer_start - start):
+        raise UserError(file, "the beginning of another file between the last rows and the footer", _ONE)
+
+
+def _first_page(column: Any) -> int:
+    return (column.dictionary_page_offset if column.has_dictionary_page else None) or column.data_page_offset
