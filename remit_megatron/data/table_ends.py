@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from remit_megatron.runtime.errors import UserError
 
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream: no further message
+_BLOCK_BYTES = 1 << 20
 _ONE = "one file of rows: several, one behind the other, are read as one of them alone"
 
 
@@ -57,7 +58,10 @@ def check_arrow_file(file: str, source: Any) -> None:
     first, second = struct.unpack("<2I", source.read(8))
     ends = [16 + second if first == 0xFFFFFFFF else 12 + first]  # of the schema
     source.seek(footer_start)
-    ends += [offset + head + body for offset, head, body in _blocks(source.read(length))]
+    try:
+        ends += [offset + head + body for offset, head, body in _blocks(source.read(length))]
+    except struct.error:
+        raise UserError(file, "a footer with places outside of it", "a complete Arrow file") from None
     source.seek(max(ends))
     between = source.read(max(footer_start - max(ends), 0))
     if between.strip(_STREAM_END):  # an end mark, and zeros to a round number
@@ -100,8 +104,11 @@ def check_parquet(file: str, source: BinaryIO, metadata: Any) -> None:
     if start > footer_start:
         return  # a footer that Arrow will not get far with
     source.seek(start)
-    if b"PAR1PAR1" in source.read(footer_start - start):
-        raise UserError(file, "the beginning of another file between the last rows and the footer", _ONE)
+    left, tail = footer_start - start, b""
+    while left > 0 and (block := source.read(min(left, _BLOCK_BYTES))):
+        if b"PAR1PAR1" in tail + block:
+            raise UserError(file, "the beginning of another file between the last rows and the footer", _ONE)
+        left, tail = left - len(block), block[-7:]
 
 
 def _first_page(column: Any) -> int:
