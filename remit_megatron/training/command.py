@@ -26,7 +26,7 @@ from remit_megatron.run import resume
 from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig, load_config
 from remit_megatron.run.events import RunEvents
-from remit_megatron.run.prepare import Prepared, prepare, total_steps
+from remit_megatron.run.prepare import Prepared, count_from, prepare, total_steps
 from remit_megatron.run.samples import open_data
 from remit_megatron.run.score_cache import RunScores, open_run_scores
 from remit_megatron.runtime import checkpoints, launch, parallel, stop
@@ -151,22 +151,29 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         prepared = prepare(config, world_size=environment.world_size, rank=rank)
         prepared.arguments.load = None
     arguments = prepared.arguments
+    # Not the product with the batch size, which may be another one now. 0 where the checkpoint does not say.
+    consumed = int(before.get("consumed_samples", 0))
+    samples = count_from(arguments, step=resumed_at, consumed=consumed)
     if resumed_at >= total_steps(arguments):
         if before.get("updates", 1) == 0:
             raise DoNotRestart(no_update(resumed_at))
         if rank == 0:
-            changed = run_directory.read_config(run_dir) not in (None, config.to_yaml())
-            note = "; the configuration is not the one in config.yaml, and was not used" if changed else ""
+            another = run_directory.read_config(run_dir) not in (None, config.to_yaml())
+            note = "; the configuration is not the one in config.yaml, and was not used" if another else ""
             sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done{note}\n")
         return EXIT_DONE
-    train_samples, valid_samples = open_data(prepared, environment)
+    train_samples, valid_samples = open_data(prepared, environment, samples=samples)
     data = resume.data_record(train_samples, config, sequence_length=arguments.seq_length)
-    # Not the product with the batch size, which may be another one now. 0 where the checkpoint does not say.
-    consumed = int(before.get("consumed_samples", 0))
+    source = None if prepared.reference is None else prepared.reference.path
+    minimised = resume.objective_record(config, prepared.objective_settings, source)
+    in_force = resume.settings_in_force(settings, before, arguments)
+    changed = [resume.batch_change(before.get("settings") or {}, in_force, consumed=consumed)]
+    if "objective" in before:
+        changed.append(resume.objective_change(before["objective"], minimised, step=resumed_at))
     if "data" in before:
-        changed = resume.check_data(before["data"], data, config, consumed=consumed)
-        if changed and rank == 0:
-            sys.stdout.write(changed + "\n")
+        changed.append(resume.check_data(before["data"], data, config, consumed=consumed))
+    if rank == 0:
+        sys.stdout.write("".join(f"{line}\n" for line in changed if line))
     evaluation = open_evaluation(prepared, total_steps=total_steps(arguments))
     scores = open_run_scores(prepared, train_samples, rank=rank, consumed=consumed)
     if scores.cache is not None and scores.reads:
@@ -177,7 +184,7 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         if rank == 0:
             run_directory.write_config(run_dir, config.to_yaml())
     stop.hold()  # from here on the run has begun, and says how it ends
-    record = {"settings": settings, "data": data}
+    record = {"settings": in_force, "data": data, "objective": minimised}
     progress = Progress(resumed_at, int(before.get("updates", resumed_at)), record, spikes=before.get("spikes"))
     events.start(step=resumed_at, ranks=environment.world_size)
     reached = partial(getattr, arguments, "curr_iteration", resumed_at - 1)
@@ -346,6 +353,9 @@ def _train(
     redirect()
 
     def provider(_samples, vp_stage=None):
+        # After the schedule is made of train_samples, and before the loop, which counts steps: Megatron's number of
+        # them takes the batch size to have been the same all along.
+        arguments.train_iters = total_steps(arguments)
         return (*datasets, None)
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches

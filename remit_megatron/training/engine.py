@@ -104,6 +104,7 @@ class Engine:
         self._progress: dict[int, dict[str, Any]] = {}
         self._samples, self._events = samples, events
         self.updates = updates
+        self._rate: float | None = None  # of learning, in the present step
         config = prepared.config
         self.forward = ModelForward(
             eod_id=prepared.tokenizer.eod_id,
@@ -216,12 +217,12 @@ class Engine:
         atexit.unregister(_end_workers)
         atexit.register(_end_workers)
         wrapper = self.step.wrap_schedule if evaluation is None else self._evaluated_schedule
-        schedule.wrapper, train_step.hook = wrapper, None
+        schedule.wrapper, train_step.hook = wrapper, self.before_step
         if (gate := self._spikes) is not None:
             schedule.wrapper = lambda original: gate.wrap(wrapper(original))
-            train_step.hook = gate.before_step
         pipeline_wait.hook = self._filler.wait
         training_log.hook = self.after_step if evaluation is None else self._after_step_and_evaluation
+        training_log.rate = lambda: self._rate
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save
         checkpoint_commit.after = self.after_save
@@ -257,7 +258,17 @@ class Engine:
             consumed = self._arguments.consumed_train_samples * self._arguments.seq_length
             self._recorder.evaluation({"iteration": step, "consumed_tokens": consumed, **record})
 
-    # -- after a step ------------------------------------------------------------------------------------------------
+    # -- around a step -----------------------------------------------------------------------------------------------
+
+    def before_step(self, model: Any, optimizer: Any, schedule: Any) -> None:
+        """Takes what Megatron trains, and the learning rate of the step: after it the optimizer has the next one's."""
+        from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+        # Loading a checkpoint sets the optimizer's weight decay before it knows the checkpoint's (Megatron-LM #7468).
+        schedule.step(0)
+        self._rate = get_canonical_lr_for_logging(optimizer.param_groups)
+        if self._spikes is not None:
+            self._spikes.before_step(model, optimizer, schedule)
 
     def after_step(
         self,
@@ -277,7 +288,7 @@ class Engine:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         args = self._arguments
-        self.updates += not skipped
+        self.updates += not skipped and grad_norm != 0 and self._rate != 0
         spike = self._meet_spike(iteration, grad_norm, skipped)
         fault = None if spike is None or not spike.hopeless else self._spike_text(spike)
         logged = losses
