@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -314,23 +314,25 @@ def objective_change(before: Mapping[str, Any], now: Mapping[str, Any], *, step:
     return f"from step {step + 1} on {'; '.join(changes)}" if changes else None
 
 
-def data_record(blend: Any, config: RunConfig, *, sequence_length: int) -> dict[str, Any]:
+def data_record(
+    datasets: Sequence[tuple[str, str]], weights: Sequence[float], config: RunConfig, *, sequence_length: int
+) -> dict[str, Any]:
     """What decides which tokens are number n of a run's samples, as JSON takes it.
 
     Args:
-        blend: the training samples, a `BlendedDataset`.
+        datasets: prefix and identity of the training data sets.
+        weights: their shares.
         config: the run.
         sequence_length: tokens of a sample.
     """
-    weights = blend.order.weights
     # In the order of the blend's tree, for which equal data and weights may stand in any order in the file.
     order = sorted(range(len(weights)), key=lambda number: (-weights[number], number))
-    names = dataset_names([dataset.prefix for dataset in blend.datasets])
+    names = dataset_names([prefix for prefix, _ in datasets])
     return {
         "seed": config.seed,
         "sequence_length": sequence_length,
         "packing_seed": config.data.packing_seed,
-        "train": [[weights[number], names[number], blend.datasets[number].identity] for number in order],
+        "train": [[weights[number], names[number], datasets[number][1]] for number in order],
     }
 
 

@@ -39,7 +39,7 @@ from remit_megatron.runtime.errors import (
     UserError,
 )
 from remit_megatron.training.curves import resume_logs
-from remit_megatron.training.health import no_update
+from remit_megatron.training.health import no_update, not_finite
 
 if TYPE_CHECKING:
     from remit_megatron.training.evaluation import RunEvaluation
@@ -163,7 +163,9 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
             sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done{note}\n")
         return EXIT_DONE
     train_samples, valid_samples = open_data(prepared, environment, samples=samples)
-    data = resume.data_record(train_samples, config, sequence_length=arguments.seq_length)
+    datasets = [(dataset.prefix, dataset.identity) for dataset in train_samples.datasets]
+    length = arguments.seq_length
+    data = resume.data_record(datasets, train_samples.order.weights, config, sequence_length=length)
     source = None if prepared.reference is None else prepared.reference.path
     minimised = resume.objective_record(config, prepared.objective_settings, source)
     in_force = resume.settings_in_force(settings, before, arguments)
@@ -180,6 +182,7 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         from remit_megatron.reference.cached import ScoredSamples
 
         train_samples = ScoredSamples(train_samples, scores.cache)
+    trained_with = run_directory.read_config(run_dir) if rank == 0 else None
     with parallel.same_fate("writing the configuration"):
         if rank == 0:
             run_directory.write_config(run_dir, config.to_yaml())
@@ -192,6 +195,8 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         with _megatron_started(prepared, environment, progress):
             code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation, events)
     except BaseException as error:
+        if isinstance(error, UserError) and trained_with is not None and reached() < resumed_at:
+            run_directory.write_config(run_dir, trained_with)  # what was refused has trained nothing
         _note_end(events, error, step=reached() + 1)
         raise
     events.end(step=reached() + 1, code=code)
@@ -329,11 +334,14 @@ def _train(
 
     def before_wrapping(chunks: list) -> list:
         # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
+        broken: dict[str, int] = {}
         with parallel.same_fate("loading the weights"):
             if prepared.init is not None and not resumed_at:
                 load_weights(chunks, prepared.init)
+                broken = not_finite(chunks)
             if environment.rank == 0:
                 _require_space(arguments, chunks, environment.world_size)
+        _warn_of_weights(broken)
         with parallel.same_fate("loading the reference"):
             engine.build_reference()
         return chunks
@@ -372,6 +380,18 @@ def _train(
     if code == EXIT_DONE and not engine.updates:
         raise DoNotRestart(no_update(total_steps(arguments)))
     return code
+
+
+def _warn_of_weights(broken: dict[str, int]) -> None:
+    """Says that weights of init are not finite; a run may never use them. Collective.
+
+    Args:
+        broken: of `not_finite` on this rank.
+    """
+    parts = [part for part in parallel.gather_objects(broken) if part]
+    if parts:  # the log of every rank has it, the terminal rank 0's
+        count, name = sum(sum(part.values()) for part in parts), next(iter(parts[0]))
+        logger.warning("init: %d of its numbers are not finite, in %s first; they stay so", count, name)
 
 
 def _pretrain(arguments: argparse.Namespace, container: Any, provider: Any, forward_step: Any) -> None:

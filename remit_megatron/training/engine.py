@@ -20,6 +20,7 @@ import torch
 
 from remit_megatron.models.forward import ModelForward
 from remit_megatron.objectives import SelectingObjective, build_objective
+from remit_megatron.objectives.kd import Distillation
 from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run import directory as run_directory
@@ -29,7 +30,7 @@ from remit_megatron.runtime import checkpoints, parallel
 from remit_megatron.runtime.errors import DoNotRestart
 from remit_megatron.runtime.files import HF_SUBFOLDER
 from remit_megatron.runtime.parallel import RankEnvironment
-from remit_megatron.training.first_look import FirstLook
+from remit_megatron.training.first_look import FirstLook, nothing_to_distill
 from remit_megatron.training.health import StepOutcome, StepWatch, dropped_share
 from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics, token_counts
 from remit_megatron.training.scores import ScoreParts, build_score_source
@@ -127,6 +128,7 @@ class Engine:
         if objective.reference_signal == "loss":
             selects = isinstance(objective, SelectingObjective)
             self._first_look = FirstLook(steps=total_steps(prepared.arguments), selects=selects)
+        self._distills = isinstance(objective, Distillation)  # until the first step of this start has been looked at
         self._student: list = []  # its chunks on this rank, as Megatron trains them; known from the first step on
         scaled = prepared.arguments.fp16 and not prepared.arguments.loss_scale
         self._watch = StepWatch(
@@ -316,8 +318,7 @@ class Engine:
                     record |= {"spike": spike.figure, "back_to": spike.back_to}
                 self._recorder.step(record)
                 self._say_dropped(outcome)
-                if self._first_look is not None and (line := self._first_look.add(record)) is not None:
-                    self._say(line)
+                self._look_at_first(record)
             template = losses["lm_loss"]
             logged = {name: template.new_tensor([value]) for name, value in figures.items()}
         # A rank of an earlier stage knows no losses, and must not wait for one that has left.
@@ -362,6 +363,16 @@ class Engine:
     def _spike_text(self, spike: Spike) -> str:
         assert self._prepared.config.spikes is not None
         return spike.text(window=self._prepared.config.spikes.window)
+
+    def _look_at_first(self, record: dict[str, Any]) -> None:
+        """Says what the first steps tell of the reference."""
+        if self._first_look is not None and (line := self._first_look.add(record)) is not None:
+            self._say(line)
+        if self._distills:
+            self._distills = False
+            share = self._prepared.objective_settings["ntp_weight"]
+            if (line := nothing_to_distill(record, ntp_weight=share)) is not None:
+                self._say(line)
 
     def _say_dropped(self, step: StepOutcome) -> None:
         """Names the first tokens that do not count for want of a score; metrics.jsonl has them all."""

@@ -7,7 +7,10 @@ restart reads the same reference, data and weights, so that the exit code is 70.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 # Steps in a row that are skipped and that no smaller loss scale can mend, or that have no gradient. One batch may
 # overflow, ten do not.
@@ -118,6 +121,17 @@ class StepWatch:
             f"found {self._without_gradient} steps in a row with a gradient of 0 (objective_loss "
             f"{step.objective_loss:.4g}); expected one (see objective, and whether reference.checkpoint is init)"
         )
+
+
+def not_finite(chunks: Sequence[torch.nn.Module]) -> dict[str, int]:
+    """How many numbers of this rank's weights are not finite, by the names of the parameters that have some."""
+    found = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                count = int((~torch.isfinite(parameter.detach())).sum())
+                found |= {name: count} if count else {}
+    return found
 
 
 def dropped_share(dropped: int, tokens: int) -> str:

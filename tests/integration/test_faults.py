@@ -249,11 +249,13 @@ def test_what_a_run_may_not_change(begun, run, material, override, line):
     [
         ("megatron.train_iters=5", "megatron.train_iters: found 5; expected 3"),
         ("optimizer.decay_norms=true", "optimizer.decay_norms: found true; expected nothing"),
+        ("seed=7", "seed: found 7; expected 1234"),
+        ("data.train=[[1.0,{corpus}]]", "data.train: found 1 of corpus"),
     ],
 )
-def test_a_dry_run_of_a_run_that_goes_on_says_so_too(begun, run, override, line):
-    path = begun / "run.yaml"
-    assert one_line(run("train", path, override, "--dry-run", "--nproc", 1), 2).startswith(f"error: {line}")
+def test_a_dry_run_of_a_run_that_goes_on_says_so_too(begun, run, material, override, line):
+    path, words = begun / "run.yaml", override.format(corpus=material["corpus"])
+    assert one_line(run("train", path, words, "--dry-run", "--nproc", 1), 2).startswith(f"error: {line}")
     assert run("train", path, "--dry-run").code == 0
 
 

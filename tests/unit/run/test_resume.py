@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,8 +294,8 @@ def test_a_run_of_an_earlier_version_is_compared_by_its_configuration():
 
 def blend(*parts: tuple[float, str, str]) -> Any:
     total = sum(weight for weight, _, _ in parts)
-    datasets = [SimpleNamespace(prefix=prefix, identity=identity * 64) for _, prefix, identity in parts]
-    return SimpleNamespace(datasets=datasets, order=SimpleNamespace(weights=[weight / total for weight, _, _ in parts]))
+    datasets = [(prefix, identity * 64) for _, prefix, identity in parts]
+    return datasets, [weight / total for weight, _, _ in parts]
 
 
 WEB, MATH = (3.0, "data/web", "a"), (1.0, "data/math", "b")
@@ -313,8 +312,8 @@ WEB, MATH = (3.0, "data/web", "a"), (1.0, "data/math", "b")
 )
 def test_the_same_data_by_another_name(now):
     config = RunConfig(run_dir="runs/x")
-    before = data_record(blend(WEB, MATH), config, sequence_length=64)
-    assert check_data(before, data_record(now, config, sequence_length=64), config, consumed=10) is None
+    before = data_record(*blend(WEB, MATH), config, sequence_length=64)
+    assert check_data(before, data_record(*now, config, sequence_length=64), config, consumed=10) is None
 
 
 @pytest.mark.parametrize(
@@ -333,10 +332,10 @@ def test_the_same_data_by_another_name(now):
 )
 def test_other_data_is_refused_or_said(now, line):
     config = RunConfig(run_dir="runs/x")
-    before = data_record(blend(WEB, MATH), config, sequence_length=64)
+    before = data_record(*blend(WEB, MATH), config, sequence_length=64)
     other = RunConfig(run_dir="runs/x", seed=now.get("seed", 1234))
     other.data.packing_seed = now.get("packing_seed", 0)
-    record = data_record(now.get("blend", blend(WEB, MATH)), other, sequence_length=now.get("sequence_length", 64))
+    record = data_record(*now.get("blend", blend(WEB, MATH)), other, sequence_length=now.get("sequence_length", 64))
     with pytest.raises(UserError) as caught:
         check_data(before, record, other, consumed=10)
     assert str(caught.value).startswith(line)

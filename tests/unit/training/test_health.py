@@ -8,8 +8,9 @@ import json
 import math
 
 import pytest
+import torch
 
-from remit_megatron.training.health import StepOutcome, StepWatch, no_update
+from remit_megatron.training.health import StepOutcome, StepWatch, no_update, not_finite
 from remit_megatron.training.metrics import RunRecorder, read_records
 
 GOOD = StepOutcome(
@@ -93,6 +94,15 @@ def test_steps_without_a_gradient_end():
     assert [watch.fault(nothing) for _ in range(9)] == [None] * 9
     fault = watch.fault(nothing)
     assert fault is not None and "10 steps in a row with a gradient of 0" in fault
+
+
+def test_weights_that_are_not_finite_are_counted():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Embedding(4, 2).bfloat16())
+    assert not_finite([model]) == {}
+    with torch.no_grad():
+        model[0].bias[1] = torch.inf
+        model[1].weight[2] = torch.nan
+    assert not_finite([model, torch.nn.Linear(1, 1)]) == {"0.bias": 1, "1.weight": 2}
 
 
 def test_records_that_are_none_are_left_out(tmp_path):
