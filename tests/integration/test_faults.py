@@ -380,6 +380,20 @@ def test_a_run_goes_on_with_another_objective_and_says_so(begun, run, tmp_path):
     assert f"from step 3 on {changes}" in outcome.said
 
 
+def test_a_refused_start_is_not_what_the_run_was_trained_with(begun, run, material, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(begun / "run", tmp_path / "run")
+    shutil.copytree(material["reference"], tmp_path / "reference")
+    weights = load_file(tmp_path / "reference" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "reference" / "model.safetensors", metadata={"format": "pt"})
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    words = (f"run_dir={tmp_path / 'run'}", f"reference.checkpoint={tmp_path / 'reference'}")
+    assert "no tensor model.norm.weight" in one_line(run("train", begun / "run.yaml", *words), 2)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
 def test_a_checkpoint_that_says_nothing_of_its_optimizer_goes_on(begun, run, tmp_path):
     """As earlier versions wrote them."""
     shutil.copytree(begun / "run", tmp_path / "run")
