@@ -8,7 +8,8 @@ Upstream  not reported
 Drop when Megatron calls back after each step
 
 ``hook`` receives the step's losses (none on ranks without the last pipeline stage), iteration, learning rate, loss
-scale, gradient norm and whether the step was skipped; it returns the losses that Megatron is to log.
+scale, gradient norm and whether the step was skipped; it returns the losses that Megatron is to log. ``rate`` gives the
+learning rate of the step: Megatron looks after the step, when the optimizer has the next one's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from patches import Patch
 
 hook: Callable[..., dict[str, Any]] | None = None
+rate: Callable[[], float | None] | None = None
 
 
 def _install() -> None:
@@ -40,6 +42,8 @@ def _install() -> None:
         *args,
         **kwargs,
     ):
+        if rate is not None:
+            learning_rate = rate()
         if hook is not None:
             loss_dict = hook(
                 loss_dict,

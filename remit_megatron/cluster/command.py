@@ -94,6 +94,19 @@ def run_plan(args: argparse.Namespace) -> int:
     return EXIT_DONE if all(rank.agrees for rank in report.simulated) else EXIT_DO_NOT_RESTART
 
 
+def _check_data(config: RunConfig) -> None:
+    """Refuses settings that go by the ends of documents, for those data sets that are here and do not mark them."""
+    from remit_megatron.data.blend_file import is_blend_file
+    from remit_megatron.data.manifest import manifest_path
+    from remit_megatron.data.tokenizer import load_tokenizer
+    from remit_megatron.run.samples import check_document_ends
+
+    prefixes = [entry if isinstance(entry, str) else entry[1] for entry in (*config.data.train, *config.data.valid)]
+    there = [prefix for prefix in prefixes if not is_blend_file(prefix) and Path(manifest_path(prefix)).exists()]
+    if there and config.data.tokenizer and Path(config.data.tokenizer).exists():
+        check_document_ends(config, there, load_tokenizer(config.data.tokenizer))
+
+
 def _check_options(args: argparse.Namespace) -> None:
     for option, value in (("--nodes", args.nodes), ("--gpus-per-node", args.gpus_per_node)):
         if value < 1:
@@ -137,6 +150,7 @@ def plan(config: RunConfig, *, machine: Machine, nodes: int, headroom: float = 0
     runs = RunLayouts(config, hf_config, machine=machine, nodes=nodes, signal=signal, reference=reference)
     args, refusal = runs.start()
     _check_settings(config, hf_config, args, objective)
+    _check_data(config)
     planner = Planner(
         hf_config,
         args,

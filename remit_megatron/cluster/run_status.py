@@ -268,7 +268,11 @@ def _total_steps(config: Path, steps: list[dict[str, Any]]) -> int | None:
     if values.get("train_iters"):
         return int(values["train_iters"])
     if values.get("train_samples") and values.get("global_batch_size"):
-        return int(values["train_samples"]) // int(values["global_batch_size"])
+        # From the last step on: those before may have had another batch.
+        last = steps[-1] if steps else {}
+        done, length = int(last.get("iteration") or 0), int(values.get("seq_length") or 0)
+        consumed = int(last.get("consumed_tokens") or 0) // length if length else 0
+        return done + max(int(values["train_samples"]) - consumed, 0) // int(values["global_batch_size"])
     return None
 
 

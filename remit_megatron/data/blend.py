@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from remit_megatron.data.blend_file import expand_entry
-from remit_megatron.data.packing import PackedDataset
+from remit_megatron.data.manifest import Manifest, read_manifest
+from remit_megatron.data.packing import PackedDataset, check_corpus, sample_identity
 from remit_megatron.data.shuffle import Permutation, stream_key
 from remit_megatron.runtime.errors import UserError
 
@@ -44,6 +45,9 @@ class BlendOrder:
     """
 
     def __init__(self, weights: Sequence[float]):
+        # Scaled first: the sum of numbers near the largest float would be none.
+        largest = max(weights)
+        weights = [weight / largest for weight in weights] if largest > 1e300 else weights
         total = math.fsum(weights)
         self.weights = [weight / total for weight in weights]
         self.deviation = 0.0
@@ -128,13 +132,10 @@ class BlendedDataset(torch.utils.data.Dataset):
         mask_eod_loss: bool = False,
     ):
         assert len(datasets) == len(weights) > 0, (len(datasets), len(weights))
-        for number, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
+        for dataset, weight in zip(datasets, weights, strict=True):
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(f"weight of {dataset.prefix}", weight, "a finite number greater than 0")
-            for other in datasets[:number]:
-                if other.identity == dataset.identity:
-                    found = f"the same contents as {other.prefix}"
-                    raise UserError(dataset.prefix, found, "each data set once, with the sum of the weights")
+        _check_distinct([(dataset.prefix, dataset.identity) for dataset in datasets])
         if mask_eod_loss and eod_id is None:
             raise UserError("data.mask_eod_loss", "true, with no end-of-document token", "a tokenizer that has one")
         self.datasets = list(datasets)
@@ -254,6 +255,64 @@ def _parse_entry(item: Any, field: str) -> BlendEntry:
     return BlendEntry(weight, prefix)
 
 
+class BlendSummary(NamedTuple):
+    """What can be said of a blend without opening it.
+
+    Attributes:
+        datasets: prefix and identity of the samples of each data set.
+        weights: their shares, which sum to 1.
+    """
+
+    datasets: list[tuple[str, str]]
+    weights: list[float]
+
+
+def summarize_blend(
+    entries: Sequence[tuple[float | None, str]],
+    *,
+    sequence_length: int,
+    packing_seed: int,
+    tokenizer_digest: str | Sequence[str] | None,
+    eod_id: int | None,
+) -> BlendSummary:
+    """Reads the manifests of a blend's data sets; arguments as for `open_blend`.
+
+    Raises:
+        UserError: as `open_blend`, as far as manifests tell.
+    """
+    manifests = [read_manifest(prefix) for _, prefix in entries]
+    datasets = []
+    for (_, prefix), manifest in zip(entries, manifests, strict=True):
+        check_corpus(prefix, manifest, sequence_length=sequence_length, tokenizer_digest=tokenizer_digest)
+        _check_end(prefix, manifest, eod_id)
+        identity = sample_identity(manifest, sequence_length=sequence_length, packing_seed=packing_seed)
+        datasets.append((prefix, identity))
+    _check_distinct(datasets)
+    return BlendSummary(datasets, BlendOrder(_weights(entries, manifests)).weights)
+
+
+def _check_end(prefix: str, manifest: Manifest, eod_id: int | None) -> None:
+    if None not in (manifest.eod_id, eod_id) and manifest.eod_id != eod_id:
+        found = f"end-of-document token {manifest.eod_id}"
+        raise UserError(prefix, found, f"{eod_id}, the tokenizer's of this run")
+
+
+def _check_distinct(datasets: Sequence[tuple[str, str]]) -> None:
+    """Prefix and identity of each."""
+    first: dict[str, str] = {}
+    for prefix, identity in datasets:
+        if identity in first:
+            found = f"the same contents as {first[identity]}"
+            raise UserError(prefix, found, "each data set once, with the sum of the weights")
+        first[identity] = prefix
+
+
+def _weights(entries: Sequence[tuple[float | None, str]], manifests: Sequence[Manifest]) -> list[float]:
+    return [
+        manifest.tokens if weight is None else weight for (weight, _), manifest in zip(entries, manifests, strict=True)
+    ]
+
+
 def open_blend(
     entries: Sequence[tuple[float | None, str]],
     *,
@@ -280,14 +339,9 @@ def open_blend(
             cache_dir=cache_dir,
             tokenizer_digest=tokenizer_digest,
         )
-        found = dataset.manifest.eod_id
-        if None not in (found, eod_id) and found != eod_id:
-            raise UserError(prefix, f"end-of-document token {found}", f"{eod_id}, the tokenizer's of this run")
+        _check_end(prefix, dataset.manifest, eod_id)
         datasets.append(dataset)
-    weights = [
-        dataset.manifest.tokens if weight is None else weight
-        for (weight, _), dataset in zip(entries, datasets, strict=True)
-    ]
+    weights = _weights(entries, [dataset.manifest for dataset in datasets])
     return BlendedDataset(
         datasets, weights, num_samples=num_samples, seed=seed, eod_id=eod_id, mask_eod_loss=mask_eod_loss
     )

@@ -76,25 +76,18 @@ class PackedDataset:
         self.sequence_length, self.packing_seed = sequence_length, packing_seed
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self.manifest: Manifest = read_manifest(self.prefix, verify=verify)
-        accepted = (tokenizer_digest,) if isinstance(tokenizer_digest, str) else tokenizer_digest
-        if accepted is not None and self.manifest.tokenizer_digest not in accepted:
-            found = f"data of the tokenizer with digest {self.manifest.tokenizer_digest[:16]}"
-            raise UserError(self.prefix, found, f"{accepted[0][:16]}, the tokenizer of this run")
-        if self.manifest.tokens < sequence_length + 1:
-            expected = f"at least {sequence_length + 1}, one sample (sequence length {sequence_length} and one)"
-            raise UserError(self.prefix, f"{self.manifest.tokens} tokens in all", expected)
+        check_corpus(self.prefix, self.manifest, sequence_length=sequence_length, tokenizer_digest=tokenizer_digest)
         self._documents = IndexedTokens(self.prefix)
         if len(self._documents) != self.manifest.documents:
             found = f"{len(self._documents)} documents in the index"
             raise UserError(self.prefix, found, f"{self.manifest.documents}, as the manifest says")
-        corpus = ("packing", _PACKING_VERSION, self.manifest.bin.sha256, self.manifest.idx.sha256, packing_seed)
+        self.identity = sample_identity(self.manifest, sequence_length=sequence_length, packing_seed=packing_seed)
         self._whole_samples = self.manifest.sample_length == sequence_length
         if self._whole_samples:
-            self.identity = _digest(*corpus, sequence_length, "whole samples")
             self._check_whole_samples(verify=verify)
         else:
-            self.identity = _digest(*corpus, sequence_length)
-            self._order, self._starts = self._index(_digest(*corpus)[:24], verify=verify)
+            key = _digest(*_corpus(self.manifest, packing_seed))[:24]
+            self._order, self._starts = self._index(key, verify=verify)
 
     def __len__(self) -> int:
         """Samples in one pass over the corpus."""
@@ -187,6 +180,35 @@ class PackedDataset:
         if starts.dtype != np.int64 or starts[0] != 0 or starts[-1] != self.manifest.tokens:
             return None
         return order, starts
+
+
+def check_corpus(
+    prefix: str, manifest: Manifest, *, sequence_length: int, tokenizer_digest: str | Sequence[str] | None
+) -> None:
+    """What of a corpus can be wrong for samples of this length, by its manifest alone.
+
+    Args: as for `PackedDataset`.
+
+    Raises:
+        UserError: it is of another tokenizer, or too short for one sample.
+    """
+    accepted = (tokenizer_digest,) if isinstance(tokenizer_digest, str) else tokenizer_digest
+    if accepted is not None and manifest.tokenizer_digest not in accepted:
+        found = f"data of the tokenizer with digest {manifest.tokenizer_digest[:16]}"
+        raise UserError(prefix, found, f"{accepted[0][:16]}, the tokenizer of this run")
+    if manifest.tokens < sequence_length + 1:
+        expected = f"at least {sequence_length + 1}, one sample (sequence length {sequence_length} and one)"
+        raise UserError(prefix, f"{manifest.tokens} tokens in all", expected)
+
+
+def sample_identity(manifest: Manifest, *, sequence_length: int, packing_seed: int) -> str:
+    """`PackedDataset.identity` of the corpus with this manifest."""
+    whole = ("whole samples",) if manifest.sample_length == sequence_length else ()
+    return _digest(*_corpus(manifest, packing_seed), sequence_length, *whole)
+
+
+def _corpus(manifest: Manifest, packing_seed: int) -> tuple[str | int, ...]:
+    return ("packing", _PACKING_VERSION, manifest.bin.sha256, manifest.idx.sha256, packing_seed)
 
 
 def _digest(*parts: str | int) -> str:

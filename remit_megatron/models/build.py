@@ -16,6 +16,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from remit_megatron.models.environment import check_attention_environment
 from remit_megatron.models.family import Family, family_of
 from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_parallel
 from remit_megatron.models.mapping import Shape
@@ -137,6 +138,7 @@ def model_config(hf_config: dict[str, Any], args: argparse.Namespace) -> GPTMode
         if name not in _CHOICES or getattr(own, name, None) is None:
             setattr(own, name, value)
     own.spec, own.yaml_cfg, own.transformer_impl = None, None, transformer_impl(args.transformer_impl)
+    check_attention_environment(own.attention_backend, own.transformer_impl)
     own.padded_vocab_size = padded_vocab_size(
         values["vocab_size"], args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     )

@@ -216,6 +216,23 @@ def check_document_mask(config: RunConfig, arguments: argparse.Namespace) -> Non
             raise UserError(name, found, "1, or megatron.transformer_impl=local")
 
 
+def check_reference_use(config: RunConfig, objective: Objective) -> None:
+    """Refuses a run as its own reference; warns of scores that nobody makes.
+
+    Raises:
+        UserError: the reference would be another one at every start, the newest checkpoint of the run.
+    """
+    settings = config.reference
+    if settings is None:
+        return
+    own = {Path(config.run_dir or "").resolve(), config.checkpoints_dir.resolve()}
+    if objective.reference_signal != "none" and settings.checkpoint and Path(settings.checkpoint).resolve() in own:
+        expected = "another model: the newest checkpoint of this run is another one at every start"
+        raise UserError("reference.checkpoint", f"{settings.checkpoint}, the run itself", expected)
+    if objective.reference_signal == "none" and settings.write_cache:
+        logger.warning("reference.write_cache has no effect: objective %s asks no reference", config.objective.name)
+
+
 def check_reference_settings(config: RunConfig, arguments: argparse.Namespace, *, signal: str) -> None:
     """Refuses settings of the reference that the objective or the layout cannot use.
 

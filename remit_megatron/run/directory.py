@@ -12,11 +12,12 @@ import shutil
 from pathlib import Path
 
 from remit_megatron.runtime import checkpoints
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import read_whole, write_atomic
 from remit_megatron.runtime.locks import DirectoryLock
 from remit_megatron.runtime.parallel import broadcast_object, gather_objects, same_fate
 from remit_megatron.runtime.progress import format_count
+from remit_megatron.runtime.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,10 @@ class RunLock(DirectoryLock):
     def __init__(self, run_dir: Path):
         self._run_dir = run_dir
         self._made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError("run_dir", f"{run_dir}, a file", "a directory") from None
         self._before = frozenset(os.listdir(run_dir))
         super().__init__(run_dir)
 
@@ -115,9 +119,19 @@ def require_space(directory: Path, needed: float, *, what: str) -> None:
 
 
 def read_config(run_dir: Path) -> str | None:
-    """The configuration that the run was trained with so far, as written; None for a new run."""
+    """The configuration that the run was trained with so far, as written; None for a new run.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = run_dir / "config.yaml"
-    return read_whole(path).decode() if path.exists() else None
+    if not path.exists():
+        return None
+    expected = "the configuration that the run was last trained with; without the file its checkpoints alone are asked"
+    content = read_yaml(path, field="run_dir", expected=expected)
+    if not isinstance(content, dict):
+        raise UserError(str(path), show(content), expected)
+    return read_whole(path).decode()
 
 
 def write_config(run_dir: Path, text: str) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from remit_megatron.data.blend import parse_blend, summarize_blend
 from remit_megatron.data.blend_file import is_blend_file
 from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import manifest_path
+from remit_megatron.data.tokenizer import Tokenizer
 from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.directory import read_config
 from remit_megatron.run.prepare import examine
-from remit_megatron.run.resume import compare_settings, training_settings
+from remit_megatron.run.resume import check_data, compare_settings, data_record, training_settings
 from remit_megatron.run.samples import check_document_ends
 from remit_megatron.runtime.checkpoints import read_manifest
 
@@ -40,10 +43,12 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
     check_rounds(found.arguments)
     for source in (None if found.goes_on else found.init, found.reference):
         _check_weights(source)
+    properties: dict[str, Any] = {}
     if found.goes_on and found.init is not None:
         settings = training_settings(vars(found.arguments), config)
         before = read_config(Path(config.run_dir or ""))
-        compare_settings(read_manifest(found.init.path).properties, settings, config, found.arguments, text=before)
+        properties = read_manifest(found.init.path).properties
+        compare_settings(properties, settings, config, found.arguments, text=before)
     from remit_megatron.models.family import family_of
     from remit_megatron.run.derived import describe
 
@@ -53,9 +58,31 @@ def dry_run(config: RunConfig, *, world_size: int | None = None) -> str:
         check_ids(prefix, found.hf_config["vocab_size"], field=key)
     if found.tokenizer is not None:
         check_document_ends(config, [prefix for _, prefix in there], found.tokenizer)
+        if not absent_data:
+            _check_samples(config, found.arguments, found.tokenizer, properties)
     missing = [*absent, *absent_data]
     notes = "".join(f"not found here: {line} (a run needs it; it was not checked)\n" for line in missing)
     return config.to_yaml() + "\n" + describe(config, found.arguments, unlisted=unlisted) + notes
+
+
+def _check_samples(
+    config: RunConfig, arguments: argparse.Namespace, tokenizer: Tokenizer, properties: dict[str, Any]
+) -> None:
+    """Refuses data that a run would refuse once it opens it, and other data than the run has been trained on."""
+    length = arguments.seq_length
+    for key, blend in (("data.valid", config.data.valid), ("data.train", config.data.train)):
+        if not blend:
+            continue
+        summary = summarize_blend(
+            parse_blend(blend, field=key),
+            sequence_length=length,
+            packing_seed=config.data.packing_seed,
+            tokenizer_digest=tokenizer.digests,
+            eod_id=tokenizer.eod_id,
+        )
+        if key == "data.train" and "data" in properties:
+            now = data_record(summary.datasets, summary.weights, config, sequence_length=length)
+            check_data(properties["data"], now, config, consumed=int(properties.get("consumed_samples", 0)))
 
 
 def _check_weights(source: ModelSource | None) -> None:

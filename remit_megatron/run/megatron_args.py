@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from remit_megatron.models.environment import check_attention_environment
 from remit_megatron.models.layout import check_pipeline_parallel, check_tensor_parallel, pipeline_layers
 from remit_megatron.run.configuration import RunConfig
 from remit_megatron.run.megatron_flags import refusal
@@ -394,6 +395,9 @@ def _check_required(values: Mapping[str, Any]) -> None:
     ):
         if values[key] is None:
             raise UserError(OWNED.get(key, f"megatron.{key}"), "nothing", expected)
+    for key in ("save_interval", "eval_interval"):
+        if values[key] is None:
+            raise UserError(f"megatron.{key}", "nothing", "a number of steps")
     for key in _POSITIVE:
         if values[key] is not None and not values[key] > 0:
             raise UserError(f"megatron.{key}", values[key], "more than 0")
@@ -406,6 +410,12 @@ def _check_length(args: argparse.Namespace) -> None:
     if args.train_samples is not None and args.train_samples < args.global_batch_size:
         expected = f"at least global_batch_size {args.global_batch_size}, one step"
         raise UserError("megatron.train_samples", args.train_samples, expected)
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    warms_up = any((args.lr_warmup_iters, args.lr_warmup_samples, args.lr_warmup_fraction))
+    if steps == 1 and warms_up and not args.lr_warmup_init:
+        key = "train_iters" if args.train_iters else "train_samples"
+        expected = "two steps or more, or lr_warmup_init: the first step of a warm-up from 0 has a learning rate of 0"
+        raise UserError(f"megatron.{key}", getattr(args, key), expected)
     replicas, instances = args.data_parallel_size, args.num_distributed_optimizer_instances
     if replicas * args.context_parallel_size % instances:
         expected = f"a divisor of {replicas} data-parallel x {args.context_parallel_size} context-parallel ranks"
@@ -418,6 +428,7 @@ def _check_done(args: argparse.Namespace, values: Mapping[str, Any], chosen: Map
         value = values[name]
         made = getattr(args, name, value)
         plain = isinstance(value, bool | int | float) and isinstance(made, bool | int | float | None)
+        plain |= isinstance(value, str) and isinstance(made, str | None)
         own = name not in DEFAULTS and value == _known_arguments()[0][name].default  # which nobody has to mean
         if plain and made != value and not own:
             raise UserError(f"megatron.{name}", show(value), f"{show(made)}, which Megatron makes of it in this run")
@@ -449,7 +460,7 @@ def _check_layout(values: dict[str, Any], world_size: int) -> None:
     for prefix in ("", "eval_"):
         total, micro = values[f"{prefix}global_batch_size"], values[f"{prefix}micro_batch_size"]
         step = (micro or values["micro_batch_size"]) * dp
-        if total is not None and total % step and not values["decrease_batch_size_if_needed"]:
+        if total is not None and total % step:
             expected = f"a multiple of {step} ({prefix}micro_batch_size {step // dp} x {dp} data-parallel ranks)"
             raise UserError(f"megatron.{prefix}global_batch_size", total, expected)
 
@@ -475,6 +486,7 @@ def _check_virtual_stages(values: Mapping[str, Any], pp: int) -> None:
 
 
 def _prepare_environment(config: RunConfig, values: Mapping[str, Any]) -> None:
+    check_attention_environment(values["attention_backend"], values["transformer_impl"])
     if not values["use_torch_fsdp2"]:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as cli.py does, for those who come another way
     elif os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":

@@ -37,7 +37,7 @@ HONORED = names(
     # optimizer and schedule (apply_wd_to_qk_layernorm is refused by run/checks.py)
     "qk_clip apply_wd_to_qk_layernorm muon_split_qkv muon_nesterov optimizer_cpu_offload optimizer_cuda_graph",
     "use_torch_optimizer_for_cpu_offload overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params",
-    "override_opt_param_scheduler use_checkpoint_opt_param_scheduler decrease_batch_size_if_needed",
+    "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
     "check_for_large_grads",
     # loop
     "manual_gc manual_gc_eval profile",
@@ -145,6 +145,7 @@ REFUSED: dict[str, str] = {
     "no_load_rng": "nothing; another run_dir with init at this run's checkpoint begins with new random states",
     "use_mp_args_from_checkpoint_args": "false: the layout is this file's",
     "use_tokenizer_model_from_checkpoint_args": "true, which has no effect: data.tokenizer is read",
+    "decrease_batch_size_if_needed": "false: length and schedule would count samples that no step has",
     "ddp_average_in_collective": "false: losses are averaged over tokens, after the reduction",
     "init_method_xavier_uniform": "false: Megatron 0.19 fails on it; megatron.init_method_std in its place",
     "exit_on_missing_checkpoint": "false: a run without a checkpoint begins, one with a damaged one says so",

@@ -23,6 +23,9 @@ _HYPERPARAMETERS = {
     "muon": ("muon_momentum", "adam_beta1", "adam_beta2", "adam_eps"),
 }
 _CORE_OPTIMIZERS = ("adam", "sgd")
+# A rate below it changes next to no weight: an update of Adam is about as large, and half the distance of two float32
+# numbers around 0.02 is 9e-10.
+_LOWEST_RATE = 1e-12
 
 
 def check_optimization(values: Mapping[str, Any]) -> None:
@@ -50,6 +53,8 @@ def _refuse_unless(condition: bool, values: Mapping[str, Any], key: str, expecte
 def _check_rates(values: Mapping[str, Any]) -> None:
     lr, lowest, start = values["lr"], values["min_lr"], values["lr_warmup_init"]
     _refuse_unless(math.isfinite(lr), values, "lr", "a finite number")
+    expected = f"{_LOWEST_RATE:g} or more: float32 weights would stay as they are"
+    _refuse_unless(lr >= _LOWEST_RATE, values, "lr", expected)
     _refuse_unless(lowest >= 0, values, "min_lr", f"a number from 0 to lr, {lr}")
     _refuse_unless(lowest <= lr, values, "min_lr", f"at most lr, {lr}")
     _refuse_unless(0 <= start <= lr, values, "lr_warmup_init", f"a number from 0 to lr, {lr}")

@@ -90,6 +90,7 @@ def examine(config: RunConfig, *, world_size: int, rank: int = 0, absent: list[s
 
     settings = objective_settings(config)
     objective = build_objective(config.objective.name, **settings)
+    checks.check_reference_use(config, objective)
     if config.run_dir is None:
         raise UserError("run_dir", "nothing", "the directory of the run")
     # A run that goes on is what its checkpoints are: init has no effect then, and need not be there any more.
@@ -197,5 +198,24 @@ def _same_architecture(described: dict[str, Any], found: dict[str, Any], *, fiel
 
 
 def total_steps(arguments: argparse.Namespace) -> int:
-    """Iterations of the whole run; its length is given in iterations or in samples."""
-    return arguments.train_iters or arguments.train_samples // arguments.global_batch_size
+    """Iterations of the whole run; its length is given in iterations or in samples.
+
+    Samples are counted from where the run goes on (`count_from`): those before may have come in other batches.
+    """
+    if arguments.train_samples is None:
+        return arguments.train_iters
+    step, consumed = getattr(arguments, "counted_from", (0, 0))
+    return step + max(arguments.train_samples - consumed, 0) // arguments.global_batch_size
+
+
+def count_from(arguments: argparse.Namespace, *, step: int, consumed: int) -> int:
+    """Notes where a run goes on; the number of samples that it has read when it is done.
+
+    Args:
+        arguments: of the run; `total_steps` goes by what is noted.
+        step: that it has come to.
+        consumed: samples that it has been trained on. 0 where that is not known: then as many as its batches hold now.
+    """
+    consumed = consumed or step * arguments.global_batch_size
+    arguments.counted_from = (step, consumed)
+    return consumed + max(total_steps(arguments) - step, 0) * arguments.global_batch_size

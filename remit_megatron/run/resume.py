@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -69,8 +70,11 @@ _LENGTHS = frozenset(
     ["global_batch_size"]
     + [f"{name}_{unit}" for name in ("lr_warmup", "lr_decay", "lr_wsd_decay", "train") for unit in ("iters", "samples")]
 )
-# Of the last phase of the style WSD, which no checkpoint of Megatron's keeps: another one counts at once.
-_LAST_PHASE = "megatron.lr_wsd_decay_style"
+# Of the last phase of the style WSD, which no checkpoint of Megatron's keeps: another one counts at once. So does
+# another rate that the warm-up begins at.
+_LAST_PHASE, _WARMUP_START = "megatron.lr_wsd_decay_style", "megatron.lr_warmup_init"
+_OF_THE_CHECKPOINT = frozenset(f"megatron.{name}" for name in (*_SCHEDULE, "weight_decay")) - {_WARMUP_START}
+_STYLE = "megatron.lr_decay_style"
 _BATCH, _DYNAMIC = "megatron.global_batch_size", "megatron.dynamic_loss_scale"
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "fp8"}
 
@@ -152,8 +156,29 @@ def compare_settings(
         settings,
         run_dir=config.run_dir,
         schedule_chosen=chosen,
-        last_phase_chosen=arguments.override_opt_param_scheduler,
+        all_chosen=arguments.override_opt_param_scheduler,
     )
+
+
+def settings_in_force(
+    settings: Mapping[str, Any], properties: Mapping[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What a run that goes on is trained with: with ``use_checkpoint_opt_param_scheduler`` the schedule is not the
+    configuration's but its checkpoint's.
+
+    Args:
+        settings: of :func:`training_settings`.
+        properties: what the manifest of the checkpoint says; nothing for a new run.
+    """
+    before = properties.get("settings")
+    if before is None or not arguments.use_checkpoint_opt_param_scheduler:
+        return dict(settings)
+
+    def kept(key: str) -> bool:
+        return key in _OF_THE_CHECKPOINT or (_is_length(key) and "wsd" not in key)
+
+    own = {key: value for key, value in settings.items() if not kept(key)}
+    return own | {key: value for key, value in before.items() if kept(key)}
 
 
 def check_settings(
@@ -162,7 +187,7 @@ def check_settings(
     *,
     run_dir: str | None,
     schedule_chosen: bool = False,
-    last_phase_chosen: bool = False,
+    all_chosen: bool = False,
 ) -> None:
     """Refuses to go on with an optimizer or a schedule that is not the checkpoints'.
 
@@ -171,15 +196,17 @@ def check_settings(
         run_dir: of the run.
         schedule_chosen: whether the configuration says whose schedule counts (``override_opt_param_scheduler`` or
             ``use_checkpoint_opt_param_scheduler``); then it may be another one.
-        last_phase_chosen: whether it says so of the last phase of WSD, which the checkpoint's schedule does not have
-            (``override_opt_param_scheduler``).
+        all_chosen: whether it says so of what the checkpoint's schedule does not have, too: the last phase of WSD and
+            the rate that the warm-up begins at (``override_opt_param_scheduler``).
 
     Raises:
         UserError: naming the first key that differs, with both values.
     """
-    free = {f"megatron.{name}" for name in (*_SCHEDULE, "weight_decay")} if schedule_chosen else set()
-    if last_phase_chosen:
-        free.add(_LAST_PHASE)
+    free = set(_OF_THE_CHECKPOINT) if schedule_chosen else set()
+    if all_chosen:
+        free |= {_LAST_PHASE, _WARMUP_START}
+    elif before.get(_STYLE) == "WSD":
+        free.discard(_STYLE)  # the checkpoint's schedule would lack the length of its last phase
     for key in now:
         compared = key in before and key not in free and not _is_length(key) and key != _DYNAMIC
         if compared and before[key] != now[key]:
@@ -191,8 +218,27 @@ def check_settings(
         return
     if not schedule_chosen:
         _check_lengths(before, now, run_dir, ("lr_warmup", "lr_decay", "train"))
-    if not last_phase_chosen and _LAST_PHASE in before and _LAST_PHASE in now:
+    if not all_chosen and _LAST_PHASE in before and _LAST_PHASE in now:
         _check_lengths(before, now, run_dir, ("lr_wsd_decay",))
+
+
+def batch_change(before: Mapping[str, Any], now: Mapping[str, Any], *, consumed: int) -> str | None:
+    """A line that says what another batch does to the schedule, which counts samples; or None.
+
+    Args:
+        before, now: of :func:`training_settings`.
+        consumed: samples so far.
+    """
+    if before.get(_BATCH) in (None, now[_BATCH]):
+        return None
+    if now["megatron.train_iters"] is not None:
+        length = (now["megatron.lr_decay_iters"] or now["megatron.train_iters"]) * now[_BATCH]
+    else:
+        length = now["megatron.lr_decay_samples"] or now["megatron.train_samples"]
+    return (
+        f"{_BATCH} is {now[_BATCH]}, and was {before[_BATCH]}: the learning rate goes on at sample {consumed:,} of a "
+        f"schedule of {length:,}"
+    )
 
 
 def _is_length(key: str) -> bool:
@@ -234,23 +280,59 @@ def _shown(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def data_record(blend: Any, config: RunConfig, *, sequence_length: int) -> dict[str, Any]:
+def objective_record(
+    config: RunConfig, settings: Mapping[str, Any], reference: str | os.PathLike | None
+) -> dict[str, Any]:
+    """What a run minimises, as JSON takes it. It may change when a run goes on, and the run says so.
+
+    Args:
+        config: the run.
+        settings: of the objective, those that it takes.
+        reference: where the weights of the reference are: a run's directory holds others from day to day.
+    """
+    return {
+        "objective.name": config.objective.name,
+        **{f"objective.{name}": value for name, value in settings.items()},
+        "data.mask_eod_loss": config.data.mask_eod_loss,
+        "data.document_mask": config.data.document_mask,
+        "reference.checkpoint": None if reference is None else os.path.abspath(reference),
+    }
+
+
+def objective_change(before: Mapping[str, Any], now: Mapping[str, Any], *, step: int) -> str | None:
+    """A line that says how what is minimised differs from the steps before, or None.
+
+    Args:
+        before, now: of :func:`objective_record`.
+        step: the last one of those before.
+    """
+    changes = [
+        f"{key} is {_shown(now.get(key))}, and was {_shown(before.get(key))}"
+        for key in dict.fromkeys((*now, *before))
+        if now.get(key) != before.get(key)
+    ]
+    return f"from step {step + 1} on {'; '.join(changes)}" if changes else None
+
+
+def data_record(
+    datasets: Sequence[tuple[str, str]], weights: Sequence[float], config: RunConfig, *, sequence_length: int
+) -> dict[str, Any]:
     """What decides which tokens are number n of a run's samples, as JSON takes it.
 
     Args:
-        blend: the training samples, a `BlendedDataset`.
+        datasets: prefix and identity of the training data sets.
+        weights: their shares.
         config: the run.
         sequence_length: tokens of a sample.
     """
-    weights = blend.order.weights
     # In the order of the blend's tree, for which equal data and weights may stand in any order in the file.
     order = sorted(range(len(weights)), key=lambda number: (-weights[number], number))
-    names = dataset_names([dataset.prefix for dataset in blend.datasets])
+    names = dataset_names([prefix for prefix, _ in datasets])
     return {
         "seed": config.seed,
         "sequence_length": sequence_length,
         "packing_seed": config.data.packing_seed,
-        "train": [[weights[number], names[number], blend.datasets[number].identity] for number in order],
+        "train": [[weights[number], names[number], datasets[number][1]] for number in order],
     }
 
 

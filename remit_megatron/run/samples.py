@@ -10,15 +10,17 @@ from remit_megatron.data.boundaries import check_boundaries
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.tokenizer import Tokenizer
 from remit_megatron.run.configuration import RunConfig
-from remit_megatron.run.prepare import Prepared, objective_settings, total_steps
+from remit_megatron.run.prepare import Prepared, objective_settings
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import UserError
 
 
-def open_data(prepared: Prepared, environment: parallel.RankEnvironment) -> tuple[Any, Any]:
-    """Opens the training and validation samples: rank 0 first, which builds the index that the others map."""
-    arguments = prepared.arguments
-    samples = total_steps(arguments) * arguments.global_batch_size
+def open_data(prepared: Prepared, environment: parallel.RankEnvironment, *, samples: int) -> tuple[Any, Any]:
+    """Opens the training and validation samples: rank 0 first, which builds the index that the others map.
+
+    Args:
+        samples: that the run has read when it is done (`prepare.count_from`).
+    """
     train = valid = None
     for turn in (environment.rank == 0, environment.rank != 0):
         with parallel.same_fate("opening the data"):

@@ -36,7 +36,7 @@ class ObjectiveConfig:
     forward pass of the student in every step. No effect on others."""
 
     temperature: float = 1.0
-    """``kd``: what the logits of both models are divided by; above 0. No effect on others."""
+    """``kd``: what the logits of both models are divided by; 0.01 to 100. No effect on others."""
 
     ntp_weight: float = 0.0
     """``kd``: share of next-token prediction in the loss, 0 to 1. No effect on others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import Counter
@@ -13,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from remit_megatron.reference.cache import CacheIdentity, ReferenceCache
-from remit_megatron.reference.cache_format import read_manifest
+from remit_megatron.reference.cache_format import read_manifest, write_all
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.files import create_once
 
 if TYPE_CHECKING:
     from remit_megatron.run.prepare import Prepared
 
 logger = logging.getLogger(__name__)
+
+_PRECISION_FILE = "computed_in"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def open_cache(prepared: Prepared, blend: Any, *, rank: int, create: bool) -> Re
         document_mask=config.data.document_mask,
         eod_id=prepared.tokenizer.eod_id,
     )
-    cache = None
+    cache, made = None, not path.exists()
     for turn in (rank == 0, rank != 0):
         with parallel.same_fate("opening the score cache"):
             if turn:
@@ -112,7 +116,25 @@ def open_cache(prepared: Prepared, blend: Any, *, rank: int, create: bool) -> Re
                 )
                 _declare(cache, blend, create=create)
     assert cache is not None
+    with parallel.same_fate("looking at the score cache"):
+        if rank == 0:
+            _note_precision(cache.directory, str(prepared.arguments.params_dtype).removeprefix("torch."), made=made)
     return cache
+
+
+def _note_precision(directory: Path, now: str, *, made: bool) -> None:
+    """Writes down in which type a new cache's scores are computed; warns where this job has another than they.
+
+    It is no part of their identity, since either serves: weights differ by some 0.002 between bfloat16 and float32.
+    """
+    file = directory / _PRECISION_FILE
+    if made:
+        create_once(file, lambda descriptor: write_all(descriptor, f"{now}\n".encode(), 0))
+        return
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if (before := file.read_text().strip()) != now:
+            found = f"the scores in {directory} were computed in {before}, and this job computes in {now}"
+            logger.warning("%s: what is missing would be off from them by some 0.004 nats a token", found)
 
 
 def _tokenizer_digest(digests: Sequence[str], blend: Any, manifest: Path) -> str:

@@ -13,6 +13,9 @@ from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import INT64
 
 _TOO_LARGE = "an integer of more than 64 bits"
+# libyaml puts a tree together by recursion in C, which ends the process where it is some 30,000 levels deep. A text of
+# fewer characters is not.
+_TOO_DEEP, _DEEPEST, _SHORT = "nested too deeply", 1000, 20_000
 
 
 def parse_yaml(text: str) -> Any:
@@ -23,17 +26,28 @@ def parse_yaml(text: str) -> Any:
         OmegaConfBaseException: it holds what OmegaConf does not take.
     """
     try:
+        _refuse_deep(text)
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         _refuse(content)
         return content
     except AssertionError:  # which is how it refuses a bare number, flag or date
         raise yaml.YAMLError("one value alone") from None
     except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
+        raise yaml.YAMLError(_TOO_DEEP) from None
     except OmegaConfBaseException:
         raise
     except ValueError as error:  # Python's limit of 4,300 digits, or a date that is none
         raise yaml.YAMLError(_TOO_LARGE if "digits" in str(error) else str(error)) from None
+
+
+def _refuse_deep(text: str) -> None:
+    if len(text) < _SHORT:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(_TOO_DEEP)
 
 
 def _refuse(content: Any) -> None:

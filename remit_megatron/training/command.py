@@ -26,7 +26,7 @@ from remit_megatron.run import resume
 from remit_megatron.run.checks import check_rounds
 from remit_megatron.run.configuration import RunConfig, load_config
 from remit_megatron.run.events import RunEvents
-from remit_megatron.run.prepare import Prepared, prepare, total_steps
+from remit_megatron.run.prepare import Prepared, count_from, prepare, total_steps
 from remit_megatron.run.samples import open_data
 from remit_megatron.run.score_cache import RunScores, open_run_scores
 from remit_megatron.runtime import checkpoints, launch, parallel, stop
@@ -39,7 +39,7 @@ from remit_megatron.runtime.errors import (
     UserError,
 )
 from remit_megatron.training.curves import resume_logs
-from remit_megatron.training.health import no_update
+from remit_megatron.training.health import no_update, not_finite
 
 if TYPE_CHECKING:
     from remit_megatron.training.evaluation import RunEvaluation
@@ -151,33 +151,43 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         prepared = prepare(config, world_size=environment.world_size, rank=rank)
         prepared.arguments.load = None
     arguments = prepared.arguments
+    # Not the product with the batch size, which may be another one now. 0 where the checkpoint does not say.
+    consumed = int(before.get("consumed_samples", 0))
+    samples = count_from(arguments, step=resumed_at, consumed=consumed)
     if resumed_at >= total_steps(arguments):
         if before.get("updates", 1) == 0:
             raise DoNotRestart(no_update(resumed_at))
         if rank == 0:
-            changed = run_directory.read_config(run_dir) not in (None, config.to_yaml())
-            note = "; the configuration is not the one in config.yaml, and was not used" if changed else ""
+            another = run_directory.read_config(run_dir) not in (None, config.to_yaml())
+            note = "; the configuration is not the one in config.yaml, and was not used" if another else ""
             sys.stdout.write(f"nothing to do: step {resumed_at} of {total_steps(arguments)} is done{note}\n")
         return EXIT_DONE
-    train_samples, valid_samples = open_data(prepared, environment)
-    data = resume.data_record(train_samples, config, sequence_length=arguments.seq_length)
-    # Not the product with the batch size, which may be another one now. 0 where the checkpoint does not say.
-    consumed = int(before.get("consumed_samples", 0))
+    train_samples, valid_samples = open_data(prepared, environment, samples=samples)
+    datasets = [(dataset.prefix, dataset.identity) for dataset in train_samples.datasets]
+    length = arguments.seq_length
+    data = resume.data_record(datasets, train_samples.order.weights, config, sequence_length=length)
+    source = None if prepared.reference is None else prepared.reference.path
+    minimised = resume.objective_record(config, prepared.objective_settings, source)
+    in_force = resume.settings_in_force(settings, before, arguments)
+    changed = [resume.batch_change(before.get("settings") or {}, in_force, consumed=consumed)]
+    if "objective" in before:
+        changed.append(resume.objective_change(before["objective"], minimised, step=resumed_at))
     if "data" in before:
-        changed = resume.check_data(before["data"], data, config, consumed=consumed)
-        if changed and rank == 0:
-            sys.stdout.write(changed + "\n")
+        changed.append(resume.check_data(before["data"], data, config, consumed=consumed))
+    if rank == 0:
+        sys.stdout.write("".join(f"{line}\n" for line in changed if line))
     evaluation = open_evaluation(prepared, total_steps=total_steps(arguments))
     scores = open_run_scores(prepared, train_samples, rank=rank, consumed=consumed)
     if scores.cache is not None and scores.reads:
         from remit_megatron.reference.cached import ScoredSamples
 
         train_samples = ScoredSamples(train_samples, scores.cache)
+    trained_with = run_directory.read_config(run_dir) if rank == 0 else None
     with parallel.same_fate("writing the configuration"):
         if rank == 0:
             run_directory.write_config(run_dir, config.to_yaml())
     stop.hold()  # from here on the run has begun, and says how it ends
-    record = {"settings": settings, "data": data}
+    record = {"settings": in_force, "data": data, "objective": minimised}
     progress = Progress(resumed_at, int(before.get("updates", resumed_at)), record, spikes=before.get("spikes"))
     events.start(step=resumed_at, ranks=environment.world_size)
     reached = partial(getattr, arguments, "curr_iteration", resumed_at - 1)
@@ -185,6 +195,8 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         with _megatron_started(prepared, environment, progress):
             code = _train(prepared, environment, progress, (train_samples, valid_samples), scores, evaluation, events)
     except BaseException as error:
+        if isinstance(error, UserError) and trained_with is not None and reached() < resumed_at:
+            run_directory.write_config(run_dir, trained_with)  # what was refused has trained nothing
         _note_end(events, error, step=reached() + 1)
         raise
     events.end(step=reached() + 1, code=code)
@@ -322,11 +334,14 @@ def _train(
 
     def before_wrapping(chunks: list) -> list:
         # Between construction and DDP: the optimizer's master weights are copied from what is loaded here.
+        broken: dict[str, int] = {}
         with parallel.same_fate("loading the weights"):
             if prepared.init is not None and not resumed_at:
                 load_weights(chunks, prepared.init)
+                broken = not_finite(chunks)
             if environment.rank == 0:
                 _require_space(arguments, chunks, environment.world_size)
+        _warn_of_weights(broken)
         with parallel.same_fate("loading the reference"):
             engine.build_reference()
         return chunks
@@ -346,6 +361,9 @@ def _train(
     redirect()
 
     def provider(_samples, vp_stage=None):
+        # After the schedule is made of train_samples, and before the loop, which counts steps: Megatron's number of
+        # them takes the batch size to have been the same all along.
+        arguments.train_iters = total_steps(arguments)
         return (*datasets, None)
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own microbatches
@@ -362,6 +380,18 @@ def _train(
     if code == EXIT_DONE and not engine.updates:
         raise DoNotRestart(no_update(total_steps(arguments)))
     return code
+
+
+def _warn_of_weights(broken: dict[str, int]) -> None:
+    """Says that weights of init are not finite; a run may never use them. Collective.
+
+    Args:
+        broken: of `not_finite` on this rank.
+    """
+    parts = [part for part in parallel.gather_objects(broken) if part]
+    if parts:  # the log of every rank has it, the terminal rank 0's
+        count, name = sum(sum(part.values()) for part in parts), next(iter(parts[0]))
+        logger.warning("init: %d of its numbers are not finite, in %s first; they stay so", count, name)
 
 
 def _pretrain(arguments: argparse.Namespace, container: Any, provider: Any, forward_step: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from remit_megatron.models.forward import ModelForward
 from remit_megatron.objectives import SelectingObjective, build_objective
+from remit_megatron.objectives.kd import Distillation
 from remit_megatron.reference.idle import IdleFiller
 from remit_megatron.reference.source import ScoreSource
 from remit_megatron.run import directory as run_directory
@@ -29,7 +30,7 @@ from remit_megatron.runtime import checkpoints, parallel
 from remit_megatron.runtime.errors import DoNotRestart
 from remit_megatron.runtime.files import HF_SUBFOLDER
 from remit_megatron.runtime.parallel import RankEnvironment
-from remit_megatron.training.first_look import FirstLook
+from remit_megatron.training.first_look import FirstLook, nothing_to_distill
 from remit_megatron.training.health import StepOutcome, StepWatch, dropped_share
 from remit_megatron.training.metrics import RunRecorder, peak_flops, step_statistics, token_counts
 from remit_megatron.training.scores import ScoreParts, build_score_source
@@ -104,6 +105,7 @@ class Engine:
         self._progress: dict[int, dict[str, Any]] = {}
         self._samples, self._events = samples, events
         self.updates = updates
+        self._rate: float | None = None  # of learning, in the present step
         config = prepared.config
         self.forward = ModelForward(
             eod_id=prepared.tokenizer.eod_id,
@@ -126,6 +128,7 @@ class Engine:
         if objective.reference_signal == "loss":
             selects = isinstance(objective, SelectingObjective)
             self._first_look = FirstLook(steps=total_steps(prepared.arguments), selects=selects)
+        self._distills = isinstance(objective, Distillation)  # until the first step of this start has been looked at
         self._student: list = []  # its chunks on this rank, as Megatron trains them; known from the first step on
         scaled = prepared.arguments.fp16 and not prepared.arguments.loss_scale
         self._watch = StepWatch(
@@ -216,12 +219,12 @@ class Engine:
         atexit.unregister(_end_workers)
         atexit.register(_end_workers)
         wrapper = self.step.wrap_schedule if evaluation is None else self._evaluated_schedule
-        schedule.wrapper, train_step.hook = wrapper, None
+        schedule.wrapper, train_step.hook = wrapper, self.before_step
         if (gate := self._spikes) is not None:
             schedule.wrapper = lambda original: gate.wrap(wrapper(original))
-            train_step.hook = gate.before_step
         pipeline_wait.hook = self._filler.wait
         training_log.hook = self.after_step if evaluation is None else self._after_step_and_evaluation
+        training_log.rate = lambda: self._rate
         evaluation_log.hook = self.after_evaluation
         checkpoint_commit.before = self.before_save
         checkpoint_commit.after = self.after_save
@@ -257,7 +260,17 @@ class Engine:
             consumed = self._arguments.consumed_train_samples * self._arguments.seq_length
             self._recorder.evaluation({"iteration": step, "consumed_tokens": consumed, **record})
 
-    # -- after a step ------------------------------------------------------------------------------------------------
+    # -- around a step -----------------------------------------------------------------------------------------------
+
+    def before_step(self, model: Any, optimizer: Any, schedule: Any) -> None:
+        """Takes what Megatron trains, and the learning rate of the step: after it the optimizer has the next one's."""
+        from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+        # Loading a checkpoint sets the optimizer's weight decay before it knows the checkpoint's (Megatron-LM #7468).
+        schedule.step(0)
+        self._rate = get_canonical_lr_for_logging(optimizer.param_groups)
+        if self._spikes is not None:
+            self._spikes.before_step(model, optimizer, schedule)
 
     def after_step(
         self,
@@ -277,7 +290,7 @@ class Engine:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         args = self._arguments
-        self.updates += not skipped
+        self.updates += not skipped and grad_norm != 0 and self._rate != 0
         spike = self._meet_spike(iteration, grad_norm, skipped)
         fault = None if spike is None or not spike.hopeless else self._spike_text(spike)
         logged = losses
@@ -305,8 +318,7 @@ class Engine:
                     record |= {"spike": spike.figure, "back_to": spike.back_to}
                 self._recorder.step(record)
                 self._say_dropped(outcome)
-                if self._first_look is not None and (line := self._first_look.add(record)) is not None:
-                    self._say(line)
+                self._look_at_first(record)
             template = losses["lm_loss"]
             logged = {name: template.new_tensor([value]) for name, value in figures.items()}
         # A rank of an earlier stage knows no losses, and must not wait for one that has left.
@@ -351,6 +363,16 @@ class Engine:
     def _spike_text(self, spike: Spike) -> str:
         assert self._prepared.config.spikes is not None
         return spike.text(window=self._prepared.config.spikes.window)
+
+    def _look_at_first(self, record: dict[str, Any]) -> None:
+        """Says what the first steps tell of the reference."""
+        if self._first_look is not None and (line := self._first_look.add(record)) is not None:
+            self._say(line)
+        if self._distills:
+            self._distills = False
+            share = self._prepared.objective_settings["ntp_weight"]
+            if (line := nothing_to_distill(record, ntp_weight=share)) is not None:
+                self._say(line)
 
     def _say_dropped(self, step: StepOutcome) -> None:
         """Names the first tokens that do not count for want of a score; metrics.jsonl has them all."""

@@ -9,6 +9,8 @@ from typing import Any
 from remit_megatron.scoring.guidance import FLAT
 
 STEPS = 10
+# Nats a token. Two models apart are 1e-4 and more; of one model in float32 rounding leaves 1e-7.
+_EQUAL = 1e-5
 # Two-sided 95% quantiles of Student's t with 1 to STEPS - 1 degrees of freedom.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -59,3 +61,19 @@ class FirstLook:
                 "learnt to do better than, it teaches what it knows less of: see remit check reference"
             )
         return f"warning: the reference is neither ahead of the student nor behind ({what}): see remit check reference"
+
+
+def nothing_to_distill(record: Mapping[str, Any], *, ntp_weight: float) -> str | None:
+    """A warning where the first step of `kd` finds the two models' distributions equal, else None.
+
+    Args:
+        record: a line of metrics.jsonl.
+        ntp_weight: share of next-token prediction in the objective's loss.
+    """
+    divergence = record["objective_loss"] - ntp_weight * record["lm_loss"]
+    if ntp_weight == 1 or not abs(divergence) < (1 - ntp_weight) * _EQUAL:
+        return None
+    return (
+        f"warning: the student's distributions are the reference's (divergence {divergence:.1g} nats a token): there "
+        "is nothing to distill; is reference.checkpoint the model of init?"
+    )

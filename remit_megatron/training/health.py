@@ -7,9 +7,13 @@ restart reads the same reference, data and weights, so that the exit code is 70.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Skipped steps in a row that no smaller loss scale can mend. One batch may overflow, ten do not.
+import torch
+
+# Steps in a row that are skipped and that no smaller loss scale can mend, or that have no gradient. One batch may
+# overflow, ten do not.
 _HOPELESS_STEPS = 10
 
 
@@ -50,11 +54,12 @@ class StepWatch:
     def __init__(self, *, max_dropped: float, smallest_loss_scale: float | None = None):
         self._max_dropped = max_dropped
         self._smallest = smallest_loss_scale
-        self._hopeless = 0
+        self._hopeless = self._without_gradient = 0
 
     def fault(self, step: StepOutcome) -> str | None:
         """Why the run must not go on after this step, in one line, or None."""
         found = self._uncounted(step) or self._dropped(step) or self._not_finite(step) or self._never_mended(step)
+        found = found or self._nothing_learnt(step)
         return None if found is None else f"step {step.iteration}: {found}"
 
     def _uncounted(self, step: StepOutcome) -> str | None:
@@ -108,6 +113,26 @@ class StepWatch:
             else f"found {self._hopeless} skipped steps in a row with lm_loss {step.lm_loss}; expected updates"
         )
 
+    def _nothing_learnt(self, step: StepOutcome) -> str | None:
+        self._without_gradient = self._without_gradient + 1 if step.grad_norm == 0 else 0
+        if self._without_gradient < _HOPELESS_STEPS:
+            return None
+        return (
+            f"found {self._without_gradient} steps in a row with a gradient of 0 (objective_loss "
+            f"{step.objective_loss:.4g}); expected one (see objective, and whether reference.checkpoint is init)"
+        )
+
+
+def not_finite(chunks: Sequence[torch.nn.Module]) -> dict[str, int]:
+    """How many numbers of this rank's weights are not finite, by the names of the parameters that have some."""
+    found = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                count = int((~torch.isfinite(parameter.detach())).sum())
+                found |= {name: count} if count else {}
+    return found
+
 
 def dropped_share(dropped: int, tokens: int) -> str:
     """``12 of 256 tokens (4.69%)``."""
@@ -117,6 +142,7 @@ def dropped_share(dropped: int, tokens: int) -> str:
 def no_update(steps: int) -> str:
     """What is said of a run that is at its end and has never changed a weight."""
     return (
-        f"found no update in {steps} steps, all were skipped; expected at least one: a smaller "
-        "megatron.initial_loss_scale, or more steps, in another run_dir"
+        f"found no update in {steps} steps, all were skipped or had a gradient or a learning rate of 0; expected at "
+        "least one: a smaller megatron.initial_loss_scale, another objective or reference, or more steps, in another "
+        "run_dir"
     )

@@ -87,16 +87,19 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a ``.jsonl`` file; a last line that a killed process left half written is left out."""
+    """Records of a ``.jsonl`` file, each with its ``iteration``. Left out is what is none: a last line that a killed
+    process left half written, or damage."""
     path = Path(path)
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and type(record.get("iteration")) is int:
+            records.append(record)
     return records
 
 

@@ -249,11 +249,13 @@ def test_what_a_run_may_not_change(begun, run, material, override, line):
     [
         ("megatron.train_iters=5", "megatron.train_iters: found 5; expected 3"),
         ("optimizer.decay_norms=true", "optimizer.decay_norms: found true; expected nothing"),
+        ("seed=7", "seed: found 7; expected 1234"),
+        ("data.train=[[1.0,{corpus}]]", "data.train: found 1 of corpus"),
     ],
 )
-def test_a_dry_run_of_a_run_that_goes_on_says_so_too(begun, run, override, line):
-    path = begun / "run.yaml"
-    assert one_line(run("train", path, override, "--dry-run", "--nproc", 1), 2).startswith(f"error: {line}")
+def test_a_dry_run_of_a_run_that_goes_on_says_so_too(begun, run, material, override, line):
+    path, words = begun / "run.yaml", override.format(corpus=material["corpus"])
+    assert one_line(run("train", path, words, "--dry-run", "--nproc", 1), 2).startswith(f"error: {line}")
     assert run("train", path, "--dry-run").code == 0
 
 
@@ -270,6 +272,126 @@ def test_a_run_goes_on_without_init_and_with_other_data(begun, run, material, tm
     assert (last / "hf" / "tokenizer.json").read_bytes() == (material["tokenizer"] / "tokenizer.json").read_bytes()
     manifest = json.loads((last / "manifest.json").read_text())["properties"]
     assert manifest["updates"] == 3 and manifest["data"]["train"][0][1] == "corpus"
+
+
+def rates(config: dict[str, Any], consumed: list[int]) -> list[float]:
+    """Learning rates of Megatron's own schedule for steps that begin at these samples."""
+    from remit_megatron.models.build import megatron_arguments
+    from remit_megatron.run.configuration import load_config, load_model_description
+    from remit_megatron.run.megatron_args import build_arguments
+    from remit_megatron.run.optimization import scheduler
+
+    path = Path(config["run_dir"]).parent / "rates.yaml"
+    architecture = megatron_arguments(load_model_description(config["init"]))
+    schedule = scheduler(build_arguments(load_config(write(path, config)), architecture, world_size=1, rank=0))
+    found = []
+    for samples in consumed:
+        schedule.num_steps = samples
+        found.append(schedule.get_lr(schedule.optimizer.param_groups[0]))
+    return found
+
+
+@pytest.mark.parametrize(("batch", "samples"), [(2, [0, 4, 8, 10, 12, 14]), (8, [0, 4, 8])])
+def test_a_run_of_samples_goes_on_in_another_batch(config_for, run, tmp_path, batch, samples):
+    """All of its samples, neither more nor fewer, with the learning rates of a schedule that counts samples."""
+    config = config_for(tmp_path / "run", objective={"name": "ntp"}, save_interval=2)
+    config["megatron"] |= {"train_samples": 16, "lr_warmup_samples": 6, "micro_batch_size": 1}
+    del config["megatron"]["train_iters"]
+    path = write(tmp_path / "run.yaml", config)
+    assert run("train", path, "megatron.exit_interval=2").code == 75
+    other = f"megatron.global_batch_size={batch}"
+    outcome = run("train", path, other)
+    assert outcome.code == 0, outcome
+    line = "and was 4: the learning rate goes on at sample 8 of a schedule of 16"
+    assert f"megatron.global_batch_size is {batch}, {line}" in outcome.said
+    steps = records(tmp_path / "run")
+    assert [step["consumed_tokens"] // 64 for step in steps] == [*samples[1:], 16]
+    assert [step["learning_rate"] for step in steps] == pytest.approx(rates(config, samples), rel=1e-12)
+    assert f"step {len(samples)} of {len(samples)} is done" in run("train", path, other).said
+    assert f"{len(samples)} of {len(samples)} (100.0%)" in run("status", tmp_path / "run").said
+
+
+def test_a_run_of_steps_goes_on_in_a_smaller_batch(config_for, run, tmp_path):
+    path = write(tmp_path / "run.yaml", config_for(tmp_path / "run", objective={"name": "ntp"}, train_iters=4))
+    assert run("train", path, "megatron.exit_interval=2").code == 75
+    words = ("megatron.global_batch_size=2", "megatron.override_opt_param_scheduler=true")
+    outcome = run("train", path, *words)
+    assert outcome.code == 0, outcome
+    assert [step["consumed_tokens"] // 64 for step in records(tmp_path / "run")] == [4, 8, 10, 12]
+
+
+def decay_and_rate(words: list[str]) -> tuple[Outcome, list[tuple[float, float]]]:
+    """A command, and the weight decay and learning rate that each of its updates had."""
+    import patches
+
+    patches.apply()
+    from megatron.training import training
+
+    found, original = [], training.get_megatron_optimizer
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        optimizer = original(*arguments, **settings)
+        update = optimizer.step
+
+        def step() -> Any:
+            (group,) = [group for group in optimizer.param_groups if group["wd_mult"]]
+            found.append((group["weight_decay"], group["lr"]))
+            return update()
+
+        optimizer.step = step
+        return optimizer
+
+    training.get_megatron_optimizer = watched
+    try:
+        return command(words), found
+    finally:
+        training.get_megatron_optimizer = original
+
+
+def test_the_schedule_of_the_checkpoint_is_the_whole_of_it(config_for, pool, tmp_path):
+    """Its weight decay from the first step on, and what later checkpoints say is what was done."""
+    config = config_for(tmp_path / "run", objective={"name": "ntp"}, save_interval=2)
+    path = str(write(tmp_path / "run.yaml", config))
+
+    def start(*words: str) -> tuple[Outcome, list[tuple[float, float]]]:
+        ((outcome, found),) = pool.run(decay_and_rate, world_size=1, words=["train", path, *words])
+        return outcome, found
+
+    outcome, found = start("megatron.exit_interval=2")
+    assert outcome.code == 75 and [decay for decay, _ in found] == [0.1, 0.1], outcome
+    others = ("megatron.weight_decay=0.5", "megatron.lr_decay_style=linear", "megatron.exit_interval=4")
+    outcome, found = start("megatron.use_checkpoint_opt_param_scheduler=true", *others)
+    assert outcome.code == 75 and [decay for decay, _ in found] == [0.1, 0.1], outcome
+    outcome, last = start()
+    assert outcome.code == 0 and [decay for decay, _ in last] == [0.1, 0.1], outcome
+    expected = rates(config, [8, 12, 16, 20])
+    assert [rate for _, rate in (*found, *last)] == pytest.approx(expected, rel=1e-12)
+    assert [step["learning_rate"] for step in records(tmp_path / "run")][2:] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_run_goes_on_with_another_objective_and_says_so(begun, run, tmp_path):
+    shutil.copytree(begun / "run", tmp_path / "run")
+    where = f"run_dir={tmp_path / 'run'}"
+    itself = run("train", begun / "run.yaml", where, f"reference.checkpoint={tmp_path / 'run'}")
+    assert "the run itself; expected another model" in one_line(itself, 2)
+    outcome = run("train", begun / "run.yaml", where, "objective.epsilon=0.1", "data.mask_eod_loss=true")
+    assert outcome.code == 0, outcome
+    changes = "objective.epsilon is 0.1, and was 0.2; data.mask_eod_loss is true, and was false\n"
+    assert f"from step 3 on {changes}" in outcome.said
+
+
+def test_a_refused_start_is_not_what_the_run_was_trained_with(begun, run, material, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(begun / "run", tmp_path / "run")
+    shutil.copytree(material["reference"], tmp_path / "reference")
+    weights = load_file(tmp_path / "reference" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "reference" / "model.safetensors", metadata={"format": "pt"})
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    words = (f"run_dir={tmp_path / 'run'}", f"reference.checkpoint={tmp_path / 'reference'}")
+    assert "no tensor model.norm.weight" in one_line(run("train", begun / "run.yaml", *words), 2)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
 def test_a_checkpoint_that_says_nothing_of_its_optimizer_goes_on(begun, run, tmp_path):

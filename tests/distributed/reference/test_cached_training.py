@@ -223,9 +223,9 @@ def test_resumed_with_another_batch_size_looks_for_what_is_still_to_be_read(pool
     config["reference"]["on_missing"] = "score"
     assert pool.run(exit_code, world_size=1, path=write(config)) == [0]
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [step["consumed_tokens"] // 64 for step in found] == [8, 16, 32, 48], "as Megatron counts, too"
+    assert [step["consumed_tokens"] // 64 for step in found] == [8, 16, 32, 48, 64], "all of its samples"
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("iter_*"))
-    assert [read_manifest(checkpoint).properties["consumed_samples"] for checkpoint in checkpoints] == [16, 48]
+    assert [read_manifest(checkpoint).properties["consumed_samples"] for checkpoint in checkpoints] == [16, 64]
 
 
 def signalled(path: str, log: str) -> tuple[int, float]:

@@ -181,3 +181,18 @@ def test_plan_leaves_out_layouts_that_the_reference_does_not_fit(tmp_path):
     config = load_config(run_file(tmp_path, "olmo2_1b", objective="remit"), ["reference.micro_batch_size=2"])
     report = command.plan(config, machine=H100, nodes=1)
     assert {item.layout.micro_batch for item in report.found.fitting} == {1, 2}
+
+
+def test_data_that_is_here_has_to_mark_what_is_asked_of_it(tmp_path, capsys):
+    from remit_megatron.data.build import build_dataset
+    from tests.tiny import make_tokenizer, write_documents
+
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    source = write_documents(tmp_path / "corpus.jsonl", count=20, seed=1)
+    path = run_file(tmp_path, "olmo2_1b", objective="ntp")
+    for name, ended in (("with", True), ("without", False)):
+        build_dataset([source], tokenizer, tmp_path / name, append_eod=ended)
+        words = [f"data.train=[{tmp_path / name}]", f"data.tokenizer={tokenizer}", "data.mask_eod_loss=true"]
+        code = cli.main(["plan", str(path), "--nodes", "1", *words])
+        assert code == (0 if ended else 2)
+    assert f"data.mask_eod_loss: found true with {tmp_path / 'without'}" in capsys.readouterr().err

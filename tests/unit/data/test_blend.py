@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from remit_megatron.data.blend import BlendedDataset, BlendEntry, BlendOrder, open_blend, parse_blend
+from remit_megatron.data.blend import BlendedDataset, BlendEntry, BlendOrder, open_blend, parse_blend, summarize_blend
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.writer import DatasetWriter
 from remit_megatron.runtime.errors import UserError
@@ -155,6 +155,30 @@ def test_weights_by_size(corpora):
     blend = open_blend(parse_blend(corpora), sequence_length=5, num_samples=10, seed=1)
     tokens = np.array([4, 13, 22]) * 10
     assert np.allclose(blend.order.weights, tokens / tokens.sum())
+
+
+def test_the_largest_weights_have_shares(corpora):
+    assert BlendOrder([1e308, 1e308, 0.5e308]).weights == [0.4, 0.4, 0.2]
+    assert BlendOrder([5e-324, 5e-324]).weights == [0.5, 0.5]
+
+
+def test_a_blend_is_known_by_its_manifests(corpora):
+    """Without an index, as with one."""
+    entries = parse_blend(corpora)
+    common = {"sequence_length": 5, "packing_seed": 3, "tokenizer_digest": "d" * 64, "eod_id": EOD}
+    summary = summarize_blend(entries, **common)
+    blend = open_blend(entries, num_samples=10, seed=1, **common)
+    assert summary.datasets == [(dataset.prefix, dataset.identity) for dataset in blend.datasets]
+    assert summary.weights == blend.order.weights
+    for change, message in (
+        ({"sequence_length": 50}, "40 tokens in all; expected at least 51"),
+        ({"tokenizer_digest": "e" * 64}, "data of the tokenizer with digest dddd"),
+        ({"eod_id": 5}, "end-of-document token 0; expected 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            summarize_blend(entries, **common | change)
+    with pytest.raises(UserError, match="the same contents"):
+        summarize_blend([*entries, entries[0]], **common)
 
 
 def test_parse_blend():

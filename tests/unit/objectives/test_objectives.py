@@ -341,6 +341,11 @@ def test_dropout_is_refused_beside_a_global_selection():
         ("rho1", {"keep": 0.0}, "objective.keep: found 0.0; expected a number above 0 and at most 1"),
         ("rho1", {"scope": "batch"}, "objective.scope: found batch; expected one of micro_batch, sequence,"),
         ("kd", {"temperature": 0.0}, "objective.temperature: found 0.0; expected a number above 0"),
+        (
+            "kd",
+            {"temperature": 101.0},
+            "objective.temperature: found 101.0; expected a number above 0: 0.01 to 100, where float32",
+        ),
         ("kd", {"ntp_weight": -0.1}, "objective.ntp_weight: found -0.1; expected a number from 0 to 1"),
         ("rho", {}, "objective.name: found rho; expected one of kd, ntp, remit, rho1"),
     ],

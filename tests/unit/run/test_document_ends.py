@@ -98,3 +98,11 @@ def test_another_end_of_document(root, tmp_path):
     config = config_of(REMIT, root, "with", f"data.tokenizer={tokenizer}", "data.document_mask=true")
     found = f"true with {root / 'with'}, whose documents end in token 0, not in 1"
     assert refused(lambda: dry_run(config, world_size=1)).startswith(f"data.document_mask: found {found}")
+
+
+def test_a_dry_run_refuses_data_without_a_sample(root, tmp_path):
+    build_dataset([write_documents(tmp_path / "one.jsonl", count=1, seed=1)], root / "tokenizer", root / "short")
+    for train, words in (("short", []), ("with", [f"data.valid=[{root / 'short'}]"])):
+        config = config_of(NTP, root, train, "megatron.seq_length=64", *words)
+        assert "tokens in all; expected at least 65" in refused(lambda config=config: dry_run(config, world_size=1))
+    assert dry_run(config_of(NTP, root, "with", "megatron.seq_length=64"), world_size=1)

@@ -159,6 +159,16 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
         "expected one of the two names of one argument",
     ),
     "type": ({"lr": "fast"}, 1, "megatron.lr: found 'fast'; expected a number"),
+    "no interval of validation": (
+        {"eval_interval": None},
+        1,
+        "megatron.eval_interval: found nothing; expected a number of steps",
+    ),
+    "no interval of saves": (
+        {"save_interval": None},
+        1,
+        "megatron.save_interval: found nothing; expected a number of steps",
+    ),
     "fraction of a step": ({"train_iters": 1.5}, 1, "megatron.train_iters: found 1.5; expected a whole number"),
     "beyond 64 bits": ({"train_iters": 1e308}, 1, "megatron.train_iters: found 1e+308; expected a number of 64 bits"),
     "flag": ({"bias_swiglu_fusion": 1}, 1, "megatron.bias_swiglu_fusion: found 1; expected true or false"),

@@ -37,6 +37,16 @@ SAMPLES = {"train_iters": None, "train_samples": 320, "global_batch_size": 32}
         ({"min_lr": 0.1}, "megatron.min_lr: found 0.1; expected at most lr, 0.001"),
         ({"min_lr": math.nan}, "megatron.min_lr: found nan"),
         ({"lr": math.inf}, "megatron.lr: found inf"),
+        ({"lr": 1e-30}, "megatron.lr: found 1e-30; expected 1e-12 or more"),
+        (
+            {"train_iters": 1, "lr_decay_iters": 10, "lr_warmup_iters": 2},
+            "megatron.train_iters: found 1; expected two steps or more, or lr_warmup_init",
+        ),
+        ({"train_iters": 1, "lr_warmup_fraction": 0.01}, "megatron.train_iters: found 1; expected two steps or more"),
+        (
+            SAMPLES | {"train_samples": 60, "lr_warmup_samples": 8},
+            "megatron.train_samples: found 60; expected two steps or more",
+        ),
         ({"lr_decay_iters": 0}, "megatron.lr_decay_iters: found 0; expected more than 0"),
         ({"lr_decay_iters": -4}, "megatron.lr_decay_iters: found -4; expected more than 0"),
         ({"lr_warmup_iters": -1}, "megatron.lr_warmup_iters: found -1; expected 0 or more"),

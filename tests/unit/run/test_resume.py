@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +11,15 @@ import patches
 patches.apply()
 
 from remit_megatron.run.configuration import OptimizerConfig, RunConfig  # noqa: E402
+from remit_megatron.run.prepare import count_from, total_steps  # noqa: E402
 from remit_megatron.run.resume import (  # noqa: E402
+    batch_change,
     check_data,
     check_settings,
     data_record,
+    objective_change,
+    objective_record,
+    settings_in_force,
     settings_of_config,
     training_settings,
 )
@@ -142,11 +146,99 @@ def test_the_last_phase_may_not_change_without_a_word(change, line):
         with pytest.raises(UserError) as caught:
             check_settings(before, now, run_dir="runs/x", schedule_chosen=chosen)
         assert str(caught.value).startswith(line)
-    check_settings(before, now, run_dir="runs/x", schedule_chosen=True, last_phase_chosen=True)
+    check_settings(before, now, run_dir="runs/x", schedule_chosen=True, all_chosen=True)
     older = {key: value for key, value in before.items() if "wsd" not in key}  # of checkpoints that do not say it
     check_settings(older, now, run_dir="runs/x")
     without = {"lr_wsd_decay_iters": 5}  # no effect with another style
     check_settings(settings({}), settings(without), run_dir="runs/x")
+
+
+def in_force(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    chosen = now | {"use_checkpoint_opt_param_scheduler": True}
+    found = arguments(config=run_config(**BASE | chosen))
+    return settings_in_force(settings(chosen), {"settings": settings(before)}, found)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"lr_decay_style": "linear"}),
+        ({}, {"weight_decay": 0.5}),
+        ({"lr_warmup_iters": 5}, {}),
+        ({}, {"train_iters": 80}),
+        ({"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}, {}),
+    ],
+)
+def test_checkpoints_say_the_schedule_that_was_in_force(before, now):
+    """With the checkpoint's schedule what the configuration says of it is not done, and must not be written down."""
+    assert in_force(before, now) == settings(before)
+    assert in_force({}, {"clip_grad": 0.5, "adam_beta1": 0.9}) == settings({})
+    new = settings(now)
+    assert settings_in_force(new, {}, arguments(config=run_config(**BASE | now))) == new
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "line"),
+    [
+        (WSD, {}, "megatron.lr_decay_style: found cosine; expected WSD"),
+        (
+            {"lr_warmup_iters": 5},
+            {"lr_warmup_iters": 5, "lr_warmup_init": 1e-4},
+            "megatron.lr_warmup_init: found 0.0001; expected 0",
+        ),
+    ],
+)
+def test_what_the_checkpoint_s_schedule_does_not_have(before, now, line):
+    with pytest.raises(UserError) as caught:
+        check_settings(settings(before), settings(now), run_dir="runs/x", schedule_chosen=True)
+    assert str(caught.value).startswith(line)
+    check_settings(settings(before), settings(now), run_dir="runs/x", schedule_chosen=True, all_chosen=True)
+
+
+def test_another_batch_is_said_with_what_it_does_to_the_schedule():
+    assert batch_change(settings({}), settings({}), consumed=64) is None
+    assert batch_change({}, settings({}), consumed=64) is None
+    line = batch_change(settings({}), settings({"global_batch_size": 16}), consumed=640)
+    assert line is not None and "is 16, and was 32" in line and line.endswith("at sample 640 of a schedule of 960")
+    samples = {"train_iters": None, "train_samples": 1920}
+    line = batch_change(settings(samples), settings(samples | {"global_batch_size": 64}), consumed=640)
+    assert line is not None and line.endswith("at sample 640 of a schedule of 1,920")
+
+
+@pytest.mark.parametrize(
+    ("megatron", "batch", "steps"),
+    [
+        ({"train_samples": 1000}, 32, 31),  # what does not fill a batch is not trained on
+        ({"train_samples": 1000}, 16, 10 + 42),
+        ({"train_samples": 1000}, 64, 10 + 10),
+        ({"train_samples": 320}, 64, 10),
+        ({"train_samples": 100}, 32, 10),
+        ({"train_iters": 60}, 16, 60),
+    ],
+)
+def test_a_run_is_as_long_as_it_says_whatever_its_batches(megatron, batch, steps):
+    """Ten steps of 32 samples, and the rest in another batch."""
+    values = {"train_iters": None} | megatron | {"global_batch_size": batch}
+    config = run_config()
+    config.megatron = {name: value for name, value in (config.megatron | values).items() if value is not None}
+    found = arguments(config=config)
+    samples = count_from(found, step=10, consumed=320)
+    assert total_steps(found) == steps and samples == 320 + (steps - 10) * batch
+    found.train_iters = steps  # as Megatron's loop has it
+    assert total_steps(found) == steps
+    assert count_from(found, step=0, consumed=0) == total_steps(found) * batch
+
+
+def test_what_is_minimised_may_change_and_is_said():
+    config = RunConfig(run_dir="runs/x")
+    before = objective_record(config, {"epsilon": 0.2, "centering": "sequence"}, "models/reference")
+    assert objective_change(before, dict(before), step=7) is None
+    other = RunConfig(run_dir="runs/x")
+    other.data.mask_eod_loss = True
+    now = objective_record(other, {"epsilon": None, "centering": "sequence"}, None)
+    line = objective_change(before, now, step=7)
+    assert line is not None and line.startswith("from step 8 on objective.epsilon is nothing, and was 0.2; ")
+    assert "data.mask_eod_loss is true, and was false; reference.checkpoint is nothing, and was /" in line
 
 
 def test_which_parameters_decay_may_not_change():
@@ -202,8 +294,8 @@ def test_a_run_of_an_earlier_version_is_compared_by_its_configuration():
 
 def blend(*parts: tuple[float, str, str]) -> Any:
     total = sum(weight for weight, _, _ in parts)
-    datasets = [SimpleNamespace(prefix=prefix, identity=identity * 64) for _, prefix, identity in parts]
-    return SimpleNamespace(datasets=datasets, order=SimpleNamespace(weights=[weight / total for weight, _, _ in parts]))
+    datasets = [(prefix, identity * 64) for _, prefix, identity in parts]
+    return datasets, [weight / total for weight, _, _ in parts]
 
 
 WEB, MATH = (3.0, "data/web", "a"), (1.0, "data/math", "b")
@@ -220,8 +312,8 @@ WEB, MATH = (3.0, "data/web", "a"), (1.0, "data/math", "b")
 )
 def test_the_same_data_by_another_name(now):
     config = RunConfig(run_dir="runs/x")
-    before = data_record(blend(WEB, MATH), config, sequence_length=64)
-    assert check_data(before, data_record(now, config, sequence_length=64), config, consumed=10) is None
+    before = data_record(*blend(WEB, MATH), config, sequence_length=64)
+    assert check_data(before, data_record(*now, config, sequence_length=64), config, consumed=10) is None
 
 
 @pytest.mark.parametrize(
@@ -240,10 +332,10 @@ def test_the_same_data_by_another_name(now):
 )
 def test_other_data_is_refused_or_said(now, line):
     config = RunConfig(run_dir="runs/x")
-    before = data_record(blend(WEB, MATH), config, sequence_length=64)
+    before = data_record(*blend(WEB, MATH), config, sequence_length=64)
     other = RunConfig(run_dir="runs/x", seed=now.get("seed", 1234))
     other.data.packing_seed = now.get("packing_seed", 0)
-    record = data_record(now.get("blend", blend(WEB, MATH)), other, sequence_length=now.get("sequence_length", 64))
+    record = data_record(*now.get("blend", blend(WEB, MATH)), other, sequence_length=now.get("sequence_length", 64))
     with pytest.raises(UserError) as caught:
         check_data(before, record, other, consumed=10)
     assert str(caught.value).startswith(line)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from remit_megatron.run.directory import RunLock
+from remit_megatron.run.directory import RunLock, read_config
 from remit_megatron.runtime import locks
 from remit_megatron.runtime.errors import StartAgain, UserError
 
@@ -32,6 +32,22 @@ def holder(run_dir: Path, seconds: float, job: str | None) -> subprocess.Popen:
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
+
+
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match=r"^run_dir: found .*run, a file; expected a directory$"):
+        RunLock(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe:", b"megatron: [", b"- 1", b"7", b"[" * 100_000])
+def test_a_damaged_record_of_the_configuration_is_named(tmp_path, content):
+    assert read_config(tmp_path) is None
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config.yaml.*; expected the configuration that the run was last"):
+        read_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("run_dir: x\n")
+    assert read_config(tmp_path) == "run_dir: x\n"
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(None, None), (None, "7"), ("7", None), ("17", "7")])

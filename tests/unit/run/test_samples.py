@@ -17,7 +17,7 @@ from remit_megatron.evaluation.requests import Choice, Question, RequestSuite, R
 from remit_megatron.run.configuration import load_config
 from remit_megatron.run.dry_run import dry_run
 from remit_megatron.run.samples import open_datasets
-from remit_megatron.run.score_cache import _tokenizer_digest
+from remit_megatron.run.score_cache import _note_precision, _tokenizer_digest
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.scoring.requests import encode_suite
 from tests.tiny import make_llama
@@ -161,3 +161,13 @@ def test_logprobs_of_texts_without_a_row_are_refused(material, tmp_path):
                 _refuse_unknown_ids(tokenizer, path, ROWS)
         else:
             _refuse_unknown_ids(tokenizer, path, ROWS)
+
+
+def test_scores_of_another_precision_are_said(tmp_path, caplog):
+    _note_precision(tmp_path, "float32", made=False)  # a cache of an earlier version says nothing
+    assert list(tmp_path.iterdir()) == []
+    _note_precision(tmp_path, "float32", made=True)
+    _note_precision(tmp_path, "float32", made=False)
+    assert caplog.messages == []
+    _note_precision(tmp_path, "bfloat16", made=False)
+    assert "were computed in float32, and this job computes in bfloat16" in caplog.messages[0]

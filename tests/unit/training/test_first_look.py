@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remit_megatron.training.first_look import STEPS, FirstLook
+from remit_megatron.training.first_look import STEPS, FirstLook, nothing_to_distill
 
 
 def said(deltas, spread: float = 0.1, steps: int = 100) -> list[str]:
@@ -54,3 +54,19 @@ def test_of_kept_tokens_no_lead_is_said():
     assert said_of(AHEAD, 0.3) == said_of([-delta for delta in AHEAD], 0.3) == []
     (line,) = said_of(AHEAD, 0.001)
     assert line.startswith("warning: student and reference hardly differ (spread of the loss difference 0.001 nats")
+
+
+@pytest.mark.parametrize(
+    ("objective", "share", "warns"),
+    [
+        (0.0, 0.0, True),
+        (3e-7, 0.0, True),
+        (1.6, 0.5, True),
+        (1.6001, 0.5, False),
+        (0.01, 0.0, False),
+        (3.2, 1.0, False),
+    ],
+)
+def test_a_reference_that_is_the_student_is_said(objective, share, warns):
+    line = nothing_to_distill({"objective_loss": objective, "lm_loss": 3.2}, ntp_weight=share)
+    assert (line is not None and "nothing to distill" in line) == warns

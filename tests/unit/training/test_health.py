@@ -8,9 +8,10 @@ import json
 import math
 
 import pytest
+import torch
 
-from remit_megatron.training.health import StepOutcome, StepWatch, no_update
-from remit_megatron.training.metrics import RunRecorder
+from remit_megatron.training.health import StepOutcome, StepWatch, no_update, not_finite
+from remit_megatron.training.metrics import RunRecorder, read_records
 
 GOOD = StepOutcome(
     iteration=7,
@@ -83,6 +84,43 @@ def test_skipping_that_no_smaller_scale_mends_ends():
     constant = StepWatch(max_dropped=0.01)
     faults = [constant.fault(step(skipped=True, grad_norm=None, loss_scale=128.0)) for _ in range(10)]
     assert faults[:9] == [None] * 9 and faults[9] is not None
+
+
+def test_steps_without_a_gradient_end():
+    watch = StepWatch(max_dropped=0.01)
+    nothing = step(grad_norm=0.0)
+    assert [watch.fault(nothing) for _ in range(9)] == [None] * 9
+    assert watch.fault(step()) is None, "one that learns: the count begins again"
+    assert [watch.fault(nothing) for _ in range(9)] == [None] * 9
+    fault = watch.fault(nothing)
+    assert fault is not None and "10 steps in a row with a gradient of 0" in fault
+
+
+def test_weights_that_are_not_finite_are_counted():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Embedding(4, 2).bfloat16())
+    assert not_finite([model]) == {}
+    with torch.no_grad():
+        model[0].bias[1] = torch.inf
+        model[1].weight[2] = torch.nan
+    assert not_finite([model, torch.nn.Linear(1, 1)]) == {"0.bias": 1, "1.weight": 2}
+
+
+def test_records_that_are_none_are_left_out(tmp_path):
+    good = {"iteration": 1, "lm_loss": 3.0}
+    lines = [
+        json.dumps(good).encode(),
+        b"{}",
+        b"3",
+        b"null",
+        b'{"iteration": "x"}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"it',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_records(tmp_path / "metrics.jsonl") == [good]
+    RunRecorder(tmp_path, total_steps=2, resumed_at=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(good) + "\n"
 
 
 def test_a_skipped_step_has_a_line_and_is_shown(tmp_path):
