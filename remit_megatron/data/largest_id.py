@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from remit_megatron.data.indexed import IndexedTokens
 from remit_megatron.data.manifest import Manifest, read_manifest
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import parse_json, whole, write_atomic
@@ -49,7 +50,8 @@ def largest_id(prefix: str | os.PathLike, manifest: Manifest) -> int:
             return whole(content["largest_id"])
     largest = -1
     if manifest.bin.size:
-        tokens = np.memmap(f"{os.fspath(prefix)}.bin", mode="r", dtype=np.dtype(manifest.dtype).newbyteorder("<"))
+        dtype = IndexedTokens(prefix).dtype  # what their reader takes them for
+        tokens = np.memmap(f"{os.fspath(prefix)}.bin", mode="r", dtype=dtype)
         largest = max(int(tokens[start : start + _PIECE].max()) for start in range(0, len(tokens), _PIECE))
     with suppress(OSError):
         write_atomic(kept, json.dumps({"bin": manifest.bin.sha256, "largest_id": largest}) + "\n")

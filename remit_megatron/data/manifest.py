@@ -7,11 +7,12 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.files import parse_json, sha256_file, whole
 
 FORMAT = "remit-data"
 FORMAT_VERSION = 1
+_DTYPES = ("uint16", "int32")  # of token files (indexed.token_dtype)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _parse(path: str, content: Any) -> Manifest:
             tokenizer_digest=str(content["tokenizer_digest"]),
             vocab_size=whole(content["vocab_size"]),
             eod_id=None if content["eod_id"] is None else whole(content["eod_id"]),
-            dtype=str(content["dtype"]),
+            dtype=_dtype(content["dtype"]),
             documents=whole(content["documents"]),
             tokens=whole(content["tokens"]),
             skipped=whole(content["skipped"]),
@@ -125,6 +126,12 @@ def _parse(path: str, content: Any) -> Manifest:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(path, f"a damaged manifest ({type(error).__name__}: {error})", "all fields") from None
+
+
+def _dtype(content: Any) -> str:
+    if content not in _DTYPES:
+        raise ValueError(f"dtype {show(content)}")
+    return content
 
 
 def _sides(content: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

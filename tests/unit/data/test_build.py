@@ -25,6 +25,7 @@ from tokenizers import models, pre_tokenizers
 from remit_megatron.cli import main
 from remit_megatron.data.build import build_dataset
 from remit_megatron.data.indexed import IndexedTokens
+from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.runtime.errors import UserError
@@ -406,3 +407,19 @@ def test_a_manifest_with_a_number_that_is_none(tmp_path, tokenizer, name, value)
     path.write_text(re.sub(rf'("{name}"): \d+', rf"\1: {value}", path.read_text()))
     with pytest.raises(UserError, match=r"damaged manifest|Exceeds the limit"):
         read_manifest(tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", ["None", "int64", "", "object", "uint32"])
+def test_a_manifest_of_tokens_of_another_kind(tmp_path, tokenizer, value):
+    """As older data has it, without the largest id, which is looked for in the tokens."""
+    build_dataset([write_lines(tmp_path / "c.jsonl", ["ab"])], tokenizer, tmp_path / "out")
+    content = json.loads((tmp_path / "out.json").read_text())
+    del content["largest_id"]
+    (tmp_path / "out.json").write_text(json.dumps(content | {"dtype": value}))
+    with pytest.raises(UserError, match=r"damaged manifest .*dtype"):
+        check_ids(tmp_path / "out", 3, field="data.train")
+    # The reader of the tokens goes by the index, and so does who looks for the largest of them.
+    (tmp_path / "out.json").write_text(json.dumps(content | {"dtype": "int32"}))
+    largest = max(IndexedTokens(tmp_path / "out").read(0))
+    with pytest.raises(UserError, match=f"ids up to {largest}; expected"):
+        check_ids(tmp_path / "out", 3, field="data.train")
