@@ -25,6 +25,7 @@ from remit_megatron.runtime.errors import (
 )
 from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.installed import BrokenInstallation, foreign_patches_line, say_once, use_own_patches
+from remit_megatron.runtime.launcher_variables import check_variables
 from remit_megatron.runtime.stop import StopInSetUp, Stopped, follow_launcher, leave, say_stopped
 
 # command -> (room, one line for --help). What a command NAME takes and does is in the room's command.py:
@@ -138,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before the imports, which take longest.
         with _stop(argv):
             follow_launcher()
+            check_variables()
             namespace, room, run = _parse(argv)
             if room != "doctor":  # which reports it
                 foreign = use_own_patches()

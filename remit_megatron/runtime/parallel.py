@@ -15,6 +15,7 @@ import torch.distributed as dist
 from remit_megatron.runtime import stop
 from remit_megatron.runtime.errors import StartAgain, UserError
 from remit_megatron.runtime.float32 import exact_float32
+from remit_megatron.runtime.launcher_variables import check_variables
 
 _A_MOMENT = 2.0  # seconds in which a signal to all ranks has reached all
 
@@ -41,13 +42,15 @@ def rank_environment() -> RankEnvironment:
     """Reads torchrun's variables, else Slurm's (one task per GPU under srun), and exports them in torchrun's form.
 
     Raises:
-        UserError: under srun without a rendezvous address (the batch script exports MASTER_ADDR).
+        UserError: a variable that is no number, or a rank that the job does not have; under srun without a rendezvous
+            address (the batch script exports MASTER_ADDR).
     """
     environ = os.environ
     if "RANK" not in environ and started_by_srun():
         environ["RANK"] = environ["SLURM_PROCID"]
         environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
         environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    check_variables()
     rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "MASTER_ADDR" not in environ:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from remit_megatron import cli
 from remit_megatron.runtime import launch
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.launch import free_port, under_launcher
@@ -57,6 +59,25 @@ def test_srun_without_an_address(monkeypatch):
     set_all(monkeypatch, SLURM_PROCID=9, SLURM_STEP_NUM_TASKS=16, SLURM_LOCALID=1)
     with pytest.raises(UserError, match="MASTER_ADDR"):
         rank_environment()
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "x"}, "RANK in the environment: found 'x'; expected a whole number"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK in the environment: found ''; expected a whole number"),
+        ({"RANK": "1", "WORLD_SIZE": "two"}, "WORLD_SIZE in the environment: found 'two'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK in the environment: found '-1'"),
+        ({"RANK": "3"}, "RANK in the environment: found 3; expected less than WORLD_SIZE, 1; unset"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "RANK in the environment: found 2; expected less than"),
+    ],
+)
+def test_variables_of_no_launcher(monkeypatch, capsys, variables, says):
+    set_all(monkeypatch, **variables)
+    with pytest.raises(UserError, match=re.escape(says)):
+        rank_environment()
+    assert cli.main(["doctor", "--help"]) == 2  # of every command, before anything
+    assert says in capsys.readouterr().err
 
 
 def test_ports_are_free_and_not_given_to_connections(monkeypatch):
