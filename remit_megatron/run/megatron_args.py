@@ -428,7 +428,6 @@ def _check_done(args: argparse.Namespace, values: Mapping[str, Any], chosen: Map
         value = values[name]
         made = getattr(args, name, value)
         plain = isinstance(value, bool | int | float) and isinstance(made, bool | int | float | None)
-        plain |= isinstance(value, str) and isinstance(made, str | None)
         own = name not in DEFAULTS and value == _known_arguments()[0][name].default  # which nobody has to mean
         if plain and made != value and not own:
             raise UserError(f"megatron.{name}", show(value), f"{show(made)}, which Megatron makes of it in this run")
