@@ -13,7 +13,9 @@ from typing import Any, TextIO
 
 from remit_megatron.evaluation.request_cache import RequestCache, through_cache
 from remit_megatron.runtime.errors import UserError, show_error
+from remit_megatron.runtime.exported import model_digest
 from remit_megatron.runtime.extras import is_installed, require
+from remit_megatron.runtime.files import sha256_file
 from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.progress import Progress
 from remit_megatron.runtime.whole_model import check_whole
@@ -46,13 +48,24 @@ class Backend:
     def identity(self) -> dict[str, Any]:
         """What may change an answer; batch size and number of processes change its last digits at most."""
         versions = {name: _version(name) for name in ("lm_eval", "transformers", "torch")}
+        files = {name: digest for name, value in self.arguments if (digest := _content(value)) is not None}
         return {
             "backend": self.name,
             "dtype": self.dtype,
             "max_length": self.max_length,
             "arguments": dict(self.arguments),
             "versions": versions | ({"vllm": _version("vllm")} if self.name == "vllm" else {}),
+            **({"argument_files": files} if files else {}),
         }
+
+
+def _content(value: str) -> str | None:
+    """Digest of the file, or of the model, adapter or tokenizer, that an argument names; None where it names none."""
+    path = Path(value)
+    try:
+        return model_digest(path) if path.is_dir() else sha256_file(path) if path.is_file() else None
+    except OSError:  # no text for a path, or a file that the library may not read either
+        return None
 
 
 def check_backend(backend: Backend) -> None:
