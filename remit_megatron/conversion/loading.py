@@ -20,7 +20,9 @@ from remit_megatron.conversion.weight_files import HEAD, IMPLIED
 from remit_megatron.models.build import shape_of, unwrap
 from remit_megatron.models.family import family_of, required
 from remit_megatron.models.mapping import WHOLE, NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
+from remit_megatron.runtime.checkpoints import DamagedCheckpoint, verify
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.parallel import same_fate
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ def load_weights(
         on_bytes: called with the bytes filled so far, after each parameter.
 
     Raises:
-        UserError: a weight is missing or unknown, or has another shape than the model.
+        UserError: a weight is missing or unknown, or has another shape than the model; or a checkpoint is not what its
+            manifest says.
     """
     models = [unwrap(chunk) for chunk in chunks]
     names = family_of(source.hf_config).names(source.hf_config)
@@ -245,6 +248,7 @@ def sharded_weights(model: GPTModel, metadata: dict[str, Any] | None = None) -> 
 def _load_checkpoint(
     models: Sequence[GPTModel], source: ModelSource, names: NameMap, shape: Shape, on_bytes: Callable[[int], None]
 ) -> None:
+    _compare_with_manifest(source)
     files = CheckpointFiles(source.path)
     done = 0
     for model in models:
@@ -258,6 +262,16 @@ def _load_checkpoint(
                 _zero_padding(parameter, model.pg_collection.tp.rank(), shape.vocab_size)
             done += parameter.nbytes
             on_bytes(done)
+
+
+def _compare_with_manifest(source: ModelSource) -> None:
+    """Every byte of a checkpoint is read once by one of the ranks: a flipped bit would be a weight like any other, and
+    another config.json another model."""
+    with same_fate("comparing a checkpoint with its manifest"):
+        try:
+            verify(source.path, part=dist.get_rank(), parts=dist.get_world_size())
+        except DamagedCheckpoint as damage:
+            raise UserError("checkpoint", f"a damaged one: {damage}", "files that are as they were saved") from None
 
 
 def _replicas(model: GPTModel) -> dist.ProcessGroup | None:

@@ -15,8 +15,12 @@ import patches
 patches.apply()
 
 from remit_megatron.conversion import loading  # noqa: E402
+from remit_megatron.conversion.processes import process_groups  # noqa: E402
+from remit_megatron.conversion.source import resolve  # noqa: E402
 from remit_megatron.conversion.to_huggingface import export_model  # noqa: E402
 from remit_megatron.conversion.to_megatron import import_model  # noqa: E402
+from remit_megatron.models.build import build_chunks, default_arguments, model_config  # noqa: E402
+from remit_megatron.runtime.errors import UserError  # noqa: E402
 from tests.families import make_case  # noqa: E402
 from tests.tiny import make_llama  # noqa: E402
 
@@ -59,6 +63,34 @@ def test_a_row_of_padding_that_was_trained_is_kept(tmp_path, monkeypatch, caplog
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["pad_token_id"] == (None if trained else 5)
     assert ("config.json gets no pad_token_id (was 5)" in caplog.text) == trained
+
+
+def flipped_bit(checkpoint: Path) -> None:
+    (file,) = checkpoint.glob("*.distcp")
+    with open(file, "r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        (byte,) = stream.read(1)
+        stream.seek(-1, 1)
+        stream.write(bytes([byte ^ 1]))
+
+
+def other_base_of_rope(checkpoint: Path) -> None:
+    file = checkpoint / "hf" / "config.json"
+    content = file.read_text()
+    assert "10000.0" in content
+    file.write_text(content.replace("10000.0", "50000.0"))
+
+
+@pytest.mark.parametrize("change", [flipped_bit, other_base_of_rope])
+def test_a_checkpoint_that_changed_is_not_loaded(tmp_path, change):
+    """As `init`, reference or for log-probabilities: sizes are the same, and what is wrong looks like any weight."""
+    import_model(make_llama(tmp_path / "model", seed=3, num_hidden_layers=1), tmp_path / "checkpoint")
+    change(tmp_path / "checkpoint")
+    source = resolve(tmp_path / "checkpoint")
+    with process_groups(alone=True) as groups:
+        chunks = build_chunks(model_config(source.hf_config, default_arguments()), groups)
+        with pytest.raises(UserError, match=r"checkpoint: found a damaged one: .*; expected files that are as"):
+            loading.load_weights(chunks, source)
 
 
 def without_zeros(tensor_of):
