@@ -152,7 +152,7 @@ def read_config(directory: Path, field: str = "checkpoint") -> dict[str, Any]:
         raise UserError(str(path), f"no JSON ({error})", "the model's configuration") from None
     if not isinstance(config, dict):
         raise UserError(str(path), type(config).__name__, "a JSON object")
-    if config.get("quantization_config"):
+    if config.get("quantization_config") is not None:
         raise UserError(
             f"{path} quantization_config", config["quantization_config"], "none: plain floating-point weights"
         )

@@ -103,6 +103,9 @@ def prepare(request: Request, models: list[Model]) -> Ready:
             f"{setting[different[0]]}, or another directory",
         )
     for model in models:
+        if model.path == request.output.resolve():
+            found = f"{model.path}, the model {model.name} itself"
+            raise UserError("--output", found, "another directory: results are not part of a model")
         if request.apply_chat_template and not model.checkpoint and chat_template(model.path) is None:
             raise UserError(f"MODEL {model.name}", "no chat template in its tokenizer", "one, or --chat-template no")
     return Ready(planned, skipped)

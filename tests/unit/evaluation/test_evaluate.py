@@ -259,6 +259,7 @@ def test_two_processes_share_the_items(evaluated, models, data, tmp_path):
         (["{model}", "--suite=gsm8k", "--dtype=float31"], "--dtype: found float31"),
         (["{model}", "--suite=gsm8k", "--model-arg=colour=red"], "colour"),
         (["{model}", "--suite=gsm8k", "--output={model}/config.json"], "(a file)"),
+        (["{model}", "--suite=gsm8k", "--output={model}"], "the model first itself; expected another directory"),
         (["{broken}", "--suite=gsm8k"], "header"),
         (["{model}", "--suite=truthfulqa_mc1"], "JSON parse error"),
         (["compare", "{model}"], "no results.json"),
