@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from remit_megatron.conversion.weight_files import HEAD, IMPLIED
 from remit_megatron.models.build import shape_of, unwrap
 from remit_megatron.models.family import family_of, required
 from remit_megatron.models.mapping import WHOLE, NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
-from remit_megatron.runtime.checkpoints import DamagedCheckpoint, verify
+from remit_megatron.runtime.checkpoints import MANIFEST, DamagedCheckpoint, read_manifest, verify
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.parallel import same_fate
 
@@ -265,13 +266,20 @@ def _load_checkpoint(
 
 
 def _compare_with_manifest(source: ModelSource) -> None:
-    """Every byte of a checkpoint is read once by one of the ranks: a flipped bit would be a weight like any other, and
-    another config.json another model."""
+    """Every byte of a checkpoint is read once more, by one of the ranks: a flipped bit would be a weight like any
+    other, and another config.json another model. Once in a process, while no file has another time."""
     with same_fate("comparing a checkpoint with its manifest"):
         try:
-            verify(source.path, part=dist.get_rank(), parts=dist.get_world_size())
+            files = [source.path / name for name in (*read_manifest(source.path).files, MANIFEST)]
+            times = tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+            _verified(source.path.absolute(), times, dist.get_rank(), dist.get_world_size())
         except DamagedCheckpoint as damage:
             raise UserError("checkpoint", f"a damaged one: {damage}", "files that are as they were saved") from None
+
+
+@cache
+def _verified(path: Path, times: tuple[int, ...], part: int, parts: int) -> None:
+    verify(path, part=part, parts=parts)
 
 
 def _replicas(model: GPTModel) -> dist.ProcessGroup | None:

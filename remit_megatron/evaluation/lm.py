@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,15 +49,19 @@ class Backend:
     def identity(self) -> dict[str, Any]:
         """What may change an answer; batch size and number of processes change its last digits at most."""
         versions = {name: _version(name) for name in ("lm_eval", "transformers", "torch")}
-        files = {name: digest for name, value in self.arguments if (digest := _content(value)) is not None}
         return {
             "backend": self.name,
             "dtype": self.dtype,
             "max_length": self.max_length,
             "arguments": dict(self.arguments),
             "versions": versions | ({"vllm": _version("vllm")} if self.name == "vllm" else {}),
-            **({"argument_files": files} if files else {}),
+            **({"argument_files": self._argument_files} if self._argument_files else {}),
         }
+
+    @cached_property
+    def _argument_files(self) -> dict[str, str]:
+        """Digests of what arguments name; read once, as it may be a model."""
+        return {name: digest for name, value in self.arguments if (digest := _content(value)) is not None}
 
 
 def _content(value: str) -> str | None:

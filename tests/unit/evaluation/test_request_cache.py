@@ -120,11 +120,11 @@ def test_answers_are_of_the_files_that_an_argument_names(tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"a")
-    backend = lm.Backend(arguments=(("peft", str(adapter)), ("trust_remote_code", "False")))
-    before = backend.identity()
-    assert before == backend.identity() and list(before["argument_files"]) == ["peft"]
+    arguments = (("peft", str(adapter)), ("trust_remote_code", "False"))
+    before = lm.Backend(arguments=arguments).identity()
+    assert before == lm.Backend(arguments=arguments).identity() and list(before["argument_files"]) == ["peft"]
     (adapter / "adapter_model.safetensors").write_bytes(b"b")
-    assert backend.identity() != before
+    assert lm.Backend(arguments=arguments).identity() != before
     assert "argument_files" not in lm.Backend(arguments=(("parallelize", "False"),)).identity()
 
 
