@@ -65,7 +65,7 @@ def pair_scores(
             raise UserError("remit logprobs", lines[-1].removeprefix("error: "), "models and a layout that it takes")
         if code:
             raise RuntimeError(f"remit logprobs ended with {code}:\n" + "\n".join(lines[-20:]))
-        records = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
     for text, record in zip(texts, records, strict=True):
         if record["token_ids"] != text.ids:
             raise UserError("--max-tokens", f"a cut that changes the tokens of line {text.line}", "no cut on ranks")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from remit_megatron.conversion.weight_files import HEAD, IMPLIED
 from remit_megatron.models.build import shape_of, unwrap
 from remit_megatron.models.family import family_of, required
 from remit_megatron.models.mapping import WHOLE, NameMap, Shape, TensorRank, Vocabulary, Weight, place_of
+from remit_megatron.runtime.checkpoints import MANIFEST, DamagedCheckpoint, read_manifest, verify
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.parallel import same_fate
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ def load_weights(
         on_bytes: called with the bytes filled so far, after each parameter.
 
     Raises:
-        UserError: a weight is missing or unknown, or has another shape than the model.
+        UserError: a weight is missing or unknown, or has another shape than the model; or a checkpoint is not what its
+            manifest says.
     """
     models = [unwrap(chunk) for chunk in chunks]
     names = family_of(source.hf_config).names(source.hf_config)
@@ -110,37 +114,44 @@ class HuggingFaceWeights:
         (embedding,) = self.names.embedding.hf
         known = self._named_in_files(hf_names(self.names, self._num_layers), embedding)
         # A tied model's files may hold the one matrix twice, or under the head's name alone.
-        self._tied = self.names.head is None and HEAD in self._files.names()
-        unknown = self._files.names() - known - ({HEAD} if self._tied else set())
+        head = self._renamed.get(HEAD, HEAD)
+        self._tied = self.names.head is None and head in self._files.names()
+        unknown = self._files.names() - known - ({head} if self._tied else set())
         unknown = sorted(name for name in unknown if not IMPLIED.search(name))
         if unknown:
             raise UserError(
                 f"weights in {source.path}", f"{unknown[0]} ({len(unknown)} unknown)", "weights of the family only"
             )
         if self._tied and self._renamed.get(embedding, embedding) not in self._files.names():
-            self._renamed[embedding] = HEAD
+            self._renamed[embedding] = head
         elif self._tied:
-            self._check_tied(self._renamed.get(embedding, embedding))
+            self._check_tied(self._renamed.get(embedding, embedding), head)
 
     def _named_in_files(self, known: set[str], embedding: str) -> set[str]:
-        """The names ``known`` as the files have them. A model that was saved without its head (``AutoModel``) has them
-        without the part that says which part of a model they are."""
+        """The names ``known`` as the files have them, which may lack the part that says which part of a model they are
+        (saved without its head, by ``AutoModel``), or have it once more (saved out of a wrapper). As in
+        ``rename_source_key`` of transformers 5, each name by itself; but not where two would be one."""
         found, part = self._files.names(), embedding.split(".", 1)[0] + "."
-        bare = embedding not in found and embedding.removeprefix(part) in found
-        self._renamed = {name: name.removeprefix(part) for name in known if bare and name.startswith(part)}
+        wanted = known | {HEAD}
+        self._renamed: dict[str, str] = {}
+        for name in sorted(found - wanted):
+            for target in (name.removeprefix(part), part + name):
+                if target in wanted and target not in found and target not in self._renamed:
+                    self._renamed[target] = name
+                    break
         return {self._renamed.get(name, name) for name in known}
 
-    def _check_tied(self, embedding: str) -> None:
+    def _check_tied(self, embedding: str, head: str) -> None:
         """Refuses a head of its own in a model that config.json calls tied; a few rows at a time."""
-        first, second = self._files[embedding], self._files[HEAD]
-        same = first.shape == second.shape
+        first, second = self._files[embedding], self._files[head]
+        same = first.shape == second.shape and bool(first.shape)
         for start in range(0, first.shape[0] if same else 0, _COMPARED_ROWS):
             part = slice(start, start + _COMPARED_ROWS)
             if not same_values(first[part], second[part]):
                 same = False
                 break
         if not same:
-            found = f"true, and {HEAD} differs from {embedding} in {self._path}"
+            found = f"true, and {head} differs from {embedding} in {self._path}"
             expected = "false for a head of its own (transformers then does not tie it), or equal weights"
             raise UserError("config.json tie_word_embeddings", found, expected)
 
@@ -163,12 +174,12 @@ class HuggingFaceWeights:
         for weight in (self.names.embedding, self.names.head):
             for name in () if weight is None else weight.hf:
                 found = self._tensor(name).shape
-                if found[0] != self._shape.vocab_size:
+                if found[:1] != (self._shape.vocab_size,):
                     expected = f"{self._shape.vocab_size} rows, as config.json says"
                     raise UserError(f"{self._path} {name}", f"shape {found}", expected)
 
     def _tensor(self, name: str) -> LazyTensor:
-        if name == HEAD and name not in self._files.names():
+        if name == HEAD and self._renamed.get(name, name) not in self._files.names():
             found = f"no tensor {name}"
             raise UserError(f"weights in {self._path}", found, "one, or config.json with tie_word_embeddings true")
         tensor = self._files[self._renamed.get(name, name)]
@@ -238,6 +249,7 @@ def sharded_weights(model: GPTModel, metadata: dict[str, Any] | None = None) -> 
 def _load_checkpoint(
     models: Sequence[GPTModel], source: ModelSource, names: NameMap, shape: Shape, on_bytes: Callable[[int], None]
 ) -> None:
+    _compare_with_manifest(source)
     files = CheckpointFiles(source.path)
     done = 0
     for model in models:
@@ -251,6 +263,23 @@ def _load_checkpoint(
                 _zero_padding(parameter, model.pg_collection.tp.rank(), shape.vocab_size)
             done += parameter.nbytes
             on_bytes(done)
+
+
+def _compare_with_manifest(source: ModelSource) -> None:
+    """Every byte of a checkpoint is read once more, by one of the ranks: a flipped bit would be a weight like any
+    other, and another config.json another model. Once in a process, while no file has another time."""
+    with same_fate("comparing a checkpoint with its manifest"):
+        try:
+            files = [source.path / name for name in (*read_manifest(source.path).files, MANIFEST)]
+            times = tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+            _verified(source.path.absolute(), times, dist.get_rank(), dist.get_world_size())
+        except DamagedCheckpoint as damage:
+            raise UserError("checkpoint", f"a damaged one: {damage}", "files that are as they were saved") from None
+
+
+@cache
+def _verified(path: Path, times: tuple[int, ...], part: int, parts: int) -> None:
+    verify(path, part=part, parts=parts)
 
 
 def _replicas(model: GPTModel) -> dist.ProcessGroup | None:

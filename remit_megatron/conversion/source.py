@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from remit_megatron.conversion.weight_files import tensor_files
 from remit_megatron.runtime.checkpoints import (
-    MANIFEST,
     DamagedCheckpoint,
+    is_checkpoint,
     iteration_directory,
     iterations,
     newest_complete,
@@ -83,7 +83,7 @@ def resolve(path: str | os.PathLike, *, field: str = "checkpoint", digests: bool
     if not path.is_dir():
         expected = "a directory with a checkpoint or a Hugging Face model"
         raise UserError(field, f"{path} (a file)" if path.exists() else f"no directory {path}", expected)
-    if (path / MANIFEST).exists() or (path / HF_SUBFOLDER).is_dir() or (path / ".metadata").exists():
+    if is_checkpoint(path):
         return _checkpoint(path, field, digests)
     if (path / "config.json").exists():
         return _huggingface(path, field)
@@ -152,7 +152,7 @@ def read_config(directory: Path, field: str = "checkpoint") -> dict[str, Any]:
         raise UserError(str(path), f"no JSON ({error})", "the model's configuration") from None
     if not isinstance(config, dict):
         raise UserError(str(path), type(config).__name__, "a JSON object")
-    if config.get("quantization_config"):
+    if config.get("quantization_config") is not None:
         raise UserError(
             f"{path} quantization_config", config["quantization_config"], "none: plain floating-point weights"
         )

@@ -80,9 +80,9 @@ def export_model(
         files = _plan(reader, wanted, max_file_bytes)
         total = sum(file.size for file in files)
         with complete_directory(output, field="--output", needed_bytes=total + (64 << 20)) as directory:
-            _write_weights(directory, reader, files, wanted)
+            kept = _write_weights(directory, reader, files, wanted)
             copy_companions(source.hf_files, directory)
-            _write_config(directory, source, wanted)
+            _write_config(directory, source, wanted, without_padding=kept)
     logger.info("exported iteration %s of %s to %s", source.iteration, source.path, output)
 
 
@@ -93,6 +93,7 @@ class _Reader:
         self.names: NameMap = family_of(source.hf_config).names(source.hf_config)
         self.shape: Shape = shape_of(source.hf_config)
         self.num_layers: int = source.hf_config["num_hidden_layers"]
+        self.zero_rows = family_of(source.hf_config).zero_rows(source.hf_config)
         self._files = CheckpointFiles(source.path)
         self._sharded = sharded_weights(model, self._files.content_metadata)
         embedding = next(name for name, _, weight, _ in weights_of(model, self.names) if weight is self.names.embedding)
@@ -129,11 +130,13 @@ def _plan(reader: _Reader, dtype: torch.dtype, max_file_bytes: int) -> list[_Out
     return files
 
 
-def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], dtype: torch.dtype) -> None:
+def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], dtype: torch.dtype) -> bool:
+    """Returns whether a row that transformers would set to zero is something else, as training makes it of a tied
+    one."""
     total = sum(file.size for file in files)
     progress = Progress("export", total=total, unit="B")
     weight_map: dict[str, str] = {}
-    done = 0
+    done, trained = 0, False
     for number, file in enumerate(files, start=1):
         path = directory / (
             "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -143,6 +146,8 @@ def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], d
                 for name, tensor in reader.read(entry):
                     writer.write(name, tensor)
                     weight_map[name] = path.name
+                    row = reader.zero_rows.get(name)
+                    trained |= row is not None and bool(tensor[row].any())
                     done += tensor.numel() * dtype.itemsize
                     del tensor  # or it would hold its parameter while the next one is read
                 progress.update(done)
@@ -150,12 +155,25 @@ def _write_weights(directory: Path, reader: _Reader, files: list[_OutputFile], d
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     progress.finish()
+    return trained
 
 
-def _write_config(directory: Path, source: ModelSource, dtype: torch.dtype) -> None:
-    """config.json unchanged, but for the dtype where that is another, names that transformers does not know, and the
-    name of a model without its head."""
+def _write_config(directory: Path, source: ModelSource, dtype: torch.dtype, *, without_padding: bool) -> None:
+    """config.json unchanged, but for the dtype where that is another, names that transformers does not know, the name
+    of a model without its head, and that of a file that weights came from.
+
+    Args:
+        without_padding: also without ``pad_token_id``, whose row transformers would set to zero.
+    """
     exported = family_of(source.hf_config).exported(source.hf_config)
+    exported = {name: value for name, value in exported.items() if name != "transformers_weights"}
+    if without_padding:
+        logger.warning(
+            "config.json gets no pad_token_id (was %s): transformers would set its row of the embedding to zero, which "
+            "is not what it was trained to; the tokenizer's padding token stays",
+            exported["pad_token_id"],
+        )
+        exported["pad_token_id"] = None
     config = with_dtype(with_head(exported), _DTYPE_NAMES[dtype])
     if config == source.hf_config:
         shutil.copyfile(source.hf_files / "config.json", directory / "config.json")

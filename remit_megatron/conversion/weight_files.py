@@ -148,7 +148,8 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
             if length > size - 8:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = parse_json(stream.read(length), object_pairs_hook=_each_once)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # to the library, null is none
         if any(not isinstance(text, str) for text in metadata.values()):
             raise ValueError(f"__metadata__ {show(metadata)}")
         end = 8 + length + _check_entries(header)

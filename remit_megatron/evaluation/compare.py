@@ -82,10 +82,7 @@ def find_sides(words: list[str]) -> list[Side]:
 def _evaluated(place: str) -> list[Evaluated]:
     folder, colon, model = place.rpartition(":")
     path = Path(folder) if colon and not Path(place).is_dir() else Path(place)
-    try:
-        content = results.read_json(path / results.RESULTS)
-    except ValueError as error:
-        raise UserError(str(path / results.RESULTS), f"no JSON ({error})", "what remit evaluate wrote") from None
+    content, _ = results.read_output(path)
     if not content:
         raise UserError(place, "no results.json", _EXPECTED)
     if path != Path(place):

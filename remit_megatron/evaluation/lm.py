@@ -8,12 +8,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from remit_megatron.evaluation.request_cache import RequestCache, through_cache
 from remit_megatron.runtime.errors import UserError, show_error
+from remit_megatron.runtime.exported import model_digest
 from remit_megatron.runtime.extras import is_installed, require
+from remit_megatron.runtime.files import sha256_file
 from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.progress import Progress
 from remit_megatron.runtime.whole_model import check_whole
@@ -52,7 +55,22 @@ class Backend:
             "max_length": self.max_length,
             "arguments": dict(self.arguments),
             "versions": versions | ({"vllm": _version("vllm")} if self.name == "vllm" else {}),
+            **({"argument_files": self._argument_files} if self._argument_files else {}),
         }
+
+    @cached_property
+    def _argument_files(self) -> dict[str, str]:
+        """Digests of what arguments name; read once, as it may be a model."""
+        return {name: digest for name, value in self.arguments if (digest := _content(value)) is not None}
+
+
+def _content(value: str) -> str | None:
+    """Digest of the file, or of the model, adapter or tokenizer, that an argument names; None where it names none."""
+    path = Path(value)
+    try:
+        return model_digest(path) if path.is_dir() else sha256_file(path) if path.is_file() else None
+    except OSError:  # no text for a path, or a file that the library may not read either
+        return None
 
 
 def check_backend(backend: Backend) -> None:

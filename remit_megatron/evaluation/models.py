@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import EXIT_BAD_INPUT, UserError, show_error
 from remit_megatron.runtime.exported import checkpoint_digest, model_digest, run_export
+from remit_megatron.runtime.files import temporary_name
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +57,19 @@ def _find(path: Path, name: str | None) -> Model:
         raise UserError("MODEL", path, _EXPECTED)
     path = path.resolve()
     default = path.name
-    if (path / "checkpoints").is_dir():
-        newest = checkpoints.newest_complete(path / "checkpoints", digests=False)
+    # A folder of checkpoints beside a config.json is another program's, and the model is what is beside it.
+    hugging_face = (path / "config.json").is_file()
+    if not hugging_face and not checkpoints.is_checkpoint(path):
+        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        newest = checkpoints.newest_complete(root, digests=False)
         if newest is None:
-            raise UserError("MODEL", f"{path}, a run without a complete checkpoint", _EXPECTED)
-        path = checkpoints.iteration_directory(path / "checkpoints", newest)
+            run = root != path or checkpoints.iterations(root)
+            raise UserError("MODEL", f"{path}, a run without a complete checkpoint" if run else path, _EXPECTED)
+        default = path.parent.name if path.name == "checkpoints" else default
+        path = checkpoints.iteration_directory(root, newest)
     elif path.parent.name == "checkpoints":
         default = f"{path.parent.parent.name}-{path.name}"
-    checkpoint = (path / checkpoints.MANIFEST).is_file()
-    if not checkpoint and not (path / "config.json").is_file():
-        raise UserError("MODEL", path, _EXPECTED)
+    checkpoint = not hugging_face
     if checkpoint:
         try:
             digest = checkpoint_digest(checkpoints.read_manifest(path))
@@ -101,8 +106,13 @@ def hugging_face_directory(model: Model, exported: Path) -> Path:
 
 def forget_export(model: Model, exported: Path) -> None:
     """Removes what :func:`hugging_face_directory` made."""
-    if model.checkpoint:
-        shutil.rmtree(exported / model.digest[:32], ignore_errors=True)
+    directory = exported / model.digest[:32]
+    if model.checkpoint and directory.is_dir():
+        # First its name goes: half of it, left by a process that was killed, would be taken for all of it.
+        removed = temporary_name(directory)
+        with contextlib.suppress(OSError):
+            directory.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def chat_template(directory: Path) -> str | None:

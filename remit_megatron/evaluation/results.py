@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import write_atomic
 
 RESULTS = "results.json"
@@ -89,12 +90,45 @@ def write_samples(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The lines of a samples file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    # Lines end at line feeds alone: texts may hold the other characters at which `splitlines` cuts.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of ours, or nothing where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_output(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Content of results.json and of details.json; nothing where they are not there.
+
+    Raises:
+        UserError: one of them is another program's: lm-eval has files of these names, too.
+    """
+    found = []
+    for name, is_ours in ((RESULTS, _are_results), (DETAILS, _are_details)):
+        try:
+            content = read_json(folder / name)
+        except ValueError as error:
+            raise UserError(str(folder / name), f"no JSON ({error})", "what remit evaluate wrote") from None
+        if content and not is_ours(content):
+            raise UserError(str(folder / name), "a file of another program", "what remit evaluate wrote")
+        found.append(content)
+    return found[0], found[1]
+
+
+def _are_results(content: Any) -> bool:
+    tasks = list(content.values()) if isinstance(content, dict) else [None]
+    scores = [score for found in tasks if isinstance(found, dict) for score in found.values()]
+    needed = {"score", "metric", "filter", "shots", "items", "column"}
+    return all(isinstance(found, dict) for found in tasks) and all(
+        isinstance(score, dict) and needed <= score.keys() and isinstance(score["score"], int | float)
+        for score in scores
+    )
+
+
+def _are_details(content: Any) -> bool:
+    return isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in ("setting", "models"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -94,7 +94,7 @@ def prepare(request: Request, models: list[Model]) -> Ready:
         if not planned:
             raise UserError("--suite", f"{request.suite.name}, which runs code that the model writes", "--allow-code")
     _check_ifeval(planned, request.data)
-    details = results.read_json(request.output / results.DETAILS)
+    _, details = results.read_output(request.output)
     if details and details["setting"] != (setting := _setting(request)):
         different = [name for name in setting if details["setting"].get(name) != setting[name]]
         raise UserError(
@@ -103,6 +103,9 @@ def prepare(request: Request, models: list[Model]) -> Ready:
             f"{setting[different[0]]}, or another directory",
         )
     for model in models:
+        if model.path == request.output.resolve():
+            found = f"{model.path}, the model {model.name} itself"
+            raise UserError("--output", found, "another directory: results are not part of a model")
         if request.apply_chat_template and not model.checkpoint and chat_template(model.path) is None:
             raise UserError(f"MODEL {model.name}", "no chat template in its tokenizer", "one, or --chat-template no")
     return Ready(planned, skipped)
@@ -283,7 +286,9 @@ def _write(
     }
     about["tasks"][name] = {"key": key, "samples_sha256": sha256_file(path), "version": found["versions"]}
     everything = results.read_json(request.output / results.RESULTS)
-    everything.setdefault(model.name, {})[name] = content
+    # What is of another model that had the name goes, with what said so.
+    of_model = {task: found for task, found in everything.get(model.name, {}).items() if task in about["tasks"]}
+    everything[model.name] = {**of_model, name: content}
     results.write_json(request.output / results.RESULTS, everything)
     results.write_json(request.output / results.DETAILS, details)
     logger.info("%s %s: %s", model.name, name, content["score"])

@@ -59,6 +59,7 @@ def decoder_arguments(hf_config: dict[str, Any], *, value_width: int | None = No
     require(hf_config, "attention_bias", (False,))
     require(hf_config, "mlp_bias", (False,))
     require(hf_config, "is_causal", (True,))  # transformers lets attention see what follows where it is false
+    padding_row(hf_config)
     if hf_config.get("per_layer_config"):
         raise UserError("config.json per_layer_config", hf_config["per_layer_config"], "none: all layers are alike")
     heads, hidden = whole(hf_config, "num_attention_heads"), whole(hf_config, "hidden_size")
@@ -89,6 +90,20 @@ def decoder_arguments(hf_config: dict[str, Any], *, value_width: int | None = No
         "hidden_dropout": 0.0,
         "vocab_size": whole(hf_config, "vocab_size"),
     }
+
+
+def padding_row(hf_config: dict[str, Any]) -> int | None:
+    """The row of the embedding that is the padding token's; None where config.json names none.
+
+    Raises:
+        UserError: an id without a row, of which transformers makes no model.
+    """
+    padding, rows = hf_config.get("pad_token_id"), whole(hf_config, "vocab_size")
+    if padding is None:
+        return None
+    if type(padding) is not int or not -rows <= padding < rows:
+        raise UserError("config.json pad_token_id", padding, f"null, or the id of one of the {rows} rows")
+    return padding % rows
 
 
 def _head_dim(hf_config: dict[str, Any], hidden: int, heads: int) -> int:

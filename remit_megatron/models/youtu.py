@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from remit_megatron.models.family import Family, flag, number, require, whole
-from remit_megatron.models.llama import ATTENTION_OUTPUT, MLP, decoder_arguments, decoder_names, plain_rope
+from remit_megatron.models.llama import ATTENTION_OUTPUT, MLP, decoder_arguments, decoder_names, padding_row, plain_rope
 from remit_megatron.models.mapping import Direct, NameMap
 from remit_megatron.runtime.errors import UserError
 
@@ -73,12 +73,8 @@ def zero_rows(hf_config: dict[str, Any]) -> dict[str, int]:
     Raises:
         UserError: an id without a row.
     """
-    padding, rows = hf_config.get("pad_token_id"), whole(hf_config, "vocab_size")
-    if padding is None:
-        return {}
-    if type(padding) is not int or not -rows <= padding < rows:
-        raise UserError("config.json pad_token_id", padding, f"null, or the id of one of the {rows} rows")
-    return {"model.embed_tokens.weight": padding % rows}
+    row = padding_row(hf_config)
+    return {} if row is None else {"model.embed_tokens.weight": row}
 
 
 def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +85,6 @@ def arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     require(hf_config, "rope_interleave", (True,))
     # transformers norms the latents with this epsilon whatever the file says.
     require(hf_config, "rms_norm_eps", (1e-6,))
-    zero_rows(hf_config)
     rope_width, value_width = whole(hf_config, "qk_rope_head_dim"), whole(hf_config, "v_head_dim")
     # transformers rotates over head_dim where a file names it.
     require(hf_config, "head_dim", (rope_width,))

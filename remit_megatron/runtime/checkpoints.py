@@ -23,6 +23,7 @@ from typing import Any
 
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import (
+    HF_SUBFOLDER,
     fsync_directory,
     fsync_file,
     parse_json,
@@ -61,6 +62,14 @@ class Manifest:
 def iteration_directory(root: str | os.PathLike, iteration: int) -> Path:
     """``root/iter_0000100``, as Megatron names it."""
     return Path(root) / f"iter_{iteration:07d}"
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether there is a checkpoint, whole or half. A Hugging Face model may have a manifest.json or a folder ``hf`` of
+    its own; it has config.json beside them, where a checkpoint never has one."""
+    if (directory / "config.json").exists():
+        return False
+    return (directory / MANIFEST).exists() or (directory / HF_SUBFOLDER).is_dir() or (directory / ".metadata").exists()
 
 
 def list_files(directory: str | os.PathLike) -> list[str]:

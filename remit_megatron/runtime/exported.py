@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remit_megatron.runtime.checkpoints import (
-    MANIFEST,
     DamagedCheckpoint,
     Manifest,
+    is_checkpoint,
     iteration_directory,
     iterations,
     newest_complete,
@@ -34,7 +34,7 @@ from remit_megatron.runtime.checkpoints import (
     write_manifest,
 )
 from remit_megatron.runtime.errors import UserError
-from remit_megatron.runtime.files import HF_SUBFOLDER, fsync_directory, sha256_file, temporary_name
+from remit_megatron.runtime.files import fsync_directory, parse_json, sha256_file, temporary_name
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,14 @@ def checkpoint_of(path: Path, *, field: str = "MODEL") -> Path | None:
     expected = "a Hugging Face directory, a checkpoint, or a run directory"
     if not path.is_dir():
         raise UserError(field, f"{path} (a file)" if path.exists() else f"no directory {path}", expected)
-    if (path / MANIFEST).exists() or (path / HF_SUBFOLDER).is_dir():
+    if is_checkpoint(path):
         try:
             verify(path, digests=False)
         except DamagedCheckpoint as damage:
             raise UserError(field, f"half a checkpoint: {damage}", "a complete checkpoint") from None
         return path
     if (path / "config.json").exists():
-        if not any(path.glob("*.safetensors")):
+        if not any(file.suffix == ".safetensors" for file in model_files(path)):
             raise UserError(field, f"{path} without *.safetensors", "a Hugging Face directory with its weights")
         return None
     for root in (path / "checkpoints", path):
@@ -126,8 +126,33 @@ def checkpoint_of(path: Path, *, field: str = "MODEL") -> Path | None:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files that make a Hugging Face model, sorted: whoever digests one takes these."""
-    return sorted({file for pattern in _PARTS_OF_A_MODEL for file in directory.glob(pattern) if file.is_file()})
+    """The files that make a Hugging Face model, sorted: whoever digests one takes these. Weights may lie in folders
+    below, where an index or config.json names them there."""
+    files = {file for pattern in _PARTS_OF_A_MODEL for file in directory.glob(pattern) if file.is_file()}
+    named = {directory / name for file in files if file.suffix == ".json" for name in _weights_named_in(file)}
+    below = {file for file in named if file.name.endswith(".index.json") and file.is_file()}
+    named |= {file.parent / name for file in below for name in _weights_named_in(file)}
+    return sorted(files | {file for file in named if _is_file(file)})
+
+
+def _weights_named_in(file: Path) -> set[str]:
+    """Names of weight files in an index, or in config.json, that are not beside it; what is wrong with them is for
+    whoever loads them to say."""
+    if file.name != "config.json" and not file.name.endswith(".index.json"):
+        return set()
+    try:
+        content = parse_json(file.read_bytes())
+        names = [content.get("transformers_weights"), *(content.get("weight_map") or {}).values()]
+    except (OSError, ValueError, AttributeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and "/" in name and not os.path.isabs(name)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def model_digest(directory: str | os.PathLike, *, field: str = "MODEL") -> str:
@@ -142,7 +167,7 @@ def model_digest(directory: str | os.PathLike, *, field: str = "MODEL") -> str:
     files = model_files(directory)
     with ThreadPoolExecutor(max_workers=4) as threads:
         digests = threads.map(sha256_file, files)
-        return _digest(zip((file.name for file in files), digests, strict=True))
+        return _digest(zip((os.path.relpath(file, directory) for file in files), digests, strict=True))
 
 
 def _digest(parts: Iterable[tuple[str, str]]) -> str:

@@ -239,6 +239,10 @@ def run_reference(args: argparse.Namespace) -> int:
     """Runs ``remit check reference``; returns the exit code."""
     if args.samples < 1:
         raise UserError("--samples", args.samples, "1 or more")
+    output = Path(args.output).absolute() if args.output else None
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        found = f"{output} (a directory)" if output.is_dir() else f"no directory {output.parent}"
+        raise UserError("--output", found, "a file in a directory that exists")
     require("scipy", field="remit check reference")
     config = load_config(args.config, args.overrides)
     if args.nproc > 1 and not launch.under_launcher():
@@ -289,6 +293,8 @@ def run_logprobs(args: argparse.Namespace) -> int:
         raise UserError("--input", f"no file {args.input}", 'a JSONL file with {"text": ...} lines')
     if not Path(args.output).absolute().parent.is_dir():
         raise UserError("--output", f"no directory {Path(args.output).absolute().parent}", "a place that exists")
+    if Path(args.output).is_dir():
+        raise UserError("--output", f"{args.output} (a directory)", "a file that takes a line for each text")
     if Path(args.output).exists() and Path(args.output).samefile(args.input):
         raise UserError("--output", f"{args.output}, the texts themselves", "another file than --input")
     source = _model(args)

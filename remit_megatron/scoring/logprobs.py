@@ -94,6 +94,7 @@ def score_file(
     """
     from remit_megatron.conversion.processes import process_groups
     from remit_megatron.data.tokenizer import load_tokenizer
+    from remit_megatron.models.build import megatron_arguments
     from remit_megatron.runtime.parallel import gather_objects, rank_environment
     from remit_megatron.scoring.pairs import PairScorer
 
@@ -104,7 +105,7 @@ def score_file(
     if len(set(vocab_sizes)) > 1:
         raise UserError("--reference", f"a vocabulary of {vocab_sizes[1]}", f"{vocab_sizes[0]}, as {source.path} has")
     _refuse_unknown_ids(tokenizer, Path(input_path), vocab_sizes[0])
-    longest = min(int(one.hf_config["max_position_embeddings"]) for one in sources)
+    longest = min(megatron_arguments(one.hf_config)["max_position_embeddings"] for one in sources)
     writer = rank_environment().rank == 0
     with process_groups(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp) as groups:
         scorers = [Scorer(one, groups, tp=tp, pp=pp, dtype=dtype) for one in sources]

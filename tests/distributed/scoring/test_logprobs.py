@@ -169,6 +169,18 @@ def test_lines_as_they_come(pool, material, tmp_path):
     assert ["".join(json.loads(line)["tokens"]) for line in text.splitlines()] == ["a b", "", "1 + 2"]
 
 
+def test_a_model_whose_positions_are_a_default(pool, material, tmp_path):
+    """config.json may leave out what transformers' class has."""
+    model = shutil.copytree(material["model"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (model / "config.json").write_text(json.dumps(config))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a" * 300}) + "\n")
+    words = ["--hf", str(model), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]
+    pool.run(run_logprobs, world_size=1, words=words)
+    assert len(json.loads((tmp_path / "out").read_text())["logprobs"]) == 300
+
+
 def test_a_model_that_gives_no_numbers(pool, material, tmp_path):
     """One NaN in the embedding of "b": the first line that has it is named, on every rank."""
     broken = tmp_path / "broken"
@@ -199,6 +211,7 @@ def test_bad_options(pool, material, tmp_path):
         ([*model_of(material), "--input", str(tmp_path / "no"), "--output", "out.jsonl"], "--input: found no file"),
         ([*model_of(material), *given[:2], "--output", str(tmp_path / "no" / "out")], "--output: found no directory"),
         ([*model_of(material), *given[:2], "--output", given[1]], "the texts themselves; expected another file"),
+        ([*model_of(material), *given[:2], "--output", str(tmp_path)], "(a directory); expected a file"),
     ]
     for words, found in cases:
         (line,) = pool.run(refused, world_size=1, words=words)

@@ -125,6 +125,12 @@ def quantized(path: Path) -> Path:
     return write_config(path, quantization_config={"bits": 4})
 
 
+def quantized_by_nothing(path: Path) -> Path:
+    """Of which transformers makes no model."""
+    write_hf(path)
+    return write_config(path, quantization_config={})
+
+
 def pickled(path: Path) -> Path:
     (write_config(path) / "pytorch_model.bin").write_bytes(b"x")
     return path
@@ -173,6 +179,7 @@ def cut(path: Path, size: int) -> Path:
         (no_config, "config.json"),
         (broken_config, "no JSON"),
         (quantized, "bits"),
+        (quantized_by_nothing, "quantization_config"),
         (pickled, "only pytorch_model.bin"),
         (no_weights, "no weights"),
         (shard_missing, "model-00002-of-00002.safetensors, which is not there"),

@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from remit_megatron.conversion.loading import HuggingFaceWeights, same_values
 from remit_megatron.conversion.source import resolve, with_dtype, with_head
 from remit_megatron.conversion.weight_files import tensor_files
+from remit_megatron.evaluation.models import find_models
+from remit_megatron.runtime.checkpoints import write_manifest
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.exported import checkpoint_of
 from tests.tiny import make_llama
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -341,6 +344,94 @@ def test_a_model_that_was_saved_without_its_head(tmp_path, models, head):
     for name in expected.keys() - {HEAD}:
         assert torch.equal(weights._tensor(name)[:], expected[name]), name
         assert torch.equal(expected[name], tensors_of(directory)[name])
+
+
+def wrapped(name: str) -> str:
+    return "model." + name
+
+
+def bare_in_one_layer(name: str) -> str:
+    return name.removeprefix("model.") if ".layers.0." in name else name
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+@pytest.mark.parametrize("name", ["m", "untied"])
+@pytest.mark.parametrize("rename", [wrapped, bare_in_one_layer, bare])
+def test_a_part_of_the_names_more_or_less(tmp_path, models, rename, name):
+    """transformers takes the name of the base model off, or puts it on, where that gives a name that it knows."""
+    directory = copy(models[name], tmp_path / "model")
+    held = tensors_of(directory)
+    if name == "m":
+        held[HEAD] = held[EMBEDDING].clone()
+    save_file({rename(key): tensor for key, tensor in held.items()}, directory / SINGLE, metadata={"format": "pt"})
+    expected = transformers.AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).state_dict()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    weights = HuggingFaceWeights(resolve(directory))
+    weights.check()
+    for key in expected:
+        assert torch.equal(loaded[key], expected[key]), key
+        if key != HEAD or name == "untied":
+            assert torch.equal(weights._tensor(key)[:], expected[key]), key
+
+
+def test_names_that_would_be_one_are_refused(tmp_path, models):
+    directory = copy(models["untied"], tmp_path / "model")
+    rewrite(directory, lambda held: held.update({"layers.0.mlp.up_proj.weight": torch.ones(80, 48)}))
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight \(1 unknown\)"):
+        HuggingFaceWeights(resolve(directory))
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING,), (EMBEDDING, HEAD)])
+def test_a_number_in_place_of_the_embedding_is_refused(tmp_path, models, names):
+    directory = copy(models["m"], tmp_path / "model")
+    rewrite(directory, lambda held: held.update({name: torch.tensor(1.0) for name in names}))
+    with pytest.raises(UserError, match="embed_tokens"):
+        HuggingFaceWeights(resolve(directory)).check()
+
+
+def test_metadata_that_is_null_is_none(tmp_path, models):
+    directory = copy(models["m"], tmp_path / "model")
+    content = (directory / SINGLE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": None}).encode()
+    (directory / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    as_transformers(directory)
+
+
+def manifest_of_others(directory: Path) -> None:
+    (directory / "manifest.json").write_text(json.dumps({"name": "model", "files": []}))
+
+
+def manifest_of_posttrain(directory: Path) -> None:
+    write_manifest(directory, step=3)
+
+
+def folder_hf(directory: Path) -> None:
+    (directory / "hf").mkdir()
+
+
+def metadata_of_others(directory: Path) -> None:
+    (directory / ".metadata").write_text("{}")
+
+
+def checkpoints_of_others(directory: Path) -> None:
+    (directory / "checkpoints" / "checkpoint-500").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "beside", [manifest_of_others, manifest_of_posttrain, folder_hf, metadata_of_others, checkpoints_of_others]
+)
+def test_what_a_checkpoint_also_has_makes_no_checkpoint_of_a_model(tmp_path, models, beside):
+    directory = copy(models["m"], tmp_path / "model")
+    beside(directory)
+    assert resolve(directory).kind == "huggingface"
+    as_transformers(directory)
+    assert checkpoint_of(directory) is None
+    (model,) = find_models([str(directory)])
+    assert (model.checkpoint, model.path) == (False, directory)
 
 
 def test_an_untied_model_without_head_is_refused(tmp_path, models):

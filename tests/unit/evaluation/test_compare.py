@@ -167,3 +167,31 @@ def test_models_of_one_directory_and_one_of_several(tmp_path, capsys):
     assert code == 2 and "--limit: found 3" in text
     code, text = run(f"{tmp_path / 'all'}:w", f"{tmp_path / 'all'}:z", capsys=capsys)
     assert code == 2 and "no model w" in text
+
+
+def test_texts_with_line_ends_of_other_kinds(tmp_path, capsys):
+    """JSON lets them stand in a line, and `str.splitlines` cuts there."""
+    lines = binary(30, 60)
+    lines[3]["response"] = "a\u2028b\u2029c\x85d"
+    for name, right in (("a", 30), ("b", 40)):
+        write(tmp_path / name, name, {"one": [{**lines[i], **line} for i, line in enumerate(binary(right, 60))]})
+    code, text = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert code == 0 and "66.7" in text
+    assert results.read_samples(results.samples_path(tmp_path / "a", "a", "one"))[3]["response"].endswith("d")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", {"results": {"arc_easy": {"acc,none": 0.5}}, "configs": {}}),
+        ("results.json", {"results": {}, "n-shot": 5}),
+        ("results.json", [1]),
+        ("details.json", {"a": 1}),
+    ],
+)
+def test_files_of_another_program_are_refused(tmp_path, capsys, name, content):
+    write(tmp_path / "b", "remit", {"one": binary(45, 100)})
+    write(tmp_path / "a", "base", {"one": binary(45, 100)})
+    (tmp_path / "a" / name).write_text(json.dumps(content))
+    code, text = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert code == 2 and "a file of another program; expected what remit evaluate wrote" in text

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from remit_megatron import cli
+from remit_megatron.evaluation import runner
 from tests.unit.evaluation.plain import run_plain
 
 SHOTS = {
@@ -133,6 +134,25 @@ def test_what_is_done_is_not_done_again(evaluated, models, data, suite, monkeypa
         cli.main(["evaluate", f"second={models['first']}", *options(data, suite, evaluated)])
 
 
+def test_scores_of_another_model_that_had_the_name_go(models, data, tmp_path, monkeypatch):
+    """Else a table of one name had scores of both: where it is stopped, and of tasks that are not run again."""
+    suite = write_suite(tmp_path / "suite.yaml", {"arc_easy": 0, "commonsense_qa": 0})
+    output = tmp_path / "output"
+    assert cli.main(["evaluate", f"m={models['first']}", *options(data, suite, output)]) == 0
+    first = json.loads((output / "results.json").read_text())
+    assert list(first["m"]) == ["arc_easy", "commonsense_qa"]
+    works = runner._run
+
+    def stopped(request: Any, item: Any, *rest: Any) -> Any:
+        if item.entry.name == "commonsense_qa":
+            raise KeyboardInterrupt
+        return works(request, item, *rest)
+
+    monkeypatch.setattr(runner, "_run", stopped)
+    assert cli.main(["evaluate", f"m={models['second']}", *options(data, suite, output)]) == 130
+    assert list(json.loads((output / "results.json").read_text())["m"]) == ["arc_easy"]
+
+
 def test_another_setting_in_the_same_directory_is_refused(evaluated, models, data, suite, capsys):
     words = ["evaluate", f"second={models['second']}", *options(data, suite, evaluated), "--limit=5"]
     assert cli.main(words) == 2
@@ -239,6 +259,7 @@ def test_two_processes_share_the_items(evaluated, models, data, tmp_path):
         (["{model}", "--suite=gsm8k", "--dtype=float31"], "--dtype: found float31"),
         (["{model}", "--suite=gsm8k", "--model-arg=colour=red"], "colour"),
         (["{model}", "--suite=gsm8k", "--output={model}/config.json"], "(a file)"),
+        (["{model}", "--suite=gsm8k", "--output={model}"], "the model first itself; expected another directory"),
         (["{broken}", "--suite=gsm8k"], "header"),
         (["{model}", "--suite=truthfulqa_mc1"], "JSON parse error"),
         (["compare", "{model}"], "no results.json"),

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from remit_megatron.evaluation.models import find_models, hugging_face_directory
+from remit_megatron.evaluation.models import find_models, forget_export, hugging_face_directory
 from remit_megatron.runtime import checkpoints
 from remit_megatron.runtime.errors import UserError
 
@@ -39,6 +39,24 @@ def test_a_run_is_its_newest_whole_checkpoint(tmp_path):
     named, other = find_models([f"best={root / 'iter_0000020'}", str(root / "iter_0000010")])
     assert (named.name, other.name) == ("best", "run-iter_0000010")
     assert named.digest == run.digest != other.digest
+
+
+def test_the_folder_of_a_runs_checkpoints_is_the_run(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    newest = checkpoint(root / "iter_0000020", "b")
+    (found,) = find_models([str(root)])
+    assert (found.name, found.path) == ("run", newest)
+
+
+def test_an_export_that_is_being_removed_is_not_taken_for_one(models, tmp_path, monkeypatch):
+    """Killed in between, the removal leaves files under a name that nobody looks for."""
+    (model,) = find_models([str(checkpoint(tmp_path / "ckpt", "a"))])
+    directory = tmp_path / "exported" / model.digest[:32]
+    shutil.copytree(models["first"], directory)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # it gets no further
+    assert hugging_face_directory(model, tmp_path / "exported") == directory
+    forget_export(model, tmp_path / "exported")
+    assert not directory.exists()
 
 
 def test_what_is_no_model_is_refused(models, tmp_path):

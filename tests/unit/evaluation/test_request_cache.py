@@ -115,6 +115,19 @@ def test_another_setting_of_the_prompt_or_the_model_is_another_answer(tmp_path):
     assert len(folders) == 8
 
 
+def test_answers_are_of_the_files_that_an_argument_names(tmp_path):
+    """An adapter that was trained on, a tokenizer that was changed: under the same path they are others."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"a")
+    arguments = (("peft", str(adapter)), ("trust_remote_code", "False"))
+    before = lm.Backend(arguments=arguments).identity()
+    assert before == lm.Backend(arguments=arguments).identity() and list(before["argument_files"]) == ["peft"]
+    (adapter / "adapter_model.safetensors").write_bytes(b"b")
+    assert lm.Backend(arguments=arguments).identity() != before
+    assert "argument_files" not in lm.Backend(arguments=(("parallelize", "False"),)).identity()
+
+
 @pytest.mark.parametrize("method", ["loglikelihood", "loglikelihood_rolling"])
 def test_an_answer_that_is_no_number_is_refused(tmp_path, method):
     """It would be ranked among others as if it was one, and every accuracy be that of the first choice."""

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from remit_megatron.conversion.weight_files import tensor_files
 from remit_megatron.runtime import exported
 from remit_megatron.runtime.checkpoints import verify
 from remit_megatron.runtime.errors import UserError
@@ -50,6 +52,34 @@ def test_the_digest_is_of_weights_and_tokenizer(original, tmp_path):
     config = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}))
     assert model_digest(copy) != model_digest(original)
+
+
+def in_a_folder(original: Path, directory: Path, *, by_config: bool) -> Path:
+    """The model with its weights in a folder below, where its index, or config.json, names them."""
+    shutil.copytree(original, directory)
+    (directory / "below").mkdir()
+    (directory / "model.safetensors").rename(directory / "below" / "a b.safetensors")
+    if by_config:
+        content = json.loads((directory / "config.json").read_text()) | {
+            "transformers_weights": "below/a b.safetensors"
+        }
+        (directory / "config.json").write_text(json.dumps(content))
+        return directory
+    names = load_file(directory / "below" / "a b.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "below/a b.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.mark.parametrize("by_config", [False, True])
+def test_weights_in_a_folder_below_are_of_the_model(original, tmp_path, by_config):
+    directory = in_a_folder(original, tmp_path / "model", by_config=by_config)
+    before = huggingface_model(directory).digest
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    assert tensor_files(directory).keys() <= loaded.keys()
+    file = directory / "below" / "a b.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert huggingface_model(directory).digest != before  # what is kept by it is not of the new weights
 
 
 def test_a_checkpoint_is_exported_once_under_any_path(original, checkpoint, tmp_path, monkeypatch):

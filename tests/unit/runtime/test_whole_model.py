@@ -98,3 +98,17 @@ def test_other_kinds_are_left_to_who_loads_them(tmp_path):
     check_whole(tmp_path, field="MODEL", any_kind=True)
     with pytest.raises(UserError, match="a causal language model"):
         check_whole(tmp_path, field="model")
+
+
+def test_pickled_weights_are_looked_at_where_they_are_loaded(model, tmp_path):
+    """lm-eval loads them, and transformers draws what is missing there at random, too."""
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    held = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(held, directory / "pytorch_model.bin")
+    check_whole(directory, field="MODEL", any_kind=True)
+    del held[WEIGHT]
+    torch.save(held, directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match=f"no {WEIGHT} in "):
+        check_whole(directory, field="MODEL", any_kind=True)
