@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from remit_megatron.conversion.weight_files import tensor_files
 from remit_megatron.posttrain.configuration import PosttrainSettings, dump
 from remit_megatron.posttrain.examples import Example, digest_of, read_examples
 from remit_megatron.posttrain.results import COMPLETE, compare_identity
@@ -139,7 +138,7 @@ def _check_model(directory: Path, given: Given) -> None:
 
 def _changed(directory: Path, source: Path) -> bool:
     """Whether a weight has another value than in ``source``; nearly always told by the first."""
-    before, after = tensor_files(source), tensor_files(directory)
+    before, after = _tensor_files(source), _tensor_files(directory)
     for name in sorted(before.keys() & after.keys()):
         with safe_open(before[name], "pt") as was, safe_open(after[name], "pt") as now:
             old, new = was.get_tensor(name), now.get_tensor(name)
@@ -148,6 +147,15 @@ def _changed(directory: Path, source: Path) -> bool:
             if not torch.equal(old.to(narrow), new.to(narrow)):
                 return True
     return False
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Name of every tensor -> a file that holds it."""
+    found: dict[str, Path] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as held:
+            found |= dict.fromkeys(held.keys(), file)
+    return found
 
 
 def _add_tokenizer(output: Path, given: Given) -> None:
