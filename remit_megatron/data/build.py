@@ -13,6 +13,7 @@ import numpy as np
 
 from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chunks
 from remit_megatron.data.indexed import token_dtype
+from remit_megatron.data.input_notes import repeated
 from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs
 from remit_megatron.data.manifest import Manifest
 from remit_megatron.data.readers import TextFormat, iter_chunks, total_bytes
@@ -65,7 +66,7 @@ def build_dataset(
     """
     left_out: list[str] = []
     files = expand_inputs(inputs, left_out=left_out)
-    for line in left_out:
+    for line in (*left_out, *repeated(files)):
         logger.warning("%s", line)
     return build_files(
         files,

@@ -12,6 +12,7 @@ from remit_megatron.runtime.files import parse_json, sha256_file, whole
 
 FORMAT = "remit-data"
 FORMAT_VERSION = 1
+_DTYPES = {name: name for name in ("uint16", "int32")}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _parse(path: str, content: Any) -> Manifest:
             tokenizer_digest=str(content["tokenizer_digest"]),
             vocab_size=whole(content["vocab_size"]),
             eod_id=None if content["eod_id"] is None else whole(content["eod_id"]),
-            dtype=str(content["dtype"]),
+            dtype=_DTYPES[content["dtype"]],
             documents=whole(content["documents"]),
             tokens=whole(content["tokens"]),
             skipped=whole(content["skipped"]),

@@ -93,6 +93,9 @@ class PackedDataset:
             self.identity = _digest(*corpus, sequence_length, "whole samples")
             self._check_whole_samples(verify=verify)
         else:
+            if self.manifest.sample_length is not None:
+                found = f"{self.prefix}: samples of sequence length {self.manifest.sample_length}, packed as texts"
+                logger.warning("%s for %d: no token tells where one ends and the next begins", found, sequence_length)
             self.identity = _digest(*corpus, sequence_length)
             self._order, self._starts = self._index(_digest(*corpus)[:24], verify=verify)
 

@@ -56,6 +56,10 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     if added is None:
         found = f"{tokenizer.path} with a post-processor that changes the text's own tokens"
         raise UserError("--add-special-tokens", found, "one that adds tokens before and after")
+    for number in (*added.before, *added.after):
+        if tokenizer.token(number) is None:  # the post-processor has numbers of its own
+            found = f"{tokenizer.path} with a post-processor that adds token {number}, which its vocabulary lacks"
+            raise UserError("--add-special-tokens", found, "one that adds tokens of the vocabulary")
     return added
 
 

@@ -406,3 +406,31 @@ def test_a_manifest_with_a_number_that_is_none(tmp_path, tokenizer, name, value)
     path.write_text(re.sub(rf'("{name}"): \d+', rf"\1: {value}", path.read_text()))
     with pytest.raises(UserError, match=r"damaged manifest|Exceeds the limit"):
         read_manifest(tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_the_library_gives_up_on_is_a_bad_record(tmp_path, workers):
+    """Its engine of patterns takes 10 million steps back at most: as many spaces are too many for the pattern of
+    Llama 3 and GPT-4. Here one that needs fewer."""
+    vocabulary = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    split = pre_tokenizers.Split(tokenizers.Regex(r"(a+)+$"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = write_lines(tmp_path / "a.jsonl", ["good", "a" * 40 + "b", "aa"])
+    with pytest.raises(UserError, match=r"a.jsonl:2: found text that the tokenizer has no ids for"):
+        build_dataset([text], tmp_path, tmp_path / "out", workers=workers)
+    manifest = build_dataset([text], tmp_path, tmp_path / "out", workers=workers, on_error="skip")
+    assert (manifest.documents, manifest.skipped, manifest.tokens) == (2, 1, len("good") + len("aa") + 2)
+
+
+@pytest.mark.parametrize("name", ["out.yaml", "out.yml"])
+def test_a_prefix_that_a_run_would_take_for_a_blend_file(tmp_path, tokenizer, name):
+    text = write_lines(tmp_path / "a.jsonl", ["good"])
+    with pytest.raises(
+        UserError, match=r"--output: found .*; expected a prefix that does not end as a blend file does"
+    ):
+        build_dataset([text], tokenizer, tmp_path / name)

@@ -189,3 +189,17 @@ def test_a_vocabulary_of_words_without_a_token_for_others(tmp_path):
         build_dataset([str(tmp_path / "a.jsonl")], **build)
     build_dataset([str(tmp_path / "a.jsonl")], **build, on_error="skip")
     assert documents(tmp_path / "a") == [[0, 1, 0, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("number", [300, 70000])
+def test_a_post_processor_with_numbers_of_its_own(tmp_path, number):
+    """Tokens that no vocabulary has, and above 65,535 no file of 16-bit tokens."""
+    folder = make(tmp_path / "tokenizer", "begin")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"]["<s>"]["ids"] = [number]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(
+        UserError, match=rf"--add-special-tokens: found .* that adds token {number}, which its vocabulary"
+    ):
+        build_dataset([tmp_path / "a.jsonl"], folder, tmp_path / "out", add_special_tokens=True)
