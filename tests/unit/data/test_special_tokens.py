@@ -203,3 +203,28 @@ def test_a_post_processor_with_numbers_of_its_own(tmp_path, number):
         UserError, match=rf"--add-special-tokens: found .* that adds token {number}, which its vocabulary"
     ):
         build_dataset([tmp_path / "a.jsonl"], folder, tmp_path / "out", add_special_tokens=True)
+
+
+def test_a_vocabulary_of_words_of_its_own(tmp_path, caplog):
+    """None of our sample texts gives a token: one of its own words tells what is put around a text."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"yay": 0, "nay": 1, "[CLS]": 2, "</s>": 3}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["[CLS]", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "nay yay"}\n')
+    build_dataset([tmp_path / "a.jsonl"], tmp_path, tmp_path / "a")
+    assert "[CLS] before each text is not added" in caplog.text and documents(tmp_path / "a") == [[1, 0, 3]]
+    build_dataset([tmp_path / "a.jsonl"], tmp_path, tmp_path / "b", add_special_tokens=True)
+    assert documents(tmp_path / "b") == [[2, 1, 0, 3]]
+
+
+def test_a_post_processor_that_cannot_be_repeated_is_said(tmp_path, caplog):
+    folder = make(tmp_path / "tokenizer", "begin")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"]["single"] = [text, content["post_processor"]["single"][0], text]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    build_dataset([tmp_path / "a.jsonl"], folder, tmp_path / "out")
+    assert "which changes a text's own tokens, is not applied" in caplog.text
