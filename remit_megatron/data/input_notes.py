@@ -20,24 +20,31 @@ _SPLITS = {
 _NO_WORD = re.compile(r"[-._ 0-9/]+")
 
 
-def repeated(files: Sequence[str]) -> list[str]:
-    """A line for files that are there under several names or several times, and one for files that are there both
-    packed and unpacked, as ``zstd -d`` and ``gunzip -k`` leave them."""
+def noticed(files: Sequence[str]) -> list[str]:
+    """A line for files that are there under several names or several times, one for files that are there both packed
+    and unpacked, as ``zstd -d`` and ``gunzip -k`` leave them, and one for files with nothing in them, as a full disk
+    leaves them."""
+    empty: list[str] = []
     by_place: dict[tuple[int, int], list[str]] = defaultdict(list)
     by_name: dict[str, dict[str, None]] = defaultdict(dict)
     for file in files:
         status = os.stat(file)
         by_place[status.st_dev, status.st_ino].append(file)
         by_name[_unpacked(file)][file] = None
+        if not status.st_size:
+            empty.append(file)
     found = (
         ("several times", [names for names in by_place.values() if len(names) > 1]),
         ("both packed and unpacked", [list(names) for names in by_name.values() if len(names) > 1]),
     )
-    return [
+    lines = [
         f"{len(groups)} of the files {how}, such as {' and '.join(groups[0][:2])}: their documents are read each time"
         for how, groups in found
         if groups
     ]
+    if empty:
+        lines.append(f"{len(empty)} of the files empty, such as {empty[0]}: no documents in them")
+    return lines
 
 
 def splits(item: str, files: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from remit_megatron.data.blend_file import write_blend_file
 from remit_megatron.data.build import build_files
-from remit_megatron.data.input_notes import repeated
+from remit_megatron.data.input_notes import noticed
 from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs, is_there
 from remit_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from remit_megatron.data.recipe import Recipe, Source
@@ -220,7 +220,7 @@ def _find(source: Source, recipe: Recipe, root: str, left_out: list[str]) -> tup
             files |= set(expand_inputs([path], left_out=left_out))
         except UserError as error:
             raise UserError(f"{recipe.path}: {source.name}", error.found, error.expected) from None
-    left_out += repeated(sorted(files))
+    left_out += noticed(sorted(files))
     return tuple(sorted(files, key=lambda file: _scattered(os.path.relpath(file, root))))
 
 

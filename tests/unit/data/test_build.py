@@ -434,3 +434,18 @@ def test_a_prefix_that_a_run_would_take_for_a_blend_file(tmp_path, tokenizer, na
         UserError, match=r"--output: found .*; expected a prefix that does not end as a blend file does"
     ):
         build_dataset([text], tokenizer, tmp_path / name)
+
+
+def test_texts_that_end_as_documents_do_are_counted(tmp_path, tokenizer, caplog):
+    """As Megatron's preprocess_data they get a second end; here with a line."""
+    texts = ["plain", "ends<|endoftext|>", "<|endoftext|>", "in<|endoftext|>side", "ends <|endoftext|><|endoftext|>"]
+    text = write_lines(tmp_path / "a.jsonl", texts)
+    build_dataset([text], tokenizer, tmp_path / "out")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("3 of 5 documents end in two of <|endoftext|>: their texts spell one")
+    data = IndexedTokens(tmp_path / "out")
+    assert [data.read(number).tolist().count(256) for number in range(5)] == [1, 2, 2, 2, 3]
+    caplog.clear()
+    build_dataset([text], tokenizer, tmp_path / "without", append_eod=False)
+    build_dataset([text], tokenizer, tmp_path / "first", max_documents=1)
+    assert caplog.records == []

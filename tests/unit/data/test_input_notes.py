@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from remit_megatron.data.build import build_dataset
-from remit_megatron.data.input_notes import repeated
+from remit_megatron.data.input_notes import noticed
 from remit_megatron.data.inputs import expand_inputs
 from remit_megatron.data.mix import plan_mix
 from remit_megatron.data.recipe import load_recipe
@@ -27,14 +27,14 @@ def put(folder: Path, *names: str) -> Path:
 
 def test_files_that_are_read_twice(tmp_path):
     put(tmp_path, "a.jsonl", "b.jsonl", "c.jsonl.gz", "d.json", "d.jsonl")
-    assert repeated(expand_inputs([tmp_path])) == []
+    assert noticed(expand_inputs([tmp_path])) == []
     read = "their documents are read each time"
     twice = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"] * 2
-    assert repeated(twice) == [f"2 of the files several times, such as {twice[0]} and {twice[0]}: {read}"]
+    assert noticed(twice) == [f"2 of the files several times, such as {twice[0]} and {twice[0]}: {read}"]
     put(tmp_path, "b.jsonl.gz", "c.jsonl")
     os.link(tmp_path / "a.jsonl", tmp_path / "e.jsonl")
     (tmp_path / "f.jsonl").symlink_to("a.jsonl")
-    assert repeated(expand_inputs([tmp_path])) == [
+    assert noticed(expand_inputs([tmp_path])) == [
         f"1 of the files several times, such as {tmp_path}/a.jsonl and {tmp_path}/e.jsonl: {read}",
         f"2 of the files both packed and unpacked, such as {tmp_path}/b.jsonl and {tmp_path}/b.jsonl.gz: {read}",
     ]
@@ -80,3 +80,11 @@ def test_commands_say_so(tmp_path, caplog):
     assert [word in "\n".join(plan.left_out) for word in ("several times", "both packed", "train and test")] == [
         True
     ] * 3
+
+
+def test_files_with_nothing_in_them(tmp_path):
+    put(tmp_path, "a.jsonl", "b.jsonl")
+    (tmp_path / "c.jsonl").write_bytes(b"")
+    assert noticed(expand_inputs([tmp_path])) == [
+        f"1 of the files empty, such as {tmp_path}/c.jsonl: no documents in them"
+    ]
