@@ -128,6 +128,8 @@ def _source(item: Any, field: str) -> Source:
     for key in ("text_key", "template"):
         if not isinstance(item.get(key, "text"), str) or not item.get(key, "text"):
             raise UserError(f"{field}.{key}", repr(item[key]), "a text")
+    if item.get("template") is not None and item.get("text_key") is not None:
+        raise UserError(f"{field}.text_key", "one beside a template, which says the fields itself", "one of the two")
     try:
         TextFormat(text_key=item.get("text_key", "text"), template=item.get("template"))
     except UserError as error:

@@ -449,3 +449,11 @@ def test_texts_that_end_as_documents_do_are_counted(tmp_path, tokenizer, caplog)
     build_dataset([text], tokenizer, tmp_path / "without", append_eod=False)
     build_dataset([text], tokenizer, tmp_path / "first", max_documents=1)
     assert caplog.records == []
+
+
+def test_a_field_and_a_template_at_once_are_refused(tmp_path, tokenizer, capsys):
+    text = write_lines(tmp_path / "a.jsonl", ["good"])
+    words = ["data", "build", "--input", str(text), "--tokenizer", tokenizer, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--text-key", "text", "--template", "{text}"])
+    assert caught.value.code == 2 and "--template: not allowed with argument --text-key" in capsys.readouterr().err

@@ -98,6 +98,7 @@ WRONG = {
     "sources: [{name: a, weight: -1.5}]": "weight: found -1.5; expected a number above 0",
     "sources: [{name: a, weight: .inf}]": "weight: found inf; expected a number above 0",
     "sources: [{name: a, weight: 1.0e308}]": "weight: found 1e+308; expected a number above 0 (1e-50 to 1e+50)",
+    "sources: [{name: a, weight: 1, text_key: q, template: '{q} {a}'}]": "text_key: found one beside a template",
     "sources: [{name: a.yaml, weight: 1}]": "sources[0].name: found 'a.yaml'",
     "sources: [{name: a, weight: .nan}]": "weight: found nan; expected a number above 0",
     "sources: [{name: a, weight: true}]": "weight: found True; expected a number above 0",
