@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from remit_megatron.data.blend_file import expand_entry
+from remit_megatron.data.blend_file import WEIGHTS, expand_entry, is_weight
 from remit_megatron.data.manifest import Manifest, read_manifest
 from remit_megatron.data.packing import PackedDataset, check_corpus, sample_identity
 from remit_megatron.data.shuffle import Permutation, stream_key
-from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.errors import UserError, show
 
 
 class BlendEntry(NamedTuple):
@@ -244,9 +244,8 @@ def _parse_entry(item: Any, field: str) -> BlendEntry:
             raise UserError(field, list(item), expected)
         prefix = os.fspath(prefix)
         if weight is not None:
-            number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not (number and math.isfinite(weight) and weight > 0):
-                raise UserError(field, f"weight {weight!r}", "a finite number greater than 0")
+            if not is_weight(weight):
+                raise UserError(field, f"weight {show(weight)}", f"a finite number greater than 0 ({WEIGHTS})")
             weight = float(weight)
     else:
         raise UserError(field, item, expected)

@@ -9,17 +9,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import write_atomic
 from remit_megatron.runtime.yaml_file import read_yaml
 
 _SUFFIXES = (".yaml", ".yml")
+_LEAST, _MOST = 1e-50, 1e50  # between them no sum of weights overflows, and no share is rounded to 0
+WEIGHTS = f"{_LEAST:g} to {_MOST:g}"
+
+
+def is_weight(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number that a blend can take for the weight of a part."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and _LEAST <= value <= _MOST
 
 
 def is_blend_file(path: str) -> bool:
@@ -35,7 +43,8 @@ def write_blend_file(path: str | os.PathLike, entries: Sequence[tuple[float, str
         comment: lines for people, at the top.
     """
     head = "".join(f"# {line}\n" for line in comment.splitlines())
-    lines = "".join(f"- [{weight!r}, {prefix}]\n" for weight, prefix in entries)
+    # In quotes: a name may look like a number (2024), or like nothing (null).
+    lines = "".join(f"- [{weight!r}, {json.dumps(prefix, ensure_ascii=False)}]\n" for weight, prefix in entries)
     write_atomic(path, f"{head}blend:\n{lines}")
 
 
@@ -57,10 +66,10 @@ def read_blend_file(path: str | os.PathLike, *, field: str = "data.train") -> li
         raise UserError(str(path), found, expected)
     for number, entry in enumerate(entries):
         pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) and bool(entry[1])
-        weight = entry[0] if pair else None
-        number_above_0 = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
-        if not number_above_0 or is_blend_file(entry[1]):
-            raise UserError(f"{path}: blend[{number}]", repr(entry), "[weight, prefix] with a weight above 0")
+        if not pair or not is_weight(entry[0]) or is_blend_file(entry[1]):
+            raise UserError(
+                f"{path}: blend[{number}]", repr(entry), f"[weight, prefix] with a weight above 0 ({WEIGHTS})"
+            )
     total = math.fsum(weight for weight, _ in entries)
     return [(weight / total, os.path.join(path.parent, prefix)) for weight, prefix in entries]
 

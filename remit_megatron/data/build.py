@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from remit_megatron.data.encode import EncodedChunk, EncodeSettings, encode_chunks
 from remit_megatron.data.indexed import token_dtype
+from remit_megatron.data.input_notes import noticed
 from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs
 from remit_megatron.data.manifest import Manifest
 from remit_megatron.data.readers import TextFormat, iter_chunks, total_bytes
@@ -65,7 +67,7 @@ def build_dataset(
     """
     left_out: list[str] = []
     files = expand_inputs(inputs, left_out=left_out)
-    for line in left_out:
+    for line in (*left_out, *noticed(files)):
         logger.warning("%s", line)
     return build_files(
         files,
@@ -117,11 +119,7 @@ def build_files(
     Raises:
         UserError: as there.
     """
-    if on_error not in ("stop", "skip"):
-        raise UserError("--on-error", on_error, "stop or skip")
-    for option, value in (("--workers", workers), ("--max-documents", max_documents), ("--tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise UserError(option, value, "1 or more")
+    _check_options(on_error, {"--workers": workers, "--max-documents": max_documents, "--tokens": max_tokens})
     opened = load_tokenizer(tokenizer, field="--tokenizer")
     text_format = TextFormat(text_key=text_key, template=template)
     eod_id = opened.eod_id if append_eod else None
@@ -147,13 +145,17 @@ def build_files(
         try:
             shown = Progress(progress, total=total_bytes(files, store=store), unit="B") if progress else None
             limits = (sys.maxsize if limit is None else limit for limit in (max_documents, max_tokens))
-            skipped = _write_all(encoded, writer, *limits, stop_at_bad=settings.stop_at_bad, progress=shown)
+            ends = _Ends(None if around.after[-1:] == (eod_id,) else eod_id)
+            skipped = _write_all(encoded, writer, ends, *limits, stop_at_bad=settings.stop_at_bad, progress=shown)
         finally:
             encoded.close()  # ends the workers before the output is renamed or removed
         if not writer.documents:
             found = f"no document in {', '.join(files[:3])}{' …' if len(files) > 3 else ''}"
             found += f" ({skipped} bad lines)" if skipped else ""
             raise UserError("--input", found, "at least one record with text")
+        if ends.twice:
+            found = f"{ends.twice} of {writer.documents} documents end in two of {opened.decode([ends.eod_id or 0])}"
+            logger.warning("%s: their texts spell one, and the build appends one (--no-eod does not)", found)
         return writer.commit(
             tokenizer_digest=opened.digest,
             vocab_size=opened.vocab_size,
@@ -165,9 +167,37 @@ def build_files(
         )
 
 
+def _check_options(on_error: str, counts: dict[str, int | None]) -> None:
+    if on_error not in ("stop", "skip"):
+        raise UserError("--on-error", on_error, "stop or skip")
+    for option, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(option, value, "1 or more")
+
+
+@dataclass
+class _Ends:
+    """Counts documents whose texts end in the end-of-document token already.
+
+    Attributes:
+        eod_id: what was appended; None where nothing was, or where that is known to be the second.
+        twice: documents so far.
+    """
+
+    eod_id: int | None
+    twice: int = 0
+
+    def count(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Takes in documents as `DatasetWriter.append` does."""
+        if self.eod_id is not None:
+            last = np.cumsum(lengths, dtype=np.int64)[lengths > 1] - 2
+            self.twice += int((tokens[last] == self.eod_id).sum())
+
+
 def _write_all(
     encoded: Iterator[EncodedChunk],
     writer: DatasetWriter,
+    ends: _Ends,
     max_documents: int,
     max_tokens: int,
     *,
@@ -182,6 +212,7 @@ def _write_all(
         room = min(max_documents - writer.documents, enough)
         lengths = chunk.lengths[:room]
         writer.append(chunk.tokens[: lengths.sum()], lengths)
+        ends.count(chunk.tokens, lengths)
         for bad in chunk.bad:
             if bad.documents_before >= room:
                 break  # behind the last document that was asked for

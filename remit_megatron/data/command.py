@@ -39,8 +39,9 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=None, metavar="N", help="processes that tokenize (default: one per usable core)"
     )
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="field that holds the text (default: text)")
-    parser.add_argument(
+    text = parser.add_mutually_exclusive_group()  # the one would leave the other without effect
+    text.add_argument("--text-key", metavar="KEY", help="field that holds the text (default: text)")
+    text.add_argument(
         "--template",
         metavar="TEXT",
         help="text made of several fields, as 'Question: {question}\\nAnswer: {answer}'; understands \\n, \\t and \\\\",
@@ -77,7 +78,7 @@ def run_build(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         output=args.output,
         workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
-        text_key=args.text_key,
+        text_key="text" if args.text_key is None else args.text_key,
         template=template,
         on_error=args.on_error,
         append_eod=not args.no_eod,

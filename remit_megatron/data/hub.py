@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from remit_megatron.data.inputs import BESIDE_DATA, KNOWN_SUFFIXES
+from remit_megatron.data.inputs import BESIDE_DATA, KNOWN_SUFFIXES, fits
 from remit_megatron.data.recipe import HubPlace
 from remit_megatron.runtime.errors import UserError
 
@@ -39,11 +39,12 @@ class HubFiles:
         revision = "" if place.revision is None else "@" + place.revision.replace("/", "%2F")
         root = f"datasets/{place.name}{revision}"
         for item in place.files:
+            item = "" if item == "." else item.removeprefix("./")
             found = self._list(f"{root}/{_before_pattern(item)}".rstrip("/"), str(place))
             matching = {file: entry for file, entry in found.items() if _means(item, file)}
             if not matching:
                 expected = f"files ending in {', '.join(KNOWN_SUFFIXES)}"
-                raise UserError(f"hub {place.name}", f"no data file at {item}", expected)
+                raise UserError(f"hub {place.name}", f"no data file at {item or 'any place'}", expected)
             self._paths |= matching
 
     @property
@@ -116,7 +117,26 @@ def _before_pattern(item: str) -> str:
 
 
 def _means(item: str, file: str) -> bool:
-    return file == item or file.startswith(f"{item}/") or (glob.has_magic(item) and fnmatch.fnmatchcase(file, item))
+    """Whether an entry means a file, by the rules for files of this machine (`inputs.expand_inputs`): ``*`` stops at a
+    folder's end, folders that match are read with all below them, hidden ones are not."""
+    pattern, names = item.split("/"), file.split("/")
+    if not item:  # the whole data set
+        pattern = []
+    if names[: len(pattern)] == pattern:  # a name, whatever signs are in it
+        return not any(map(_hidden, names[len(pattern) :]))
+    fixed = pattern.index("**") if "**" in pattern else len(pattern)
+    if len(names) < fixed or not all(map(_matches, names, pattern[:fixed])):
+        return False
+    below = names[fixed:]
+    return not any(map(_hidden, below)) and (fixed == len(pattern) or fits(below, pattern[fixed:]))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) and (not _hidden(name) or _hidden(pattern))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol
 
+from remit_megatron.data.input_notes import splits
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.files import parse_json
 
@@ -61,7 +62,7 @@ def expand_inputs(inputs: Sequence[str | os.PathLike], *, left_out: list[str] | 
 
     Args:
         left_out: receives a line for each input of which something was left out: files with another ending, and links
-            to folders that are read under another name.
+            to folders that are read under another name; and for one that mixes data for training and for tests.
 
     Raises:
         UserError: something does not exist, matches nothing, cannot be listed, or has an ending that nothing reads; or
@@ -90,6 +91,8 @@ def expand_inputs(inputs: Sequence[str | os.PathLike], *, left_out: list[str] | 
             raise UserError("--input", f"{item}, which does not exist", "a file, a pattern or a directory")
         if len(files) == before:
             raise UserError("--input", f"{item} without data files", f"files ending in {', '.join(KNOWN_SUFFIXES)}")
+        if not os.path.isfile(item):
+            notes += splits(item, files[before:])
     for file in files:
         if not file.endswith(KNOWN_SUFFIXES):
             raise UserError("--input", file, f"a file ending in {', '.join(KNOWN_SUFFIXES)}")
@@ -125,7 +128,7 @@ def _matches(pattern: str, notes: list[str]) -> list[str]:
 def _below(top: str, pattern: Sequence[str], notes: list[str]) -> Iterator[str]:
     again: list[Path] = []
     for path in _walk([Path(top)], again):
-        if _fits(path.relative_to(top).parts, pattern):
+        if fits(path.relative_to(top).parts, pattern):
             if path.is_file():
                 yield os.path.join(top, path.relative_to(top))
             elif path.is_symlink():
@@ -133,14 +136,14 @@ def _below(top: str, pattern: Sequence[str], notes: list[str]) -> Iterator[str]:
     _note_links(top, again, notes)
 
 
-def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+def fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
     """Whether a path fits a pattern, both in parts; ``**`` stands for any number of folders."""
     if not pattern or (not names and pattern[0] != "**"):
         return not names and not pattern
     if pattern[0] == "**":
         rest = pattern[1:]
-        return not rest or any(_fits(names[skipped:], rest) for skipped in range(len(names)))
-    return fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+        return not rest or any(fits(names[skipped:], rest) for skipped in range(len(names)))
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and fits(names[1:], pattern[1:])
 
 
 def _refuse_broken_link(path: str | os.PathLike) -> NoReturn:
@@ -240,10 +243,15 @@ def _files_of_data_set(root: Path) -> list[str] | None:
     if (root / "state.json").exists():
         try:
             state = parse_json((root / "state.json").read_bytes())
-            return [str(root / item["filename"]) for item in state["_data_files"]]
-        except (ValueError, KeyError, TypeError) as error:
+            files = [str(root / item["filename"]) for item in state["_data_files"]]
+            chosen = state.get("_indices_data_files")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             found = f"state.json without a list of data files ({type(error).__name__}: {error})"
             raise UserError(str(root), found, "a data set written by save_to_disk") from None
+        if chosen:
+            found = "rows with a choice and order of their own beside them (_indices_data_files in state.json)"
+            raise UserError(str(root), found, "one that a later `datasets` has saved, which has no such choice")
+        return files
     return None
 
 

@@ -33,9 +33,11 @@ def check_ids(prefix: str | os.PathLike, rows: int, *, field: str) -> None:
         UserError: there are such tokens; or as `read_manifest`.
     """
     manifest = read_manifest(prefix)
-    if manifest.vocab_size <= rows:
-        return
-    largest = manifest.largest_id if manifest.largest_id is not None else largest_id(prefix, manifest)
+    largest = manifest.largest_id
+    if largest is None:
+        if manifest.vocab_size <= rows:
+            return
+        largest = largest_id(prefix, manifest)
     if largest >= rows:
         expected = f"below {rows}, the rows of the model's embedding"
         raise UserError(f"{field} {os.fspath(prefix)}", f"ids up to {largest}", expected)

@@ -6,6 +6,7 @@ stopped and started again: what is finished is recognized by its manifest and le
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 from remit_megatron.data.blend_file import write_blend_file
 from remit_megatron.data.build import build_files
+from remit_megatron.data.input_notes import noticed
 from remit_megatron.data.inputs import LOCAL_FILES, FileStore, expand_inputs, is_there
 from remit_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from remit_megatron.data.recipe import Recipe, Source
@@ -34,6 +36,7 @@ BLEND = "blend.yaml"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
+_ORIGIN = {"text_key", "template", "files", "hub", "max_tokens"}
 State = Literal["done", "changed", "local", "hub", "missing"]
 
 
@@ -208,13 +211,16 @@ def _find(source: Source, recipe: Recipe, root: str, left_out: list[str]) -> tup
     dates, so that a part of a source is not its oldest part."""
     files: set[str] = set()
     for item in source.files:
-        path = os.path.join(root, item)
+        # Only the source's own names are patterns, whatever signs the folder of the corpus is called by.
+        literal = os.path.join(root, item)
+        path = literal if os.path.exists(literal) else os.path.join(glob.escape(root), item)
         try:
             if not is_there(path):
-                return f"nothing at {path}"
+                return f"nothing at {literal}"
             files |= set(expand_inputs([path], left_out=left_out))
         except UserError as error:
             raise UserError(f"{recipe.path}: {source.name}", error.found, error.expected) from None
+    left_out += noticed(sorted(files))
     return tuple(sorted(files, key=lambda file: _scattered(os.path.relpath(file, root))))
 
 
@@ -263,7 +269,7 @@ def _origin(plan: Plan, root: str) -> dict[str, Any]:
 def _change(manifest: Manifest, source: Source, files: tuple[str, ...], root: str, wanted: int | None) -> str:
     """Why a data set is not what would be built now; empty where it is. Its files may be gone by then."""
     origin = manifest.origin
-    if origin is None:
+    if origin is None or not set(origin) >= _ORIGIN:
         return "a data set that `remit data mix` did not build"
     if origin["template"] != source.template or (source.template is None and origin["text_key"] != source.text_key):
         return "built from another text_key or template"
@@ -272,7 +278,7 @@ def _change(manifest: Manifest, source: Source, files: tuple[str, ...], root: st
     if origin["hub"] is not None and origin["hub"] != str(source.hub):
         return f"built from {origin['hub']}"
     limit = origin["max_tokens"]
-    cut = limit is not None and manifest.tokens >= limit  # less than the limit is all that the source has
+    cut = isinstance(limit, int) and manifest.tokens >= limit  # less than the limit is all that the source has
     if cut and (wanted is None or wanted > manifest.tokens):
         return f"built for {limit} tokens, and {'all' if wanted is None else wanted} are wanted"
     return ""

@@ -86,6 +86,9 @@ class PackedDataset:
         if self._whole_samples:
             self._check_whole_samples(verify=verify)
         else:
+            if self.manifest.sample_length is not None:
+                found = f"{self.prefix}: samples of sequence length {self.manifest.sample_length}, packed as texts"
+                logger.warning("%s for %d: no token tells where one ends and the next begins", found, sequence_length)
             key = _digest(*_corpus(self.manifest, packing_seed))[:24]
             self._order, self._starts = self._index(key, verify=verify)
 
@@ -106,13 +109,24 @@ class PackedDataset:
         place = int(np.searchsorted(self._starts, np.int64(begin), side="right")) - 1
         inside, filled = begin - int(self._starts[place]), 0
         while filled < len(tokens):
-            document = int(self._order[place])
+            document = self._document(place, inside)
             stop = min(inside + len(tokens) - filled, int(self._documents.lengths[document]))
             piece = self._documents.read(document, inside, stop)
             tokens[filled : filled + len(piece)] = piece
             filled += len(piece)
             place, inside = place + 1, 0
         return tokens
+
+    def _document(self, place: int, inside: int) -> int:
+        """The document at a place of the stream. What the index says of it, which may lie in a file for years, must fit
+        the data: tokens of another place would be in range as well."""
+        count = len(self._documents)
+        document = int(self._order[place]) if 0 <= place < count else -1
+        room = int(self._starts[place + 1]) - int(self._starts[place]) if document >= 0 else 0
+        if not (0 <= document < count and 0 <= inside <= room == int(self._documents.lengths[document])):
+            found = f"an index with {room} tokens for document {document}, read from {inside}"
+            raise UserError(self.prefix, found, f"that of this data; remove packing-*.npy in {self._cache_dir}")
+        return document
 
     @property
     def dropped_tokens(self) -> int:

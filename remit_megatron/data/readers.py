@@ -126,12 +126,20 @@ class TextFormat:
                 raise BadRecord(found, f"a string in field {name!r}{self._hint}")
             if isinstance(value, bytes):
                 _raise_not_utf8(value, f" in field {name!r}")
-            value = dict(value) if isinstance(value, _Pairs) else value
-            found = "an empty string" if value == "" else f"{type(value).__name__} ({str(value)[:40]})"
+            found = "an empty string" if value == "" else _described(value)
             raise BadRecord(f"{found} in field {name!r}", "a string that is not empty")
         text = record[self.fields[0]] if self._template is None else self._template.format_map(record)
         _check_surrogates(text)
         return text
+
+
+def _described(value: Any) -> str:
+    """What stands where a text should: its type, and its beginning where that says more."""
+    kind = "dict" if isinstance(value, _Pairs) else type(value).__name__
+    try:
+        return f"{kind} ({str(dict(value) if isinstance(value, _Pairs) else value)[:40]})"
+    except RecursionError:  # what could just be parsed may be too deep to be written
+        return kind
 
 
 def _check_surrogates(text: str) -> None:
@@ -174,7 +182,8 @@ def iter_chunks(files: Sequence[str], *, fields: Sequence[str], store: FileStore
                 yield Chunk(file, first, records, before + min(done, size))
         except (OSError, EOFError, zlib.error) as error:
             # pyarrow's and gzip's errors are OSErrors without an errno when the contents are at fault.
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            # That of a connection that gave no answer in time says nothing at all.
+            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(file, f"a file that cannot be read ({reason})", "a complete file of its kind") from None
         before += size
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.data.blend_file import WEIGHTS, is_blend_file, is_weight
 from remit_megatron.data.readers import TextFormat
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.installed import find_config, shipped_namesake
@@ -110,13 +111,15 @@ def _source(item: Any, field: str) -> Source:
         raise UserError(field, repr(item), f"a mapping with {', '.join(_SOURCE_KEYS)}")
     _refuse_unknown(item, _SOURCE_KEYS, field)
     name = item.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "blend":
-        expected = "letters, digits, point, plus, minus and underscore, and not `blend`"
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "blend" or is_blend_file(name):
+        expected = "letters, digits, point, plus, minus and underscore, and not `blend` or the name of a blend file"
         raise UserError(f"{field}.name", "nothing" if name is None else repr(name), expected)
     field = f"{field} ({name})"
     weight = item.get("weight")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise UserError(f"{field}.weight", "nothing" if weight is None else repr(weight), "a number above 0")
+    if not is_weight(weight):
+        raise UserError(
+            f"{field}.weight", "nothing" if weight is None else repr(weight), f"a number above 0 ({WEIGHTS})"
+        )
     files = _strings(item.get("files", name), f"{field}.files")
     hub = _hub(item["hub"], files, f"{field}.hub") if item.get("hub") is not None else None
     for file in files:
@@ -125,6 +128,8 @@ def _source(item: Any, field: str) -> Source:
     for key in ("text_key", "template"):
         if not isinstance(item.get(key, "text"), str) or not item.get(key, "text"):
             raise UserError(f"{field}.{key}", repr(item[key]), "a text")
+    if item.get("template") is not None and item.get("text_key") is not None:
+        raise UserError(f"{field}.text_key", "one beside a template, which says the fields itself", "one of the two")
     try:
         TextFormat(text_key=item.get("text_key", "text"), template=item.get("template"))
     except UserError as error:

@@ -92,6 +92,10 @@ def select_miniplm(
     sources = _open_sources(data, teacher, reference, mask_eod_loss=mask_eod_loss, cache_dir=cache_dir)
     samples = sources.starts[-1]
     kept = keep.of(samples)
+    target = Path(f"{os.fspath(output)}.bin").resolve()
+    for dataset in sources.datasets:
+        if Path(f"{dataset.prefix}.bin").resolve() == target:
+            raise UserError("--output", f"{os.fspath(output)}, which is one of --data", "another prefix")
     manifests = [dataset.manifest for dataset in sources.datasets]
     vocab_size = max(manifest.vocab_size for manifest in manifests)
     dtype = token_dtype(vocab_size)

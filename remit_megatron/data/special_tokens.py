@@ -7,11 +7,14 @@ They come from the post-processor. `transformers` adds them unless told otherwis
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from remit_megatron.data.tokenizer import Tokenizer
 from remit_megatron.runtime.errors import UserError
 
+_WORDS_TRIED = 100
 _SAMPLES = ("a", "0", "the", " a")  # a text that gives tokens in any tokenizer
 
 
@@ -56,6 +59,10 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     if added is None:
         found = f"{tokenizer.path} with a post-processor that changes the text's own tokens"
         raise UserError("--add-special-tokens", found, "one that adds tokens before and after")
+    for number in (*added.before, *added.after):
+        if tokenizer.token(number) is None:  # the post-processor has numbers of its own
+            found = f"{tokenizer.path} with a post-processor that adds token {number}, which its vocabulary lacks"
+            raise UserError("--add-special-tokens", found, "one that adds tokens of the vocabulary")
     return added
 
 
@@ -68,9 +75,11 @@ def notice(tokenizer: Tokenizer, around: SpecialTokens | None, eod_id: int | Non
     """
     if around is None:
         own = own_special_tokens(tokenizer)
-        if own is None or not any(own):
-            return None
         does = "which transformers and Megatron's preprocess_data do"
+        if own is None:
+            return f"the post-processor of {tokenizer.path}, which changes a text's own tokens, is not applied, {does}"
+        if not any(own):
+            return None
         return f"{_described(own, tokenizer)} is not added, {does}; --add-special-tokens adds it"
     if not any(around):
         return "--add-special-tokens adds nothing: this tokenizer puts no tokens around a text"
@@ -85,10 +94,16 @@ def _described(added: SpecialTokens, tokenizer: Tokenizer) -> str:
     return " and ".join(f"{tokenizer.decode(ids)} {side} each text" for ids, side in sides if ids)
 
 
+def _samples(backend: Any) -> Iterator[str]:
+    """Texts of which one should give tokens: a vocabulary of words may have none for the first ones."""
+    yield from _SAMPLES
+    yield from islice(backend.get_vocab(with_added_tokens=False), _WORDS_TRIED)
+
+
 def _added(backend: Any) -> SpecialTokens | None:
     backend.no_truncation()
     backend.no_padding()
-    for text in _SAMPLES:
+    for text in _samples(backend):
         try:
             plain = backend.encode(text, add_special_tokens=False).ids
             encoding = backend.encode(text, add_special_tokens=True)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from remit_megatron.data.blend_file import is_blend_file
 from remit_megatron.data.indexed import write_index
 from remit_megatron.data.manifest import FileRecord, Manifest, manifest_path, read_manifest
 from remit_megatron.runtime.errors import UserError
@@ -46,6 +47,8 @@ class DatasetWriter:
         self.prefix = os.fspath(prefix)
         if not os.path.basename(self.prefix) or os.path.isdir(self.prefix):
             raise UserError("--output", f"the folder {self.prefix}", "a folder and a name, as data/corpus")
+        if is_blend_file(self.prefix):
+            raise UserError("--output", self.prefix, "a prefix that does not end as a blend file does (.yaml, .yml)")
         self._dtype = dtype
         self._folder = Path(self.prefix).parent
         self._final = {kind: Path(f"{self.prefix}.{kind}") for kind in ("bin", "idx", "json")}

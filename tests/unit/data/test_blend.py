@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from remit_megatron.data.blend import BlendedDataset, BlendEntry, BlendOrder, open_blend, parse_blend, summarize_blend
+from remit_megatron.data.blend_file import read_blend_file, write_blend_file
 from remit_megatron.data.packing import PackedDataset
 from remit_megatron.data.writer import DatasetWriter
 from remit_megatron.runtime.errors import UserError
@@ -232,3 +233,25 @@ def test_memory_does_not_grow_with_samples(corpora):
     assert tracemalloc.get_traced_memory()[0] - before < 100_000
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
+
+
+def test_names_and_weights_come_back_from_a_blend_file(tmp_path):
+    """Whatever they look like to YAML: a number, nothing, a date, a yes."""
+    names = ["2024", "null", "1e5", "yes", "2024-01-01", "0x1F", "1_000", "plain", "a+b", "ümlaut #1"]
+    weights = [1e-05, 2.5e-7, 1.0, 0.1, 3.0, 1e-12, 7.0, 0.25, 5e-9, 1 / 3]
+    write_blend_file(tmp_path / "blend.yaml", list(zip(weights, names, strict=True)))
+    found = read_blend_file(tmp_path / "blend.yaml")
+    assert [prefix for _, prefix in found] == [str(tmp_path / name) for name in names]
+    assert [weight for weight, _ in found] == [weight / math.fsum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("weight", [1e308, 1e-308, 5e-324, 10**400])
+def test_weights_that_no_sum_holds_are_refused(tmp_path, weight):
+    with pytest.raises(UserError, match=r"data\.train\[1\]: found weight .*; expected a finite number greater than 0"):
+        parse_blend([[1.0, "a"], [weight, "b"]])
+    if isinstance(weight, float):
+        (tmp_path / "blend.yaml").write_text(f"blend:\n- [1.0, a]\n- [{weight!r}, b]\n")
+        with pytest.raises(UserError, match=r"blend\[1\]: found .*; expected \[weight, prefix\] with a weight above 0"):
+            read_blend_file(tmp_path / "blend.yaml")
+    order = BlendOrder([1e50, 1e-50, 1e-50, 1e50])
+    assert order.counts(1000) == [500, 0, 0, 500]

@@ -423,3 +423,54 @@ def test_a_manifest_of_tokens_of_another_kind(tmp_path, tokenizer, value):
     largest = max(IndexedTokens(tmp_path / "out").read(0))
     with pytest.raises(UserError, match=f"ids up to {largest}; expected"):
         check_ids(tmp_path / "out", 3, field="data.train")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_the_library_gives_up_on_is_a_bad_record(tmp_path, workers):
+    """Its engine of patterns takes 10 million steps back at most: as many spaces are too many for the pattern of
+    Llama 3 and GPT-4. Here one that needs fewer."""
+    vocabulary = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    split = pre_tokenizers.Split(tokenizers.Regex(r"(a+)+$"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = write_lines(tmp_path / "a.jsonl", ["good", "a" * 40 + "b", "aa"])
+    with pytest.raises(UserError, match=r"a.jsonl:2: found text that the tokenizer has no ids for"):
+        build_dataset([text], tmp_path, tmp_path / "out", workers=workers)
+    manifest = build_dataset([text], tmp_path, tmp_path / "out", workers=workers, on_error="skip")
+    assert (manifest.documents, manifest.skipped, manifest.tokens) == (2, 1, len("good") + len("aa") + 2)
+
+
+@pytest.mark.parametrize("name", ["out.yaml", "out.yml"])
+def test_a_prefix_that_a_run_would_take_for_a_blend_file(tmp_path, tokenizer, name):
+    text = write_lines(tmp_path / "a.jsonl", ["good"])
+    with pytest.raises(
+        UserError, match=r"--output: found .*; expected a prefix that does not end as a blend file does"
+    ):
+        build_dataset([text], tokenizer, tmp_path / name)
+
+
+def test_texts_that_end_as_documents_do_are_counted(tmp_path, tokenizer, caplog):
+    """As Megatron's preprocess_data they get a second end; here with a line."""
+    texts = ["plain", "ends<|endoftext|>", "<|endoftext|>", "in<|endoftext|>side", "ends <|endoftext|><|endoftext|>"]
+    text = write_lines(tmp_path / "a.jsonl", texts)
+    build_dataset([text], tokenizer, tmp_path / "out")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("3 of 5 documents end in two of <|endoftext|>: their texts spell one")
+    data = IndexedTokens(tmp_path / "out")
+    assert [data.read(number).tolist().count(256) for number in range(5)] == [1, 2, 2, 2, 3]
+    caplog.clear()
+    build_dataset([text], tokenizer, tmp_path / "without", append_eod=False)
+    build_dataset([text], tokenizer, tmp_path / "first", max_documents=1)
+    assert caplog.records == []
+
+
+def test_a_field_and_a_template_at_once_are_refused(tmp_path, tokenizer, capsys):
+    text = write_lines(tmp_path / "a.jsonl", ["good"])
+    words = ["data", "build", "--input", str(text), "--tokenizer", tokenizer, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--text-key", "text", "--template", "{text}"])
+    assert caught.value.code == 2 and "--template: not allowed with argument --text-key" in capsys.readouterr().err

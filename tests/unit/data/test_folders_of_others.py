@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -92,3 +93,18 @@ def test_metadata_may_be_the_name_of_a_folder(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"")
     assert len(expand_inputs([tmp_path])) == 2
+
+
+def test_rows_that_an_early_datasets_chose(tmp_path):
+    """It kept the choice and order of ``select``, ``shuffle`` and ``filter`` beside rows that are all still there."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == TEXTS
+    state = json.loads((tmp_path / "saved/state.json").read_text())
+    for nothing in ([], None):
+        (tmp_path / "saved/state.json").write_text(json.dumps(state | {"_indices_data_files": nothing}))
+        assert texts(tmp_path / "saved") == TEXTS
+    chosen = {"_indices_data_files": [{"filename": "indices.arrow"}]}
+    (tmp_path / "saved/state.json").write_text(json.dumps(state | chosen))
+    with pytest.raises(UserError, match=r"found rows with a choice and order of their own beside them"):
+        texts(tmp_path / "saved")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from remit_megatron.cli import main
@@ -58,3 +60,43 @@ def test_damaged_and_foreign_parts_are_refused(parts, tokenizer, tmp_path):
     with pytest.raises(UserError, match="SHA-256"):
         merge_datasets(parts, tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
+
+
+def test_other_ends_of_documents_are_noticed(parts, tmp_path):
+    """The tokens are the same, and so is their number: only the index has changed."""
+    index = Path(f"{parts[2]}.idx")
+    content = bytearray(index.read_bytes())
+    lengths = np.frombuffer(content, dtype="<i4", count=2, offset=34) + np.array([1, -1], dtype="<i4")
+    content[34:42] = lengths.tobytes()
+    index.write_bytes(content)
+    with pytest.raises(UserError, match=r"part2.idx: found contents with SHA-256"):
+        merge_datasets(parts, tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_part_twice_is_refused(parts, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"--input: found .*/link/part0 twice; expected each data set once"):
+        merge_datasets([*parts, tmp_path / "link" / "part0"], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("field", "value"), [("dtype", "float32"), ("dtype", ["int32"]), ("dtype", "int32")])
+def test_a_manifest_with_another_type_is_refused(parts, tmp_path, field, value):
+    path = Path(f"{parts[0]}.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=r"part0\.(json: found a damaged manifest|idx: found tokens of uint16)"):
+        merge_datasets(parts[:1], tmp_path / "merged")
+
+
+def test_parts_that_are_missing_are_named(parts, tmp_path, caplog):
+    """A job of an array that failed, and a pattern for what is there."""
+    for number, part in enumerate(parts):
+        for kind in ("bin", "idx", "json"):
+            Path(f"{part}.{kind}").rename(tmp_path / f"0000{number}-of-00003.{kind}")
+    named = [tmp_path / f"0000{number}-of-00003" for number in range(3)]
+    merge_datasets(named, tmp_path / "whole")
+    assert caplog.records == []
+    merge_datasets([named[0], named[2]], tmp_path / "merged")
+    assert [record.getMessage() for record in caplog.records] == [
+        "--input: without 00001-of-00003: the whole has fewer documents than its parts' names say"
+    ]

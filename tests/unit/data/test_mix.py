@@ -19,6 +19,7 @@ from remit_megatron.data.blend import open_blend, parse_blend
 from remit_megatron.data.build import build_dataset, build_files
 from remit_megatron.data.hub import HubFiles
 from remit_megatron.data.indexed import IndexedTokens
+from remit_megatron.data.inputs import expand_inputs
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.mix import parse_tokens, plan_mix
 from remit_megatron.data.recipe import HubPlace, load_recipe
@@ -384,3 +385,52 @@ def test_a_connection_that_breaks_is_a_file_that_cannot_be_read(hub, root, token
     with pytest.raises(UserError, match=r"raw/lines.jsonl: found a file that cannot be read \(NoConnection: name not"):
         build_files(files.files, tokenizer, tmp_path / "x", store=files)
     assert list(tmp_path.glob("x*")) == [] and list(tmp_path.glob(".x*")) == []
+
+
+def test_patterns_on_the_hub_mean_what_they_mean_here(hub, root):
+    """The same entry, the same files, whether they are on this machine or not."""
+    for name in ("raw/deep/more.parquet", "raw/.cache/old.jsonl", "folder2/.hidden.jsonl", "folder2/x/train/1.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    entries = [
+        "raw",
+        "raw/*.parquet",
+        "raw/*",
+        "fold*",
+        "*",
+        "**/*.jsonl",
+        "raw/**",
+        "*/*/train",
+        "f*2/**/*.jsonl",
+        ".",
+    ]
+    for entry in (*entries, "./raw", "raw/lines.jsonl", "f[o]lder"):
+        here = [path.removeprefix(f"{root}/").removeprefix("./") for path in expand_inputs([f"{root}/{entry}"])]
+        assert HubFiles(place(entry)).files == sorted(here), entry
+
+
+def test_the_folder_of_a_corpus_is_no_pattern(root, tokenizer):
+    """`[12]` would be 1 or 2, with their files and without its own."""
+    for name in ("corpus[12]", "corpus1"):
+        (root / name).mkdir()
+        (root / name / f"{name[-1]}.jsonl").write_bytes(lines_of([name]))
+    (root / "recipe.yaml").write_text('sources: [{name: web, weight: 1, files: "*.jsonl"}]')
+    (plan,) = plan_mix(load_recipe(root / "recipe.yaml"), root=str(root / "corpus[12]"), output=str(root / "out"))
+    assert plan.files == (f"{root}/corpus[12]/].jsonl",)
+
+
+def test_sources_called_by_numbers_are_in_the_blend(root, run):
+    """Names that YAML takes for something else, and a share that Python writes without a point."""
+    sources = [f'{{name: "{name}", weight: {weight}, files: raw/lines.jsonl}}' for name, weight in
+               (("2024", 1), ("null", 99999))]  # fmt: skip
+    (root.parent / "odd.yaml").write_text(f"sources: [{', '.join(sources)}]")
+    assert run(recipe="odd.yaml") == 0
+    entries = parse_blend(str(root.parent / "out/blend.yaml"))
+    assert [(Path(entry.prefix).name, entry.weight) for entry in entries] == [("2024", 1e-05), ("null", 0.99999)]
+
+
+def test_a_data_set_with_half_an_origin_is_left_alone(root, run, capsys):
+    assert run() == 0
+    path = root.parent / "out/lines.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"origin": {"files": None}}))
+    assert run() == 2 and "a data set that `remit data mix` did not build" in capsys.readouterr().err

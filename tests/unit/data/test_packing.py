@@ -256,3 +256,28 @@ def test_files_are_megatrons_byte_for_byte(tmp_path):
             assert (tmp_path / f"ours{vocab_size}.{kind}").read_bytes() == theirs, (vocab_size, kind)
         read = IndexedTokens(tmp_path / f"theirs{vocab_size}")
         assert [read.read(i).tolist() for i in range(len(read))] == documents
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [("starts", 20, 1), ("starts", 20, -1), ("starts", 3, 10**9), ("starts", 30, -(10**9)), ("order", 7, 10**6),
+     ("order", 7, -50), ("order", 7, 1)],
+)  # fmt: skip
+def test_an_index_that_does_not_fit_its_data_is_noticed(tmp_path, name, place, value):
+    """A file in data.cache_dir with one number changed: samples are right, or refused."""
+    prefix = write_corpus(tmp_path / "c", numbered([*range(1, 41)]))
+    options = {"sequence_length": 16, "cache_dir": tmp_path / "index"}
+    data = PackedDataset(prefix, **options)
+    right = [data[sample].tolist() for sample in range(len(data))]
+    (path,) = (tmp_path / "index").glob(f"packing-*.{name}.npy")
+    array = np.load(path)
+    array[place] += value
+    np.save(path, array)
+    data, refused = PackedDataset(prefix, **options), 0
+    for sample, expected in enumerate(right):
+        try:
+            assert data[sample].tolist() == expected
+        except UserError as error:
+            refused += 1
+            assert f"remove packing-*.npy in {tmp_path / 'index'}" in str(error)
+    assert refused

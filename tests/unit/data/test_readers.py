@@ -199,3 +199,26 @@ def test_template():
     for bad in ({"question": "Why?"}, {"question": "Why?", "answer": ""}, {"question": "Why?", "answer": 3}):
         with pytest.raises(BadRecord, match="answer"):
             TextFormat(template="{question} {answer}").render(bad)
+
+
+@pytest.mark.parametrize("depth", [300, 700, 950])
+@pytest.mark.parametrize("ends", [("[", "]"), ('{"a": ', "}")])
+def test_what_can_be_parsed_and_not_written_is_a_bad_record(tmp_path, depth, ends):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ' + ends[0] * depth + "1" + ends[1] * depth + "}\n")
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: found (list|dict)( \(.{40}\))? in field 'text'; expected a string"
+    ):
+        list(iter_documents([path]))
+
+
+def test_a_connection_that_gives_no_answer_is_a_file_that_cannot_be_read():
+    class Silent:
+        def open(self, file: str):
+            raise TimeoutError  # as fsspec does, without a word
+
+        def size(self, file: str) -> int:
+            return 10
+
+    with pytest.raises(UserError, match=r"a.jsonl: found a file that cannot be read \(TimeoutError\)"):
+        list(iter_chunks(["a.jsonl"], fields=["text"], store=Silent()))

@@ -415,3 +415,22 @@ def test_millions_of_samples_in_bounded_memory(tmp_path):
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert (result.returncode == 0) == works, result.stderr
         assert works or "MemoryError" in result.stderr
+
+
+def test_the_output_is_none_of_the_data(source, tmp_path):
+    for number in range(3):
+        for kind in ("bin", "idx", "json"):
+            (tmp_path / f"corpus{number}.{kind}").write_bytes(Path(f"{source.prefixes[number]}.{kind}").read_bytes())
+    own = source._replace(prefixes=[str(tmp_path / f"corpus{number}") for number in range(3)])
+    with pytest.raises(UserError, match=r"--output: found .*corpus1, which is one of --data; expected another prefix"):
+        select(own, tmp_path / "corpus1", "0.5", overwrite=True)
+    assert read_manifest(tmp_path / "corpus1", verify=True).sample_length is None
+
+
+def test_a_selection_read_with_another_length_says_so(source, tmp_path, caplog):
+    select(source, tmp_path / "out", "0.5")
+    PackedDataset(tmp_path / "out", sequence_length=LENGTH)
+    assert caplog.records == []
+    PackedDataset(tmp_path / "out", sequence_length=LENGTH + 1)
+    (record,) = caplog.records
+    assert f"samples of sequence length {LENGTH}, packed as texts for {LENGTH + 1}" in record.getMessage()

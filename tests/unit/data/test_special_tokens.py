@@ -129,6 +129,7 @@ def test_one_line_where_it_matters(tmp_path, caplog, kind, words, line):
     given = ["--input", str(write_corpus(tmp_path / "c.jsonl")), "--tokenizer", str(tokenizer), "--workers", "1"]
     assert main(["data", "build", *given, "--output", str(tmp_path / "out"), *words]) == 0
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("remit_megatron")]
+    lines = [found for found in lines if "their texts spell one" not in found]  # of the texts, not of the tokenizer
     assert len(lines) == (line is not None) and all(found.startswith(str(line)) for found in lines), lines
 
 
@@ -189,3 +190,42 @@ def test_a_vocabulary_of_words_without_a_token_for_others(tmp_path):
         build_dataset([str(tmp_path / "a.jsonl")], **build)
     build_dataset([str(tmp_path / "a.jsonl")], **build, on_error="skip")
     assert documents(tmp_path / "a") == [[0, 1, 0, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("number", [300, 70000])
+def test_a_post_processor_with_numbers_of_its_own(tmp_path, number):
+    """Tokens that no vocabulary has, and above 65,535 no file of 16-bit tokens."""
+    folder = make(tmp_path / "tokenizer", "begin")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"]["<s>"]["ids"] = [number]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(
+        UserError, match=rf"--add-special-tokens: found .* that adds token {number}, which its vocabulary"
+    ):
+        build_dataset([tmp_path / "a.jsonl"], folder, tmp_path / "out", add_special_tokens=True)
+
+
+def test_a_vocabulary_of_words_of_its_own(tmp_path, caplog):
+    """None of our sample texts gives a token: one of its own words tells what is put around a text."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"yay": 0, "nay": 1, "[CLS]": 2, "</s>": 3}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["[CLS]", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "nay yay"}\n')
+    build_dataset([tmp_path / "a.jsonl"], tmp_path, tmp_path / "a")
+    assert "[CLS] before each text is not added" in caplog.text and documents(tmp_path / "a") == [[1, 0, 3]]
+    build_dataset([tmp_path / "a.jsonl"], tmp_path, tmp_path / "b", add_special_tokens=True)
+    assert documents(tmp_path / "b") == [[2, 1, 0, 3]]
+
+
+def test_a_post_processor_that_cannot_be_repeated_is_said(tmp_path, caplog):
+    folder = make(tmp_path / "tokenizer", "begin")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"]["single"] = [text, content["post_processor"]["single"][0], text]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    build_dataset([tmp_path / "a.jsonl"], folder, tmp_path / "out")
+    assert "which changes a text's own tokens, is not applied" in caplog.text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from remit_megatron.data import writer
+from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import read_manifest
 from remit_megatron.data.writer import DatasetWriter
 from remit_megatron.runtime.errors import UserError
@@ -45,3 +46,13 @@ def test_what_a_killed_writer_left_is_another_file(tmp_path):
         commit(new)
         assert alive.read() == b"some"
     assert read_manifest(tmp_path / "out", verify=True).tokens == 100
+
+
+def test_ids_beyond_the_tokenizer_s_own_are_found(tmp_path):
+    """Whatever put them there: a model of the tokenizer's size has no row for them."""
+    with DatasetWriter(tmp_path / "out", dtype=np.dtype(np.uint16)) as new:
+        new.append(np.array([5, 300, 7], dtype=np.uint16), np.array([3]))
+        commit(new)  # of a tokenizer of 100 entries
+    check_ids(tmp_path / "out", 301, field="data.train")
+    with pytest.raises(UserError, match=r"data.train .*out: found ids up to 300; expected below 200"):
+        check_ids(tmp_path / "out", 200, field="data.train")
