@@ -84,32 +84,107 @@ def _blocks(footer: bytes) -> list[tuple[int, int, int]]:
     return found
 
 
-def check_parquet(file: str, source: BinaryIO, metadata: Any) -> None:
+def check_parquet(file: str, source: BinaryIO) -> None:
     """Refuses a Parquet file in which another one begins between the last rows and the footer; what may be there is an
     index of pages, or filters.
 
     Args:
-        metadata: of the file, as Arrow has read it.
+        source: that Arrow has opened without complaint.
 
     Raises:
         UserError: there is.
     """
     source.seek(-8, 2)
-    footer_start = source.tell() - struct.unpack("<I", source.read(4))[0]
-    start = 4  # behind PAR1
-    if metadata.num_row_groups:
-        last = metadata.row_group(metadata.num_row_groups - 1)
-        columns = map(last.column, range(last.num_columns))
-        start = max([start, *(_first_page(column) + column.total_compressed_size for column in columns)])
-    if start > footer_start:
-        return  # a footer that Arrow will not get far with
+    end = source.tell()
+    length = struct.unpack("<I", source.read(4))[0]
+    source.seek(end - length)
+    footer = source.read(length)
+    try:
+        start = max([4, *column_ends(footer)])  # behind PAR1
+    except (AttributeError, IndexError, KeyError, TypeError, RecursionError):
+        return  # nothing that Arrow will get far with
+    if start > end - length:
+        return
     source.seek(start)
-    left, tail = footer_start - start, b""
+    left, tail = end - length - start, b""
     while left > 0 and (block := source.read(min(left, _BLOCK_BYTES))):
         if b"PAR1PAR1" in tail + block:
             raise UserError(file, "the beginning of another file between the last rows and the footer", _ONE)
         left, tail = left - len(block), block[-7:]
 
 
-def _first_page(column: Any) -> int:
-    return (column.dictionary_page_offset if column.has_dictionary_page else None) or column.data_page_offset
+def column_ends(footer: bytes) -> list[int]:
+    """Where the columns of the last row group end, counted from the beginning of the file.
+
+    Arrow's own view of a column (``metadata.row_group(n).column(m)``) ends the process where a footer is damaged in
+    certain places.
+
+    Args:
+        footer: Parquet's ``FileMetaData`` in Thrift's compact protocol.
+
+    Raises:
+        AttributeError, IndexError, KeyError, TypeError, RecursionError: it is none.
+    """
+    groups = _Thrift(footer).structure()[4]
+    ends = []
+    for column in groups[-1][1] if groups else ():
+        facts = column[3]
+        ends.append((facts.get(11) or facts[9]) + facts[7])  # the first page, of a dictionary where there is one
+    return ends
+
+
+class _Thrift:
+    """Thrift's compact protocol: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md"""
+
+    def __init__(self, data: bytes):
+        self._data, self._place = data, 0
+
+    def structure(self) -> dict[int, Any]:
+        """Values of fields by their number; of texts, numbers in floating point and mappings None."""
+        fields, number = {}, 0
+        while header := self._byte():
+            number = number + (header >> 4) if header >> 4 else self._integer()
+            kind = header & 15
+            fields[number] = kind == 1 if kind in (1, 2) else self._value(kind)
+        return fields
+
+    def _value(self, kind: int) -> Any:
+        if kind in (1, 2, 3):
+            return self._byte()
+        if kind in (4, 5, 6):
+            return self._integer()
+        if kind in (9, 10):
+            header = self._byte()
+            count = header >> 4 if header >> 4 < 15 else self._variable()
+            return [self._value(header & 15) for _ in range(count)]
+        if kind == 12:
+            return self.structure()
+        if kind == 11:
+            count = self._variable()
+            kinds = self._byte() if count else 0
+            for _ in range(count):
+                self._value(kinds >> 4)
+                self._value(kinds & 15)
+        elif kind in (7, 8):
+            size = 8 if kind == 7 else self._variable()  # before the place is asked for, which it moves
+            self._place += size
+        else:
+            raise TypeError(f"kind {kind}")
+        return None
+
+    def _byte(self) -> int:
+        self._place += 1
+        return self._data[self._place - 1]
+
+    def _variable(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    def _integer(self) -> int:
+        value = self._variable()
+        return (value >> 1) ^ -(value & 1)

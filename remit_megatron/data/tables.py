@@ -27,7 +27,7 @@ def iter_batches(file: str, fields: Sequence[str], store: FileStore) -> Iterator
         with pyarrow.parquet.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as table:
             _check_columns(file, table.schema_arrow, fields)
             with store.open(file) as whole:
-                check_parquet(file, whole, table.metadata)
+                check_parquet(file, whole)
             rows, done = max(table.metadata.num_rows, 1), 0
             for batch in table.iter_batches(batch_size=1024, columns=list(fields), use_threads=False):
                 done += batch.num_rows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from remit_megatron.data.readers import BadRecord, TextFormat, iter_chunks, iter_documents, parse_chunk
+from remit_megatron.data.table_ends import column_ends
 from remit_megatron.runtime.errors import UserError
 
 ROWS = [b"one", b"", b"tw\xc3\xb6", None, b"bad \xff here", b"\xed\xa0\x80", b"last"]
@@ -232,3 +235,40 @@ def test_parquet_files_one_behind_the_other(tmp_path, options):
         path.write_bytes(b"".join(parts))
         with pytest.raises(UserError, match=r"beginning of another file between|cannot be read"):
             list(iter_documents([path]))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_where_columns_end_is_what_arrow_says(tmp_path, compression, dictionary):
+    table = pa.table({"text": ["a", None, "bc"] * 40, "n": list(range(120)), "tags": [["x"], [], None] * 40})
+    path = tmp_path / "a.parquet"
+    options = {"row_group_size": 17, "use_dictionary": dictionary, "data_page_version": "2.0"}
+    pq.write_table(table, path, compression=compression, write_page_index=True, **options)
+    data = path.read_bytes()
+    metadata = pq.read_metadata(path)
+    last = metadata.row_group(metadata.num_row_groups - 1)
+    expected = []
+    for column in map(last.column, range(last.num_columns)):
+        first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+        expected.append(first + column.total_compressed_size)
+    assert column_ends(data[-8 - metadata.serialized_size : -8]) == expected
+
+
+def test_no_damaged_footer_ends_the_process(tmp_path):
+    """Arrow's view of a column does: `Definition level histogram size mismatch` is thrown where nothing catches it."""
+    path = write(tmp_path / "a.parquet", pa.table({"text": ["one", "two"] * 6, "n": list(range(12))}))
+    program = f"""
+from remit_megatron.data.readers import TextFormat, iter_chunks
+from remit_megatron.data.table_ends import column_ends
+from remit_megatron.runtime.errors import UserError
+path, whole = {str(path)!r}, open({str(path)!r}, "rb").read()
+for place in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole)):
+    with open(path, "wb") as file:
+        file.write(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+    try:
+        list(iter_chunks([path], fields=TextFormat().fields))
+    except UserError:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
