@@ -8,12 +8,13 @@ word. Nothing but a look at what lies between the last rows and the end tells.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from remit_megatron.runtime.errors import UserError
 
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream: no further message
-_BLOCK_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 _ONE = "one file of rows: several, one behind the other, are read as one of them alone"
 
 
@@ -62,10 +63,9 @@ def check_arrow_file(file: str, source: Any) -> None:
         ends += [offset + head + body for offset, head, body in _blocks(source.read(length))]
     except struct.error:
         raise UserError(file, "a footer with places outside of it", "a complete Arrow file") from None
-    source.seek(max(ends))
-    between = source.read(max(footer_start - max(ends), 0))
-    if between.strip(_STREAM_END):  # an end mark, and zeros to a round number
-        raise UserError(file, f"{len(between)} bytes between the last rows and the footer", _ONE)
+    between = _pieces(source, max(ends), footer_start)
+    if any(piece.strip(_STREAM_END) for piece in between):  # an end mark, and zeros to a round number
+        raise UserError(file, f"{footer_start - max(ends)} bytes between the last rows and the footer", _ONE)
 
 
 def _blocks(footer: bytes) -> list[tuple[int, int, int]]:
@@ -103,14 +103,18 @@ def check_parquet(file: str, source: BinaryIO) -> None:
         start = max([4, *column_ends(footer)])  # behind PAR1
     except (AttributeError, IndexError, KeyError, TypeError, RecursionError):
         return  # nothing that Arrow will get far with
-    if start > end - length:
-        return
-    source.seek(start)
-    left, tail = end - length - start, b""
-    while left > 0 and (block := source.read(min(left, _BLOCK_BYTES))):
-        if b"PAR1PAR1" in tail + block:
+    tail = b""
+    for piece in _pieces(source, start, end - length):
+        if b"PAR1PAR1" in tail + piece:
             raise UserError(file, "the beginning of another file between the last rows and the footer", _ONE)
-        left, tail = left - len(block), block[-7:]
+        tail = piece[-7:]
+
+
+def _pieces(source: Any, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes of a file from ``start`` to before ``stop``, which may be a whole other file's."""
+    for place in range(start, stop, _PIECE_BYTES):
+        source.seek(place)
+        yield source.read(min(stop - place, _PIECE_BYTES))
 
 
 def column_ends(footer: bytes) -> list[int]:
