@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as cli.py: Megatron asks for it where ranks share layers
+logging.basicConfig(level=logging.WARNING, format="%(message)s")  # before a library does it, with all it has to say
 
 
 def interleave(names: Sequence[str], rounds: int, run: Callable[[str], float], *, label: str) -> dict[str, list[float]]:

@@ -80,17 +80,17 @@ if [ -n "$small" ]; then
 else
   size=(--hidden 2048 --layers 16 --vocabulary 100352 --sequence 4096 --micro-batch 2)
   part doctor 120 python -m remit_megatron doctor --require-gpu
-  part tests 480 python scripts/gpu_tests.py
-  part kernels 540 python scripts/bench_kernels.py --compile "${record[@]}"
-  part steps 480 python scripts/bench_step.py --fp8 tensorwise "${size[@]}" "${record[@]}"
-  part steps_fp8 300 python scripts/bench_step.py --fp8 tensorwise --student-fp8 "${size[@]}" "${record[@]}"
-  part parity 480 python scripts/gpu_parity.py "${record[@]}"
+  part tests 240 python scripts/gpu_tests.py
+  part kernels 400 python scripts/bench_kernels.py --compile "${record[@]}"
+  part steps 240 python scripts/bench_step.py --fp8 tensorwise "${size[@]}" "${record[@]}"
+  part steps_fp8 240 python scripts/bench_step.py --fp8 tensorwise --student-fp8 "${size[@]}" "${record[@]}"
+  part parity 600 python scripts/gpu_parity.py "${record[@]}"
   if [ "$gpus" -ge 2 ]; then
     part layouts 600 python scripts/gpu_parity.py --layouts "$gpus" "${record[@]}"
   else
     left_out layouts "one GPU; tensor, pipeline and context parallelism need 2, some layouts 4"
   fi
-  part run 600 python scripts/gpu_run.py --nproc "$gpus" "${record[@]}"
+  part run 1100 python scripts/gpu_run.py --nproc "$gpus" "${record[@]}"
 fi
 python scripts/gpu_day_record.py "$stem" --record "$out" || failed+=(record)
 if ((${#failed[@]})); then

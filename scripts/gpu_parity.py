@@ -261,7 +261,9 @@ def main() -> int:
         packages = versions("megatron-core", "transformers", "transformer-engine")
         said = "Errors of a token's loss in nats, of a gradient in parts of its norm; transformers' in bfloat16."
         text = f"{heading('parity')}\n{packages}\n\n{said}\n\n" + "\n".join(lines) + "\n"
-        record(args.record, "parity", title="Parity", text=text, raw={"results": results, "transformers": theirs})
+        named = [found | {"case": Path(found["case"]).name} for found in results]
+        raw = {"results": named, "transformers": {Path(case).name: errors for case, errors in theirs.items()}}
+        record(args.record, "parity", title="Parity", text=text, raw=raw)
     return 0 if good else 1
 
 

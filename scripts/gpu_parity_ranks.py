@@ -7,6 +7,7 @@ of its own shards through the family's table and compares in place.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -311,6 +312,7 @@ def main(folder: str) -> int:
         if environment.rank == 0:
             with Path(folder, "results.jsonl").open("a") as file:
                 file.write(json.dumps(job | figures) + "\n")
+        gc.collect()  # a model's hooks hold it
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     torch.distributed.destroy_process_group()

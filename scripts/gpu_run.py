@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """A run on this machine's devices from end to end: memory against `remit plan`, save and resume, the parts of a step.
 
-    python scripts/gpu_run.py [--nproc N] [--small] [--record DIR]
+    python scripts/gpu_run.py [--nproc N] [--layers N] [--small] [--record DIR]
 
 Trains a random model on random text with `remit` and a live reference: two runs to their end, and one that is saved and
-stopped (exit code 75) and started again. GPUs may add in another order each time, so the two whole runs say how far
-apart losses of the same run are; the stopped one may be at most four times that and 1e-5 from the first, and the two at
-most 1e-3 from each other. With an even number of ranks the same data on two pipeline stages, the reference in the
-pipeline and then whole on every rank (`reference.placement: replicated`): losses apart by no more than that either.
+stopped (exit code 75) and started again; then `remit score`, and a run from these scores, kept in float32. GPUs may add
+in another order each time, so the two whole runs say how far apart losses of the same run are; the stopped one and that
+from the scores may be at most four times that and 1e-5 from the first, and the two at most 1e-3 from each other. With
+an even number of ranks the same data on two pipeline stages, the reference in the pipeline and then whole on every rank
+(`reference.placement: replicated`): losses apart by no more than that either. Checkpoints of a run go with its end.
 
 Reported beside it: the peak memory of every rank over the plan's, which must be at most 8% above it (what the plan
 leaves alone for CUDA and NCCL) and at least 1 / 1.4; and the time of one step, the last but one, by kinds of kernels
@@ -23,6 +24,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,6 +56,7 @@ KINDS = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=1, help="ranks, one for each GPU (default: 1)")
+    parser.add_argument("--layers", type=int, help="of the model (default: 16; 4 with --small)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write a dated record there")
     parser.add_argument("--rank-of", nargs=2, metavar=("CONFIG", "OUT"), help=argparse.SUPPRESS)
@@ -123,7 +126,7 @@ def material(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "model_type": "llama",
         "vocab_size": 131 if small else 100352,
         **size,
-        "num_hidden_layers": 4 if small else 16,
+        "num_hidden_layers": args.layers or (4 if small else 16),
         "num_attention_heads": 4 if small else 16,
         "num_key_value_heads": 4 if small else 16,
         "hidden_act": "silu",
@@ -161,18 +164,28 @@ def remit(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "remit_megatron", *words], cwd=ROOT, check=True)
 
 
-def run(folder: Path, name: str, config: dict[str, Any], nproc: int, *, profiled: bool = False, **changes: Any) -> int:
-    """One start of a run; returns its exit code."""
-    from remit_megatron.runtime.launch import launch
-
+def configured(folder: Path, name: str, config: dict[str, Any], **changes: Any) -> Path:
+    """The configuration of a run, in a file."""
     own = config | {"run_dir": str(folder / config.get("run", name)), "megatron": config["megatron"] | changes}
     own.pop("run", None)
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(own))  # JSON is YAML
-    if not profiled:
-        return launch(nproc, ["train", str(path)])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
-    return launch(nproc, ["--rank-of", str(path), str(folder / "profile")], module="gpu_run")
+    return path
+
+
+def run(folder: Path, name: str, config: dict[str, Any], nproc: int, *, profiled: bool = False, **changes: Any) -> int:
+    """One start of a run; returns its exit code. Of a run that ended the checkpoints go: 14 bytes a parameter each."""
+    from remit_megatron.runtime.launch import launch
+
+    path = configured(folder, name, config, **changes)
+    if profiled:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
+        code = launch(nproc, ["--rank-of", str(path), str(folder / "profile")], module="gpu_run")
+    else:
+        code = launch(nproc, ["train", str(path)])
+    if code == 0:
+        shutil.rmtree(folder / config.get("run", name) / "checkpoints")
+    return code
 
 
 def apart(one: list[float], other: list[float]) -> float:
@@ -190,20 +203,21 @@ def faults(
 
     Args:
         codes: exit code of each start, by name.
-        found: losses of "straight", "again" and "resumed", and of "pipeline" and "replicated" where those ran.
+        found: losses of "straight", "again", "resumed" and "cached", and of "pipeline" and "replicated" where those
+            ran.
         planned: bytes of a GPU by the plan.
         peaks: the most that each rank had allocated; None where there is no GPU.
     """
     wrong = [f"{name}: exit code {code}" for name, code in codes.items() if code != (75 if name == "stopped" else 0)]
     wrong += [f"{name}: {len(losses)} steps of {STEPS}" for name, losses in found.items() if len(losses) != STEPS]
     differences = {"again": apart(found["straight"], found["again"])}
-    differences["resumed"] = apart(found["straight"], found["resumed"])
+    differences |= {name: apart(found["straight"], found[name]) for name in ("resumed", "cached")}
     if "replicated" in found:
         differences["replicated"] = apart(found["pipeline"], found["replicated"])
     if not differences["again"] <= NOISE:
         wrong.append(f"two runs of the same are {differences['again']:.1e} apart, more than {NOISE}")
     limit = EXACT + TIMES * differences["again"]
-    for name in ("resumed", "replicated"):
+    for name in ("resumed", "cached", "replicated"):
         if name in differences and not differences[name] <= limit:
             wrong.append(f"{name}: {differences[name]:.1e} apart, more than {limit:.1e}")
     for number, peak in enumerate(peaks):
@@ -238,6 +252,10 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]
         "stopped": run(folder, "stopped", config | {"run": "resumed"}, args.nproc, exit_interval=STOP),
         "resumed": run(folder, "resumed", config | {"run": "resumed"}, args.nproc),
     }
+    scored = config | {"reference": config["reference"] | {"cache_dir": str(folder / "scores"), "dtype": "float32"}}
+    remit("score", str(configured(folder, "scored", scored)), "--nproc", str(args.nproc))
+    cached = scored | {"reference": scored["reference"] | {"source": "cache"}}
+    codes["cached"] = run(folder, "cached", cached, args.nproc)
     if args.nproc % 2 == 0:
         for placement in ("pipeline", "replicated"):
             reference = config["reference"] | {"placement": placement}

@@ -93,10 +93,11 @@ def _shorten(text: str, limit: int = 300) -> str:
 # Probe functions: they run in a child.
 
 
-def imports(module: str) -> dict[str, Any]:
-    """Whether ``module`` can be imported."""
+def imports(*modules: str) -> dict[str, Any]:
+    """Whether ``modules`` can be imported, one after the other."""
     try:
-        importlib.import_module(module)
+        for module in modules:
+            importlib.import_module(module)
     except BaseException as error:  # libraries call sys.exit while they are imported, too
         return {"error": describe(error)}
     return {}

@@ -101,7 +101,8 @@ def transformer_engine_part(*, timeout: float) -> Part:
     if probes.module_folder("transformer_engine") is None:
         return Part(name, None, "not needed: Megatron's local layers, our attention and norms")
     found = probes.version("transformer-engine") or probes.version("transformer_engine") or "yes"
-    error = probes.finish(probes.start("imports", "transformer_engine.pytorch"), timeout=timeout).error
+    # After torch, as Megatron does it: NCCL is loaded then, which a machine may have in torch's wheels only.
+    error = probes.finish(probes.start("imports", "torch", "transformer_engine.pytorch"), timeout=timeout).error
     if error is None:
         return Part(name, found, "its torch part works")
     return Part(

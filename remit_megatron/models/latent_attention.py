@@ -48,25 +48,32 @@ class LatentSelfAttention(MLASelfAttention):
     ) -> Tensor:
         """As the base class, which makes the values of packed sequences as wide as queries, and cuts wider ones.
 
-        Those are left whole: zeros behind queries and keys change no score, whose scale is given.
+        Narrower ones stay as they are where Transformer Engine takes them: cuDNN's gradients of packed values that are
+        not 64, 128 or 256 channels wide are wrong on an H100 (9.19; docs/benchmarks/parity.md), and a kernel has less
+        to do. Wider ones are left whole: zeros behind queries and keys change no score, whose scale is given.
         """
         missing = value.shape[-1] - query.shape[-1]
-        if packed_seq_params is None or missing <= 0:
-            return super()._run_core_attention(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+        kwargs["packed_seq_params"] = packed_seq_params
+        if packed_seq_params is None or missing == 0 or (missing < 0 and not narrow_values_are_taken()):
+            return super()._run_core_attention(query, key, value, *args, **kwargs)
         core: Any = self.core_attention
+        if missing < 0:
+            kwargs["attn_mask_type"] = kwargs.get("attn_mask_type") or self.attn_mask_type
+            return core(query, key, value, *args, **kwargs)
         own = getattr(core, "hidden_size_per_attention_head_k", None)  # which Transformer Engine compares with keys
         core.hidden_size_per_attention_head_k = value.shape[-1]
         try:
-            return super()._run_core_attention(
-                pad(query, (0, missing)),
-                pad(key, (0, missing)),
-                value,
-                *args,
-                packed_seq_params=packed_seq_params,
-                **kwargs,
-            )
+            return super()._run_core_attention(pad(query, (0, missing)), pad(key, (0, missing)), value, *args, **kwargs)
         finally:
             core.hidden_size_per_attention_head_k = own
+
+
+def narrow_values_are_taken() -> bool:
+    """Whether packed values may be narrower than queries: Transformer Engine 2.17 pads those of FlashAttention itself,
+    and neither cuDNN nor its unfused attention needs it (TransformerEngine #2629)."""
+    from megatron.core.utils import is_te_min_version
+
+    return is_te_min_version("2.17.0")
 
 
 def latent_attention_layer(config: TransformerConfig) -> ModuleSpec:

@@ -128,6 +128,12 @@ def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0, o
     )
 
 
+def finish() -> None:
+    """Ends NCCL's communicators, where all ranks end in order: torch warns of each process that leaves them."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.destroy_process_group()
+
+
 def broadcast_object(value, *, source: int = 0):
     """``value`` of rank ``source``, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

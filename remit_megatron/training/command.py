@@ -111,6 +111,7 @@ def train(config: RunConfig) -> int:
     try:
         code = _train_in(run_dir, prepared, environment, events)
         refused = False
+        parallel.finish()
         return code
     except UserError:
         raise

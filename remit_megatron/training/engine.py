@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from remit_megatron.models.attention_probe import packed_attention_fault
 from remit_megatron.models.forward import ModelForward
 from remit_megatron.objectives import SelectingObjective, build_objective
 from remit_megatron.objectives.kd import Distillation
@@ -129,6 +130,7 @@ class Engine:
             selects = isinstance(objective, SelectingObjective)
             self._first_look = FirstLook(steps=total_steps(prepared.arguments), selects=selects)
         self._distills = isinstance(objective, Distillation)  # until the first step of this start has been looked at
+        self._attention_is_known = not (self.forward.document_mask and self.forward.packed_attention)
         self._student: list = []  # its chunks on this rank, as Megatron trains them; known from the first step on
         scaled = prepared.arguments.fp16 and not prepared.arguments.loss_scale
         self._watch = StepWatch(
@@ -263,9 +265,18 @@ class Engine:
     # -- around a step -----------------------------------------------------------------------------------------------
 
     def before_step(self, model: Any, optimizer: Any, schedule: Any) -> None:
-        """Takes what Megatron trains, and the learning rate of the step: after it the optimizer has the next one's."""
+        """Takes what Megatron trains, and the learning rate of the step: after it the optimizer has the next one's.
+
+        Raises:
+            DoNotRestart: attention over packed documents is wrong here; on all ranks, before the first step.
+        """
         from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
+        if not self._attention_is_known:
+            self._attention_is_known = True
+            faults = parallel.gather_objects(packed_attention_fault(model))
+            if any(faults):
+                raise DoNotRestart(next(filter(None, faults)))
         # Loading a checkpoint sets the optimizer's weight decay before it knows the checkpoint's (Megatron-LM #7468).
         schedule.step(0)
         self._rate = get_canonical_lr_for_logging(optimizer.param_groups)

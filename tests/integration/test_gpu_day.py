@@ -42,7 +42,7 @@ def test_every_part_runs_and_leaves_its_record(tmp_path):
     assert {("olmo2_1b", layout, "bfloat16", "pipeline") for layout in layouts} <= found
     assert {("olmo2_1b", layout, "float32", "replicated") for layout in ("pp2", "pp2_virtual", "tp2_pp2")} <= found
     run = (tmp_path / "gpu_run.md").read_text()
-    assert "again 0.0e+00, resumed 0.0e+00, replicated " in run and "of step 6" in run
+    assert "again 0.0e+00, resumed 0.0e+00, cached 0.0e+00, replicated " in run and "of step 6" in run
     day_record = (tmp_path / "gpu_day.md").read_text()
     assert all(f"| {name} | passed |" in day_record for name in PARTS) and "What `remit doctor` said:" in day_record
 

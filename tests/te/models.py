@@ -180,9 +180,21 @@ def step(
             fused = [name for name, parameter in chunk.named_parameters() if parameter.grad_added_to_main_grad]
             results[case] = {"logits": logits, "gradients": gradients, "tp_rank": groups.tp.rank()}
             results[case] |= {"fused": fused, "calls": dict(calls)}
+            if documents is not None and layers == TE:
+                results[case] |= {"attention": _attention_errors(chunk)}
             results[case] |= {"additions": additions.count, "added": additions.numbers}
             results[case] |= {"sizes": {name: parameter.numel() for name, parameter in chunk.named_parameters()}}
     return results
+
+
+def _attention_errors(chunk: Any) -> dict[str, float] | None:
+    """What a run asks before its first step; None on a stage without a layer."""
+    from megatron.core.transformer.attention import Attention
+
+    from remit_megatron.models.attention_probe import packed_attention_errors
+
+    attention = next((module for module in chunk.modules() if isinstance(module, Attention)), None)
+    return None if attention is None else packed_attention_errors(attention, (5, 1, 12, 6), seed=1)
 
 
 def _forward_step(groups: Any, logits: list[torch.Tensor], layers: str, document_mask: bool, *, scale: float) -> Any:

@@ -125,6 +125,8 @@ def test_packed_documents_are_those_of_a_mask(models, on_layout, case, layout, c
         rotated = result["calls"].get("fused_rope_forward", 0)
         assert (rotated > 0) is (bool(choices) and not case.startswith("youtu")), "in one kernel where it was asked for"
         assert bool(result["fused"]) is bool(choices)
+        assert all(error <= 1e-5 for error in (result["attention"] or {}).values())
+    assert any(result["attention"] for result in packed)
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp"])

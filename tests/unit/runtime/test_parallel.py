@@ -15,7 +15,7 @@ from remit_megatron import cli
 from remit_megatron.runtime import launch
 from remit_megatron.runtime.errors import UserError
 from remit_megatron.runtime.launch import free_port, under_launcher
-from remit_megatron.runtime.parallel import RankEnvironment, gpu_index, initialize, rank_environment
+from remit_megatron.runtime.parallel import RankEnvironment, finish, gpu_index, initialize, rank_environment
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 
@@ -113,6 +113,16 @@ def test_the_group_is_told_its_gpu(monkeypatch):
     monkeypatch.setattr("torch.distributed.init_process_group", lambda **kwargs: reached.update(kwargs))
     initialize(RankEnvironment(rank=11, world_size=16, local_rank=3))
     assert reached["index"] == 0 and reached["device_id"] == torch.device("cuda", 0) and reached["backend"] == "nccl"
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_communicators_of_gpus_are_ended_where_a_run_ends_in_order(monkeypatch, backend):
+    ended = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(backend))
+    finish()
+    assert ended == (["nccl"] if backend == "nccl" else [])
 
 
 def test_float32_products_are_float32_where_nvidias_image_says_otherwise():

@@ -101,7 +101,7 @@ def test_every_script_that_takes_a_runs_arguments_sets_it():
 # gpu_run.py.
 
 LOSSES = [5.0 - 0.1 * step for step in range(7)]
-CODES = {"straight": 0, "again": 0, "stopped": 75, "resumed": 0}
+CODES = {"straight": 0, "again": 0, "stopped": 75, "resumed": 0, "cached": 0}
 
 
 def moved(by: float) -> list[float]:
@@ -111,7 +111,7 @@ def moved(by: float) -> list[float]:
 def faults(again: list[float] = LOSSES, resumed: list[float] = LOSSES, **others: Any) -> list[str]:
     from gpu_run import faults as judge  # type: ignore[import-not-found]
 
-    found = {"straight": LOSSES, "again": again, "resumed": resumed} | others.pop("found", {})
+    found = {"straight": LOSSES, "again": again, "resumed": resumed, "cached": LOSSES} | others.pop("found", {})
     return judge(others.pop("codes", CODES), found, 1000, others.pop("peaks", [None]))[0]
 
 
@@ -131,6 +131,7 @@ def test_runs_that_are_short_or_end_otherwise_are_wrong(scripts):
     both = {"pipeline": LOSSES, "replicated": moved(1e-3)}
     assert faults(found=both) == ["replicated: 1.0e-03 apart, more than 1.0e-05"]
     assert faults(found=both | {"replicated": LOSSES}) == []
+    assert faults(found={"cached": moved(2e-5)}) == ["cached: 2.0e-05 apart, more than 1.0e-05"]
 
 
 @pytest.mark.parametrize(("peak", "good"), [(None, True), (1080, True), (1081, False), (715, True), (714, False)])
