@@ -144,12 +144,19 @@ def megatron_facts() -> dict[str, Any]:
         use_own_patches()
         import patches
 
-        registered = patches.registered()
+        registered, applied = patches.registered(), False
         try:
             patches.apply()
+            applied = True
         finally:
             facts["patches"] = [
-                {"name": patch.name, "target": patch.target, "in_force": patch.in_force(), "why": patch.why}
+                # Behind one that fails it is not known whether the others are needed here.
+                {
+                    "name": patch.name,
+                    "target": patch.target,
+                    "in_force": patch.in_force() or (False if applied else None),
+                }
+                | {"why": patch.why}
                 for patch in registered
             ]
         import megatron.core

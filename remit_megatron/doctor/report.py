@@ -381,9 +381,8 @@ def examine(*, timeout: float = 300.0, allow_no_gpu: bool = False, require_gpu: 
 
 def table(report: Report) -> str:
     """The report for people: aligned rows under short headings, the verdict last."""
-    patches = {
-        p["name"]: f"{'in force' if p['in_force'] else 'not needed here'}: {p['target']}" for p in report.patches
-    }
+    words = {True: "in force", False: "not needed here", None: "not known, applying them failed"}
+    patches = {patch["name"]: f"{words[patch['in_force']]}: {patch['target']}" for patch in report.patches}
     sections: dict[str, dict[str, str]] = {
         "versions": {name: value or "not installed" for name, value in report.versions.items()},
         "device": report.device,

@@ -392,6 +392,7 @@ def test_broken_packages_end_with_70_and_the_reasons(packages: Path) -> None:
     problems = re.findall(r"^problem: (\S+):", done.stdout, re.MULTILINE)
     assert problems == ["apex", "transformer-engine", "megatron"]
     assert done.stdout.endswith("training cannot work here\n")
+    assert "not known, applying them failed: " in done.stdout and "not needed here: " not in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 
