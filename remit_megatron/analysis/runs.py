@@ -14,6 +14,7 @@ import yaml
 
 from remit_megatron.analysis.wall_time import WallTime, wall_time
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.run_length import planned_steps
 
 
 @dataclass
@@ -87,12 +88,7 @@ class Run:
     @property
     def planned_steps(self) -> int | None:
         """Steps of the whole run, where the configuration says it in steps or samples."""
-        megatron = self.config.get("megatron") or {}
-        if megatron.get("train_iters"):
-            return int(megatron["train_iters"])
-        if megatron.get("train_samples") and megatron.get("global_batch_size"):
-            return int(megatron["train_samples"]) // int(megatron["global_batch_size"])
-        return None
+        return planned_steps(self.config.get("megatron") or {}, self.metrics[-1] if self.metrics else None)
 
     @property
     def uses_reference(self) -> bool:

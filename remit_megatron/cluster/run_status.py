@@ -21,6 +21,7 @@ from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_S
 from remit_megatron.runtime.files import read_whole
 from remit_megatron.runtime.locks import lives
 from remit_megatron.runtime.progress import format_count, format_duration
+from remit_megatron.runtime.run_length import planned_steps
 
 _RECENT_STEPS = 50  # that rate and time left are taken from
 _QUIET_STEPS = 10  # a run that says nothing for so many steps' time hangs, or is gone
@@ -264,16 +265,7 @@ def _total_steps(config: Path, steps: list[dict[str, Any]]) -> int | None:
         megatron = (yaml.safe_load(read_whole(config)) or {}).get("megatron") or {}
     except (OSError, yaml.YAMLError, AttributeError):
         return None
-    values = {str(name).replace("-", "_"): value for name, value in megatron.items()}
-    if values.get("train_iters"):
-        return int(values["train_iters"])
-    if values.get("train_samples") and values.get("global_batch_size"):
-        # From the last step on: those before may have had another batch.
-        last = steps[-1] if steps else {}
-        done, length = int(last.get("iteration") or 0), int(values.get("seq_length") or 0)
-        consumed = int(last.get("consumed_tokens") or 0) // length if length else 0
-        return done + max(int(values["train_samples"]) - consumed, 0) // int(values["global_batch_size"])
-    return None
+    return planned_steps(megatron, steps[-1] if steps else None)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

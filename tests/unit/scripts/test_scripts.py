@@ -384,10 +384,20 @@ def test_an_array_shares_files_in_order(tmp_path: Path) -> None:
         assert options.endswith(f" data build --output out.parts/0000{number}-of-00003 --tokenizer T --workers 3")
         shares.append(files.split())
     assert shares == [["a"], ["b", "c"], ["d", "e"]]
-    (job.submitted_from / "out.parts").mkdir()
     (job.submitted_from / "out.parts" / "00002-of-00003.json").touch()
     there = job.run(*words, REMIT_CONTAINER="", **variables)
     assert there.returncode == 0 and there.stdout == "" and "is there" in there.stderr
+    refused = "out.parts/00002-of-00003: found a share of other files or options"
+    for other in ((*words[:-1], "4"), (*words[:7], "f", *words[8:]), words):
+        if other == words:  # the same names, another text
+            (job.submitted_from / "e").write_text("text")
+        done = job.run(*other, REMIT_CONTAINER="", **variables)
+        assert done.returncode == 2 and done.stdout == "" and refused in done.stderr, other
+    (job.submitted_from / "out.parts" / "00002-of-00003.json").unlink()  # not complete: made anew
+    for _ in range(2):
+        assert "data build" in job.run(*words, REMIT_CONTAINER="", **variables).stdout
+    (job.submitted_from / "out.parts" / "00002-of-00003.json").touch()
+    assert "is there" in job.run(*words, REMIT_CONTAINER="", **variables).stderr
 
 
 @pytest.mark.parametrize(
