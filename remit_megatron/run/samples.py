@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from remit_megatron.data.boundaries import check_boundaries
@@ -14,6 +15,8 @@ from remit_megatron.run.prepare import Prepared, objective_settings
 from remit_megatron.runtime import parallel
 from remit_megatron.runtime.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def open_data(prepared: Prepared, environment: parallel.RankEnvironment, *, samples: int) -> tuple[Any, Any]:
     """Opens the training and validation samples: rank 0 first, which builds the index that the others map.
@@ -21,12 +24,26 @@ def open_data(prepared: Prepared, environment: parallel.RankEnvironment, *, samp
     Args:
         samples: that the run has read when it is done (`prepare.count_from`).
     """
-    train = valid = None
+    train: Any = None
+    valid: Any = None
     for turn in (environment.rank == 0, environment.rank != 0):
         with parallel.same_fate("opening the data"):
             if turn:
                 train, valid = open_datasets(prepared, samples)
+    if environment.rank == 0 and valid is not None:
+        for prefix in seen_in_training(train.datasets, valid.datasets):
+            logger.warning("data.valid: %s is training data, too: its loss says nothing about other text", prefix)
     return train, valid
+
+
+def seen_in_training(train: Sequence[Any], valid: Sequence[Any]) -> list[str]:
+    """Prefixes of validation data whose samples a run also trains on, by content and not by name.
+
+    Args:
+        train, valid: data sets with ``prefix`` and ``identity`` (`PackedDataset`).
+    """
+    known = {dataset.identity for dataset in train}
+    return [dataset.prefix for dataset in valid if dataset.identity in known]
 
 
 def open_datasets(prepared: Prepared, train_samples: int) -> tuple[Any, Any]:
@@ -89,7 +106,7 @@ class RepeatedSamples:
     def __init__(self, samples: Any):
         from megatron.core.datasets.utils import Split
 
-        self._samples = samples
+        self._samples, self.datasets = samples, samples.datasets
         self.split = Split.valid  # Megatron's loader takes the validation batch sizes by it
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.run.configuration import load_config
 from remit_megatron.run.dry_run import dry_run
 from remit_megatron.run.prepare import prepare
-from remit_megatron.run.samples import check_document_ends, open_datasets
+from remit_megatron.run.samples import check_document_ends, open_data, open_datasets
 from remit_megatron.runtime.errors import UserError
+from remit_megatron.runtime.parallel import RankEnvironment
 from tests.tiny import make_tokenizer, write_documents
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,6 +83,21 @@ def test_a_run_refuses_it_for_training_and_for_validation(root, setting):
         # What is masked is what the data marks: the prediction of a document's first token.
         masked = sum(int((sample["loss_mask"] == 0).sum()) for sample in (train[i] for i in range(8)))
         assert masked > 0 if setting == "data.mask_eod_loss" else masked == 0
+
+
+def test_validation_on_training_data_is_said(root, caplog):
+    """By what the data sets hold, not by their names."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(root / f"with{suffix}", root / f"copied{suffix}")
+    small = ("megatron.seq_length=64", "megatron.train_iters=1", "megatron.eval_iters=1", "megatron.eval_interval=1")
+    said = {}
+    for name in ("copied", "without"):
+        valid = f"data.valid=[[1.0,{root / name}]]"
+        caplog.clear()
+        open_data(prepare(config_of(NTP, root, "with", *small, valid), world_size=1), RankEnvironment(), samples=8)
+        said[name] = [record.getMessage() for record in caplog.records if "data.valid" in record.getMessage()]
+    expected = f"data.valid: {root / 'copied'} is training data, too: its loss says nothing about other text"
+    assert said == {"copied": [expected], "without": []}
 
 
 def test_settings_without_effect_refuse_nothing(root):
