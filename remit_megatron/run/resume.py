@@ -280,8 +280,14 @@ def _shown(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+_FINGERPRINT = "reference.weights"
+
+
 def objective_record(
-    config: RunConfig, settings: Mapping[str, Any], reference: str | os.PathLike | None
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    reference: str | os.PathLike | None,
+    fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """What a run minimises, as JSON takes it. It may change when a run goes on, and the run says so.
 
@@ -289,6 +295,7 @@ def objective_record(
         config: the run.
         settings: of the objective, those that it takes.
         reference: where the weights of the reference are: a run's directory holds others from day to day.
+        fingerprint: of these weights (`weights_fingerprint`).
     """
     return {
         "objective.name": config.objective.name,
@@ -296,6 +303,7 @@ def objective_record(
         "data.mask_eod_loss": config.data.mask_eod_loss,
         "data.document_mask": config.data.document_mask,
         "reference.checkpoint": None if reference is None else os.path.abspath(reference),
+        _FINGERPRINT: fingerprint,
     }
 
 
@@ -309,8 +317,11 @@ def objective_change(before: Mapping[str, Any], now: Mapping[str, Any], *, step:
     changes = [
         f"{key} is {_shown(now.get(key))}, and was {_shown(before.get(key))}"
         for key in dict.fromkeys((*now, *before))
-        if now.get(key) != before.get(key)
+        if now.get(key) != before.get(key) and key != _FINGERPRINT
     ]
+    place, weights = "reference.checkpoint", before.get(_FINGERPRINT)
+    if now.get(place) == before.get(place) and weights not in (None, now.get(_FINGERPRINT)):
+        changes.append(f"{place} holds other weights, in {now[place]}")
     return f"from step {step + 1} on {'; '.join(changes)}" if changes else None
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from remit_megatron.conversion.source import weights_fingerprint
 from remit_megatron.run import directory as run_directory
 from remit_megatron.run import resume
 from remit_megatron.run.checks import check_rounds
@@ -167,8 +168,7 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
     datasets = [(dataset.prefix, dataset.identity) for dataset in train_samples.datasets]
     length = arguments.seq_length
     data = resume.data_record(datasets, train_samples.order.weights, config, sequence_length=length)
-    source = None if prepared.reference is None else prepared.reference.path
-    minimised = resume.objective_record(config, prepared.objective_settings, source)
+    minimised = _minimised(prepared, rank)
     in_force = resume.settings_in_force(settings, before, arguments)
     changed = [resume.batch_change(before.get("settings") or {}, in_force, consumed=consumed)]
     if "objective" in before:
@@ -202,6 +202,19 @@ def _train_in(run_dir: Path, prepared: Prepared, environment: parallel.RankEnvir
         raise
     events.end(step=reached() + 1, code=code)
     return code
+
+
+def _minimised(prepared: Prepared, rank: int) -> dict[str, Any]:
+    """`resume.objective_record` of the run, the same on every rank."""
+    source = prepared.reference
+    if source is None:
+        return resume.objective_record(prepared.config, prepared.objective_settings, None)
+    fingerprint = None
+    with parallel.same_fate("reading the reference"):
+        if rank == 0:
+            fingerprint = weights_fingerprint(source)
+    fingerprint = parallel.broadcast_object(fingerprint)
+    return resume.objective_record(prepared.config, prepared.objective_settings, source.path, fingerprint)
 
 
 def _note_end(events: RunEvents, error: BaseException, *, step: int) -> None:

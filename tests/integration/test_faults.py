@@ -380,6 +380,23 @@ def test_a_run_goes_on_with_another_objective_and_says_so(begun, run, tmp_path):
     assert f"from step 3 on {changes}" in outcome.said
 
 
+def test_other_weights_in_the_place_of_the_reference_are_said(config_for, run, material, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    reference = Path(shutil.copytree(material["reference"], tmp_path / "reference"))
+    config = config_for(tmp_path / "run", **SHORT)
+    config["reference"] |= {"checkpoint": str(reference)}
+    path = write(tmp_path / "run.yaml", config)
+    assert run("train", path, "megatron.exit_interval=1").code == 75
+    outcome = run("train", path, "megatron.exit_interval=2")
+    assert outcome.code == 75 and "reference.checkpoint" not in outcome.said
+    tensors = {name: tensor + 0.01 for name, tensor in load_file(reference / "model.safetensors").items()}
+    save_file(tensors, reference / "model.safetensors", metadata={"format": "pt"})
+    outcome = run("train", path)
+    assert outcome.code == 0
+    assert f"from step 3 on reference.checkpoint holds other weights, in {reference}\n" in outcome.said
+
+
 def test_a_refused_start_is_not_what_the_run_was_trained_with(begun, run, material, tmp_path):
     from safetensors.torch import load_file, save_file
 

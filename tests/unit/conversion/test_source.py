@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from remit_megatron.conversion.directories import complete_directory
-from remit_megatron.conversion.source import resolve
+from remit_megatron.conversion.source import resolve, weights_digest, weights_fingerprint
 from remit_megatron.runtime.checkpoints import write_manifest
 from remit_megatron.runtime.errors import UserError
 
@@ -53,6 +53,41 @@ def test_huggingface_directories(tmp_path):
     assert (source.kind, source.iteration, source.tokenizer) == ("huggingface", None, tmp_path / "one")
     assert source.hf_config == CONFIG and source.hf_files == tmp_path / "one"
     assert resolve(write_sharded(tmp_path / "two")).tokenizer is None
+
+
+@pytest.mark.parametrize("write", [write_hf, write_sharded])
+def test_a_fingerprint_is_of_the_weights_and_not_of_their_place(tmp_path, write):
+    found = weights_fingerprint(resolve(write(tmp_path / "one")))
+    assert found == weights_fingerprint(resolve(write(tmp_path / "two")))
+    for file in (tmp_path / "two").glob("*.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert weights_fingerprint(resolve(tmp_path / "two")) != found
+        file.write_bytes(content)
+
+
+def test_the_fingerprint_of_a_large_file_is_of_blocks_all_over_it(tmp_path):
+    """Other weights differ everywhere; it may cost no more than they do."""
+    for name, seed in (("one", 1), ("two", 2), ("again", 1)):
+        numbers = torch.randn(1_000_001, generator=torch.Generator().manual_seed(seed))
+        save_file({"a": numbers}, write_config(tmp_path / name) / "model.safetensors")
+    one, two, again = (weights_fingerprint(resolve(tmp_path / name)) for name in ("one", "two", "again"))
+    assert one == again != two
+    file = tmp_path / "again" / "model.safetensors"
+    content = file.read_bytes()
+    for place in (0.0, 0.4, 1.0):  # the beginning, a block within, the end
+        first = round((len(content) - (1 << 16)) * place)
+        file.write_bytes(content[:first] + bytes(1 << 16) + content[first + (1 << 16) :])
+        if place:  # the header is not read here
+            assert weights_fingerprint(resolve(tmp_path / "again")) != one
+        file.write_bytes(content)
+
+
+def test_the_fingerprint_of_a_checkpoint_is_its_digest(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    write_checkpoint(root / "iter_0000002", 2)
+    source = resolve(tmp_path / "run")
+    assert weights_fingerprint(source) == weights_digest(source)
 
 
 def test_a_run_stands_for_its_newest_complete_checkpoint(tmp_path):

@@ -241,6 +241,18 @@ def test_what_is_minimised_may_change_and_is_said():
     assert "data.mask_eod_loss is true, and was false; reference.checkpoint is nothing, and was /" in line
 
 
+def test_other_weights_in_the_place_of_the_reference_are_said():
+    config = RunConfig(run_dir="runs/x")
+    records = {weights: objective_record(config, {}, "/models/reference", weights) for weights in ("a", "b", None)}
+    line = "from step 8 on reference.checkpoint holds other weights, in /models/reference"
+    assert objective_change(records["a"], records["b"], step=7) == line
+    assert objective_change(records["a"], records["a"], step=7) is None
+    assert objective_change(records[None], records["b"], step=7) is None  # of an older version
+    elsewhere = objective_record(config, {}, "/models/other", "b")
+    moved = objective_change(records["a"], elsewhere, step=7)
+    assert moved is not None and "weights" not in moved
+
+
 def test_which_parameters_decay_may_not_change():
     with pytest.raises(UserError) as caught:
         check_settings(settings({}), settings({}, decay_norms=True), run_dir="runs/x")
