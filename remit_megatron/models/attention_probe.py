@@ -135,5 +135,5 @@ def _text(attention: Any, part: str, error: float) -> str:
         f"data.document_mask: the {part} of attention over packed documents is off by {error:.0%} of its norm on this "
         f"machine ({sizes}, Transformer Engine {get_te_version()}, {cudnn}); "
         f"expected below {LIMIT:.0%}. The run would train wrongly without a word: set megatron.transformer_impl=local, "
-        "or NVTE_FUSED_ATTN=0 in the environment, or install another cuDNN"
+        "or megatron.attention_backend=unfused, which keeps all scores in memory, or install another cuDNN"
     )
