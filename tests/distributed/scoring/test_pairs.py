@@ -77,19 +77,30 @@ def test_a_reference_of_another_vocabulary(pool, material, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [["--tp", "2"], ["--pp", "2"]], ids=["tp2", "pp2"])
-def test_analyses_on_ranks_equal_transformers(material, expected, layout, tmp_path, monkeypatch):
-    """The commands, which start their own ranks."""
+@pytest.fixture
+def analyze(material, tmp_path, monkeypatch):
+    """`remit analyze`, which starts its own ranks: the folder that it has written."""
     monkeypatch.delenv("RANK", raising=False)
     words = ["--student", material["student"], "--reference", material["reference"], "--input", material["texts"]]
-    for name in ("heatmap", "kl"):
+
+    def run(name: str, *layout: str):
         assert cli.main(["analyze", name, *map(str, words), "--output", str(tmp_path / name), *layout]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "heatmap/heatmap.jsonl").read_text().splitlines()]
+        return tmp_path / name
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_heatmap_on_ranks_equals_transformers(analyze, expected):
+    lines = [json.loads(line) for line in (analyze("heatmap", "--tp", "2") / "heatmap.jsonl").read_text().splitlines()]
     for line, wanted in zip(lines, expected, strict=True):
         delta = wanted["reference_logprobs"] - wanted["logprobs"]
         torch.testing.assert_close(torch.tensor(line["delta"][1:], dtype=torch.double), delta, rtol=0, atol=TOLERANCE)
-    (found,) = json.loads((tmp_path / "kl/kl.json").read_text())["models"]
+
+
+@pytest.mark.slow
+def test_divergences_on_ranks_equal_transformers(analyze, expected):
+    (found,) = json.loads((analyze("kl", "--pp", "2") / "kl.json").read_text())["models"]
     for name, column in (("kl_reference_model", "kl"), ("kl_model_reference", "back")):
         mean = float(torch.cat([values[column] for values in expected]).mean())
         assert found[name]["value"] == pytest.approx(mean, abs=TOLERANCE)
