@@ -84,13 +84,13 @@ else
   part kernels 400 python scripts/bench_kernels.py --compile "${record[@]}"
   part steps 240 python scripts/bench_step.py --fp8 tensorwise "${size[@]}" "${record[@]}"
   part steps_fp8 240 python scripts/bench_step.py --fp8 tensorwise --student-fp8 "${size[@]}" "${record[@]}"
-  part parity 600 python scripts/gpu_parity.py "${record[@]}"
+  part parity 900 python scripts/gpu_parity.py "${record[@]}"
   if [ "$gpus" -ge 2 ]; then
     part layouts 600 python scripts/gpu_parity.py --layouts "$gpus" "${record[@]}"
   else
     left_out layouts "one GPU; tensor, pipeline and context parallelism need 2, some layouts 4"
   fi
-  part run 1100 python scripts/gpu_run.py --nproc "$gpus" "${record[@]}"
+  part run 800 python scripts/gpu_run.py --nproc "$gpus" "${record[@]}"
 fi
 python scripts/gpu_day_record.py "$stem" --record "$out" || failed+=(record)
 if ((${#failed[@]})); then

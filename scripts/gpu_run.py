@@ -160,8 +160,8 @@ def material(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def remit(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "remit_megatron", *words], cwd=ROOT, check=True)
+def remit(*words: str, check: bool = True) -> int:
+    return subprocess.run([sys.executable, "-m", "remit_megatron", *words], cwd=ROOT, check=check).returncode
 
 
 def configured(folder: Path, name: str, config: dict[str, Any], **changes: Any) -> Path:
@@ -228,6 +228,9 @@ def faults(
 
 
 def losses(folder: Path) -> list[float]:
+    """Of the steps of a run; none where it ended before its first."""
+    if not (folder / "metrics.jsonl").exists():
+        return []
     return [json.loads(line)["lm_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -253,7 +256,8 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]
         "resumed": run(folder, "resumed", config | {"run": "resumed"}, args.nproc),
     }
     scored = config | {"reference": config["reference"] | {"cache_dir": str(folder / "scores"), "dtype": "float32"}}
-    remit("score", str(configured(folder, "scored", scored)), "--nproc", str(args.nproc))
+    words = ["score", str(configured(folder, "scored", scored)), "--nproc", str(args.nproc)]
+    codes["scored"] = remit(*words, check=False)
     cached = scored | {"reference": scored["reference"] | {"source": "cache"}}
     codes["cached"] = run(folder, "cached", cached, args.nproc)
     if args.nproc % 2 == 0:
@@ -261,8 +265,10 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]
             reference = config["reference"] | {"placement": placement}
             changes = {"pipeline_model_parallel_size": 2}
             codes[placement] = run(folder, placement, config | {"reference": reference}, args.nproc, **changes)
-    found = {name: losses(folder / name) for name in codes if name != "stopped"}
-    ranks = [json.loads((folder / f"profile.{number}.json").read_text()) for number in range(args.nproc)]
+    found = {name: losses(folder / name) for name in codes if name not in ("stopped", "scored")}
+    profiles = [folder / f"profile.{number}.json" for number in range(args.nproc)]
+    nothing: dict[str, Any] = {"peak": None, "seconds": {"nothing, the run ended before": 1.0}}
+    ranks = [json.loads(path.read_text()) if path.exists() else nothing for path in profiles]
     plan = folder / "plan.json"
     nodes = ["--nodes", "1", "--gpus-per-node", str(args.nproc)]
     remit("plan", str(folder / "straight.yaml"), *nodes, "--json", str(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import typing
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from remit_megatron.runtime import stop
 from remit_megatron.runtime.errors import StartAgain, UserError
 from remit_megatron.runtime.float32 import exact_float32
 from remit_megatron.runtime.launcher_variables import check_variables
+
+logger = logging.getLogger(__name__)
 
 _A_MOMENT = 2.0  # seconds in which a signal to all ranks has reached all
 
@@ -131,7 +134,10 @@ def initialize(environment: RankEnvironment, *, timeout_minutes: float = 10.0, o
 def finish() -> None:
     """Ends NCCL's communicators, where all ranks end in order: torch warns of each process that leaves them."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
-        dist.destroy_process_group()
+        try:
+            dist.destroy_process_group()
+        except RuntimeError as error:  # the work is done, and saved
+            logger.warning("NCCL's communicators did not end: %s", " ".join(str(error).split())[:200])
 
 
 def broadcast_object(value, *, source: int = 0):

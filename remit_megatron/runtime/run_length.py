@@ -19,7 +19,7 @@ def planned_steps(megatron: Mapping[str, Any], last: Mapping[str, Any] | None) -
         return int(values["train_iters"])
     if not values.get("train_samples") or not values.get("global_batch_size"):
         return None
-    last = last or {}
-    done, length = int(last.get("iteration") or 0), int(values.get("seq_length") or 0)
-    consumed = int(last.get("consumed_tokens") or 0) // length if length else 0
-    return done + max(int(values["train_samples"]) - consumed, 0) // int(values["global_batch_size"])
+    samples, batch, length = int(values["train_samples"]), int(values["global_batch_size"]), values.get("seq_length")
+    if not last or not length or last.get("consumed_tokens") is None:
+        return samples // batch
+    return int(last["iteration"]) + max(samples - int(last["consumed_tokens"]) // int(length), 0) // batch

@@ -274,7 +274,10 @@ class Engine:
 
         if not self._attention_is_known:
             self._attention_is_known = True
-            faults = parallel.gather_objects(packed_attention_fault(model))
+            fault = None
+            with parallel.same_fate("asking the attention"):
+                fault = packed_attention_fault(model)
+            faults = parallel.gather_objects(fault)
             if any(faults):
                 raise DoNotRestart(next(filter(None, faults)))
         # Loading a checkpoint sets the optimizer's weight decay before it knows the checkpoint's (Megatron-LM #7468).

@@ -39,9 +39,17 @@ def stand_in(base: type = Attention, *, groups: int = 2, dtype: torch.dtype = to
             torch.nn.Module.__init__(self)
             self.weight = torch.nn.Parameter(torch.zeros(1))
             self.config = SimpleNamespace(
-                attention_dropout=changes.get("dropout", 0.0), params_dtype=dtype, softmax_scale=None, v_head_dim=16
+                attention_dropout=changes.get("dropout", 0.0),
+                params_dtype=dtype,
+                softmax_scale=None,
+                v_head_dim=16,
+                num_attention_heads=16,
+                tensor_model_parallel_size=4,
             )
-            self.num_attention_heads_per_partition, self.num_query_groups_per_partition = 4, groups
+            # As Megatron has them for fewer groups than ranks, where a rank later takes its own of a group's heads.
+            self.num_attention_heads_per_partition, self.num_query_groups_per_partition = 8, groups
+            self.core_attention = torch.nn.Module()
+            self.core_attention.current_max_attn_logits = torch.full((4,), 1.5)
             self.hidden_size_per_attention_head = self.q_head_dim = 24
             self.attn_mask_type = AttnMaskType.causal
             if base is MultiLatentAttention:
@@ -52,6 +60,7 @@ def stand_in(base: type = Attention, *, groups: int = 2, dtype: torch.dtype = to
             assert mask is None and attn_mask_type == AttnMaskType.causal
             self.calls += 1
             torch.rand(1)  # as a kernel that takes a random state
+            self.core_attention.current_max_attn_logits = torch.full((4,), 9.0)  # as with qk_clip
             starts = packed_seq_params.cu_seqlens_q.tolist()
             factors = changes.get("factors", {}) if self.calls >= changes.get("from_call", 1) else {}
             distorted = [
@@ -80,14 +89,16 @@ def stand_in(base: type = Attention, *, groups: int = 2, dtype: torch.dtype = to
 @pytest.mark.parametrize("base", [Attention, MultiLatentAttention])
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_attention_that_is_right_passes(base, dtype, largest):
-    attention = stand_in(base, groups=4 if base is MultiLatentAttention else 2, dtype=dtype)
-    errors = packed_attention_errors(attention, LENGTHS[0], seed=1)
+    settings = {"groups": 4 if base is MultiLatentAttention else 2, "dtype": dtype}
+    attention = stand_in(base, **settings)
+    errors = packed_attention_errors(stand_in(base, **settings), LENGTHS[0], seed=1)
     assert tuple(errors) == PARTS and 0 < max(errors.values()) < largest
     chunks = [torch.nn.Linear(1, 1), torch.nn.Sequential(attention)]  # a stage may have no layer
     state = torch.get_rng_state()
     assert packed_attention_fault(chunks) is None
-    assert attention.calls == 1 + len(LENGTHS)
+    assert attention.calls == len(LENGTHS)
     assert torch.equal(torch.get_rng_state(), state)
+    assert attention.core_attention.current_max_attn_logits.eq(1.5).all()
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,17 @@ def test_communicators_of_gpus_are_ended_where_a_run_ends_in_order(monkeypatch, 
     assert ended == (["nccl"] if backend == "nccl" else [])
 
 
+def test_a_run_that_is_done_is_done_without_its_communicators(monkeypatch, caplog):
+    def destroy() -> None:
+        raise torch.distributed.DistBackendError("NCCL error:\nremote process has gone")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy)
+    finish()
+    assert "did not end: NCCL error: remote process has gone" in caplog.text
+
+
 def test_float32_products_are_float32_where_nvidias_image_says_otherwise():
     code = (
         "import torch; before = torch.backends.cuda.matmul.allow_tf32;"

@@ -19,6 +19,8 @@ SAMPLES = {"train-samples": 1000, "global_batch_size": 100, "seq_length": 8}
         (SAMPLES, {"iteration": 20, "consumed_tokens": 1000 * 8}, 20),
         (SAMPLES, {"iteration": 20, "consumed_tokens": 1001 * 8}, 20),
         (SAMPLES | {"train-samples": 1099}, None, 10),
+        (SAMPLES | {"seq_length": None}, {"iteration": 4, "consumed_tokens": 3200}, 10),
+        (SAMPLES, {"iteration": 4}, 10),
         ({"train_samples": 1000}, None, None),
         ({}, {"iteration": 1}, None),
     ],

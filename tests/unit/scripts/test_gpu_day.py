@@ -101,7 +101,7 @@ def test_every_script_that_takes_a_runs_arguments_sets_it():
 # gpu_run.py.
 
 LOSSES = [5.0 - 0.1 * step for step in range(7)]
-CODES = {"straight": 0, "again": 0, "stopped": 75, "resumed": 0, "cached": 0}
+CODES = {"straight": 0, "again": 0, "stopped": 75, "resumed": 0, "scored": 0, "cached": 0}
 
 
 def moved(by: float) -> list[float]:

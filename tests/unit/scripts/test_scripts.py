@@ -393,6 +393,9 @@ def test_an_array_shares_files_in_order(tmp_path: Path) -> None:
             (job.submitted_from / "e").write_text("text")
         done = job.run(*other, REMIT_CONTAINER="", **variables)
         assert done.returncode == 2 and done.stdout == "" and refused in done.stderr, other
+    (job.submitted_from / "out.parts" / "00002-of-00003.made").unlink()  # as by versions before
+    done = job.run(*words, REMIT_CONTAINER="", **variables)
+    assert done.returncode == 2 and "found no out.parts/00002-of-00003.made" in done.stderr
     (job.submitted_from / "out.parts" / "00002-of-00003.json").unlink()  # not complete: made anew
     for _ in range(2):
         assert "data build" in job.run(*words, REMIT_CONTAINER="", **variables).stdout

@@ -17,11 +17,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the attention was asked for; the second rank of two finds a fault in a model of that name."""
     models: list[Any] = []
     monkeypatch.setattr(module, "packed_attention_fault", models.append)
-    monkeypatch.setattr(
-        module.parallel,
-        "gather_objects",
-        lambda own: [own, "the other rank's fault" if models[-1] == ["wrong"] else None],
-    )
+    gathered: list[Any] = []
+
+    def gather(own: Any) -> list[Any]:
+        gathered.append(own)
+        asking = len(gathered) % 2 == 1  # whether it went well on all ranks; then what they have found
+        return [own, None if asking or models[-1] != ["wrong"] else "the other rank's fault"]
+
+    monkeypatch.setattr(module.parallel, "gather_objects", gather)
     return models
 
 
