@@ -187,6 +187,16 @@ def test_a_default_of_a_class_is_no_end_of_text(tmp_path):
         _ = load_tokenizer(directory).eod_id
 
 
+def test_an_end_of_text_that_is_no_text(tmp_path):
+    """A file may give "" a number; the library takes no such token, and transformers has no number for it."""
+    directory = make_tokenizer(tmp_path / "t")
+    content = general(eos_token="", added_tokens_decoder={"0": {"content": "", "special": True}})
+    (directory / "tokenizer_config.json").write_text(json.dumps(content))
+    assert transformers.AutoTokenizer.from_pretrained(directory).eos_token_id is None
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: found eos_token ''; expected a token of"):
+        _ = load_tokenizer(directory).eod_id
+
+
 def vocabulary_and_merges(directory: Path) -> None:
     content = json.loads((make_tokenizer(directory, special=("<s>",)) / "tokenizer.json").read_text())
     (directory / "tokenizer.json").unlink()
