@@ -155,8 +155,8 @@ def megatron_facts() -> dict[str, Any]:
                     "name": patch.name,
                     "target": patch.target,
                     "in_force": patch.in_force() or (False if applied else None),
+                    "why": patch.why,
                 }
-                | {"why": patch.why}
                 for patch in registered
             ]
         import megatron.core
