@@ -19,12 +19,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> dict[str, Path]:
-    """Directories and prefixes: tokenizer, student, reference, corpus, heldout."""
+    """Directories and prefixes: tokenizer, student, reference; corpus and second to train on, heldout to validate."""
     from remit_megatron.data.build import build_dataset
 
     root = tmp_path_factory.mktemp("material")
     tokenizer = make_tokenizer(root / "tokenizer")
-    for name, seed in (("corpus", 3), ("heldout", 4)):
+    for name, seed in (("corpus", 3), ("second", 4), ("heldout", 5)):
         documents = write_documents(root / f"{name}.jsonl", count=300, seed=seed)
         build_dataset([str(documents)], tokenizer=str(tokenizer), output=str(root / name))
     return {
@@ -33,6 +33,7 @@ def material(tmp_path_factory) -> dict[str, Path]:
         "student": make_llama(root / "student", seed=1, tokenizer=tokenizer),
         "reference": make_llama(root / "reference", seed=2, tokenizer=tokenizer),
         "corpus": root / "corpus",
+        "second": root / "second",
         "heldout": root / "heldout",
     }
 
@@ -47,7 +48,7 @@ def config_for(material) -> Callable[..., dict[str, Any]]:
             "objective": objective or {"name": "remit"},
             "reference": {"checkpoint": str(material["reference"])},
             "data": {
-                "train": [[3.0, str(material["corpus"])], [1.0, str(material["heldout"])]],
+                "train": [[3.0, str(material["corpus"])], [1.0, str(material["second"])]],
                 "valid": [[1.0, str(material["heldout"])]],
                 "tokenizer": str(material["tokenizer"]),
                 "document_mask": True,
