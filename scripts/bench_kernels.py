@@ -117,7 +117,8 @@ def timed(run: Callable[[], object]) -> float:
         return time.perf_counter() - started
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the launches queue up behind
+    # Some 10 ms, in which the launches queue up: those of Triton take longer than its small kernels.
+    torch.cuda._sleep(20_000_000)
     begin.record()
     run()
     end.record()

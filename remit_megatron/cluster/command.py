@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remit_megatron.run.configuration import RunConfig, load_config, load_model_description
+from remit_megatron.run.configuration import RunConfig, blend_prefixes, load_config, load_model_description
 from remit_megatron.runtime.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, UserError
 from remit_megatron.runtime.files import write_atomic
 
@@ -101,7 +101,7 @@ def _check_data(config: RunConfig) -> None:
     from remit_megatron.data.tokenizer import load_tokenizer
     from remit_megatron.run.samples import check_document_ends
 
-    prefixes = [entry if isinstance(entry, str) else entry[1] for entry in (*config.data.train, *config.data.valid)]
+    prefixes = blend_prefixes(config.data.train, config.data.valid)
     there = [prefix for prefix in prefixes if not is_blend_file(prefix) and Path(manifest_path(prefix)).exists()]
     if there and config.data.tokenizer and Path(config.data.tokenizer).exists():
         check_document_ends(config, there, load_tokenizer(config.data.tokenizer))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from remit_megatron.flywheel.chain import WITHOUT_REFERENCE, Stage
 from remit_megatron.flywheel.keys import STAGE, Digests, posttrain_content, run_content, suite_content
 from remit_megatron.flywheel.references import Reference, filled, only
-from remit_megatron.run.configuration import RunConfig, load_config
+from remit_megatron.run.configuration import RunConfig, blend_prefixes, load_config
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.extras import require
 from remit_megatron.runtime.installed import find_config
@@ -198,8 +198,7 @@ def token_data(stage: Stage, filling: Filling) -> list[str]:
         return []
     settings = filled(stage.settings, filling.fill, field=stage.field)
     data = _run_config(stage, settings, filling).data
-    found = [entry if isinstance(entry, str) else entry[1] for entry in (*data.train, *data.valid)]
-    return [prefix for prefix in found if not prefix.startswith(STAGE)]
+    return [prefix for prefix in blend_prefixes(data.train, data.valid) if not prefix.startswith(STAGE)]
 
 
 def job_of_its_own(stage: Stage, filling: Filling) -> str | None:

@@ -166,6 +166,11 @@ def read_blend(key: str, value: Any) -> list[Any]:
     return blend
 
 
+def blend_prefixes(*blends: list[Any]) -> list[str]:
+    """The prefixes of blends in the form of :func:`read_blend`, in order and without their weights."""
+    return [entry if isinstance(entry, str) else entry[1] for blend in blends for entry in blend]
+
+
 def _validate(config: RunConfig) -> None:
     for key, choices in CHOICES.items():
         value = _get(config, key)

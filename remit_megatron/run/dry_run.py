@@ -13,7 +13,7 @@ from remit_megatron.data.largest_id import check_ids
 from remit_megatron.data.manifest import manifest_path
 from remit_megatron.data.tokenizer import Tokenizer
 from remit_megatron.run.checks import check_rounds
-from remit_megatron.run.configuration import RunConfig
+from remit_megatron.run.configuration import RunConfig, blend_prefixes
 from remit_megatron.run.directory import read_config
 from remit_megatron.run.prepare import examine
 from remit_megatron.run.resume import check_data, compare_settings, data_record, training_settings
@@ -106,8 +106,7 @@ def _data(config: RunConfig) -> tuple[list[tuple[str, str]], list[str]]:
     """Key and prefix of the data sets that are there, and a line for each entry that is not."""
     there, absent = [], []
     for key, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-        for entry in blend:
-            path = entry if isinstance(entry, str) else entry[1]
+        for path in blend_prefixes(blend):
             if not Path(path if is_blend_file(path) else manifest_path(path)).exists():
                 absent.append(f"{key} {path}")
             elif not is_blend_file(path):  # blend files that are there have been replaced by their contents

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.installed import find_config, names_config, shipped_namesake
-from remit_megatron.runtime.yaml_file import parse_yaml
+from remit_megatron.runtime.yaml_file import parse_yaml, problem
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = (), *, named: Collection[str] = ()) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}" if mark and not where.startswith("override ") else where
-        raise UserError(place, error.problem or first_line(error), "valid YAML") from None
+        raise UserError(place, problem(error) or first_line(error), "valid YAML") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(where, first_line(error), "valid YAML") from None
     if not isinstance(plain, dict):

@@ -40,6 +40,11 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(_TOO_LARGE if "digits" in str(error) else str(error)) from None
 
 
+def problem(error: yaml.MarkedYAMLError) -> str:
+    """What PyYAML found, without its own "found", which a message of ours has already; "" where it does not say."""
+    return (error.problem or "").removeprefix("found ")
+
+
 def _refuse_deep(text: str) -> None:
     if len(text) < _SHORT:
         return
@@ -77,7 +82,7 @@ def read_yaml(path: Path, *, field: str, expected: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(
-            f"{path}:{mark.line + 1}" if mark else str(path), error.problem or "no YAML", expected
+            f"{path}:{mark.line + 1}" if mark else str(path), problem(error) or "no YAML", expected
         ) from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(str(path), next(iter(str(error).splitlines()), "no YAML"), expected) from None

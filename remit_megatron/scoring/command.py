@@ -239,10 +239,8 @@ def run_reference(args: argparse.Namespace) -> int:
     """Runs ``remit check reference``; returns the exit code."""
     if args.samples < 1:
         raise UserError("--samples", args.samples, "1 or more")
-    output = Path(args.output).absolute() if args.output else None
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        found = f"{output} (a directory)" if output.is_dir() else f"no directory {output.parent}"
-        raise UserError("--output", found, "a file in a directory that exists")
+    if args.output:
+        _check_output(args.output)
     require("scipy", field="remit check reference")
     config = load_config(args.config, args.overrides)
     if args.nproc > 1 and not launch.under_launcher():
@@ -254,6 +252,13 @@ def run_reference(args: argparse.Namespace) -> int:
     from remit_megatron.scoring.check_reference import check_reference
 
     return check_reference(config, samples=args.samples, output=args.output)
+
+
+def _check_output(name: str) -> None:
+    output = Path(name).absolute()
+    if output.is_dir() or not output.parent.is_dir():
+        found = f"{output} (a directory)" if output.is_dir() else f"no directory {output.parent}"
+        raise UserError("--output", found, "a file in a directory that exists")
 
 
 def add_logprobs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -291,10 +296,7 @@ def run_logprobs(args: argparse.Namespace) -> int:
         raise UserError("--nproc", ranks, f"a multiple of TP x PP = {args.tp * args.pp}")
     if not Path(args.input).is_file():
         raise UserError("--input", f"no file {args.input}", 'a JSONL file with {"text": ...} lines')
-    if not Path(args.output).absolute().parent.is_dir():
-        raise UserError("--output", f"no directory {Path(args.output).absolute().parent}", "a place that exists")
-    if Path(args.output).is_dir():
-        raise UserError("--output", f"{args.output} (a directory)", "a file that takes a line for each text")
+    _check_output(args.output)
     if Path(args.output).exists() and Path(args.output).samefile(args.input):
         raise UserError("--output", f"{args.output}, the texts themselves", "another file than --input")
     source = _model(args)

@@ -161,7 +161,7 @@ def test_bad_yaml_names_the_line(tmp_path):
 
 def test_a_key_given_twice_is_refused(tmp_path):
     path = write(tmp_path / "run.yaml", "seed: 3\nseed: 4\n")
-    assert line_of(path) == f"{path}:2: found found duplicate key seed; expected valid YAML"
+    assert line_of(path) == f"{path}:2: found duplicate key seed; expected valid YAML"
 
 
 def test_a_list_is_not_a_configuration(tmp_path):
