@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from remit_megatron.runtime.errors import UserError, show
 from remit_megatron.runtime.installed import find_config, names_config, shipped_namesake
-from remit_megatron.runtime.yaml_file import parse_yaml, problem
+from remit_megatron.runtime.yaml_file import line_and_problem, parse_yaml
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = (), *, named: Collection[str] = ()) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         plain = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{where}:{mark.line + 1}" if mark and not where.startswith("override ") else where
-        raise UserError(place, problem(error) or first_line(error), "valid YAML") from None
+        line, problem = line_and_problem(error)
+        place = where if where.startswith("override ") else f"{where}{line}"
+        raise UserError(place, problem or first_line(error), "valid YAML") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(where, first_line(error), "valid YAML") from None
     if not isinstance(plain, dict):

@@ -40,9 +40,11 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(_TOO_LARGE if "digits" in str(error) else str(error)) from None
 
 
-def problem(error: yaml.MarkedYAMLError) -> str:
-    """What PyYAML found, without its own "found", which a message of ours has already; "" where it does not say."""
-    return (error.problem or "").removeprefix("found ")
+def line_and_problem(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """ ":3" for the third line, and what PyYAML found there, without its own "found", which a message of ours has
+    already; either is "" where it does not say."""
+    mark = error.problem_mark or error.context_mark
+    return f":{mark.line + 1}" if mark else "", (error.problem or "").removeprefix("found ")
 
 
 def _refuse_deep(text: str) -> None:
@@ -80,10 +82,8 @@ def read_yaml(path: Path, *, field: str, expected: str) -> Any:
     try:
         return parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(
-            f"{path}:{mark.line + 1}" if mark else str(path), problem(error) or "no YAML", expected
-        ) from None
+        line, problem = line_and_problem(error)
+        raise UserError(f"{path}{line}", problem or "no YAML", expected) from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(str(path), next(iter(str(error).splitlines()), "no YAML"), expected) from None
     except (OSError, UnicodeDecodeError) as error:

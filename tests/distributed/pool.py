@@ -19,7 +19,7 @@ from typing import Any
 
 MAX_RANKS = 4
 _TIMEOUT_SECONDS = 300.0
-# That a rank has opened since it was last looked after: a run's groups leave 10 to 20, and many systems allow 1,024.
+# That a rank has opened since the last collection: a run's groups leave 10 to 20, and many systems allow 1,024.
 _MANY_FILES = 200
 
 
@@ -105,6 +105,7 @@ def _work(pipe: Connection, index: int) -> None:
     # Every process writes its temporary files into a place of its own.
     tempfile.tempdir = tempfile.mkdtemp(prefix=f"rank{index}_")
     _share_a_device()
+    files = _open_files()  # after the last collection
     while True:
         try:
             function, kwargs, environment = pipe.recv()
@@ -117,6 +118,9 @@ def _work(pipe: Connection, index: int) -> None:
             answer = (False, traceback.format_exc())
         finally:
             _clean_up()
+            if _open_files() > files + _MANY_FILES:
+                _collect()
+                files = _open_files()
         try:
             pipe.send(answer)
         except OSError:
@@ -175,13 +179,6 @@ def _clean_up() -> None:
         asynchronous_save.forget()
     if dist.is_initialized():
         dist.destroy_process_group()
-    if _open_files() > _Kept.files + _MANY_FILES:
-        _collect()
-        _Kept.files = _open_files()
-
-
-class _Kept:
-    files = 0  # that were open after the last collection
 
 
 def _open_files() -> int:
